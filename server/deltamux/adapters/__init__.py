@@ -1,0 +1,1 @@
+"""What an adapter is and how it changes a module of the base."""

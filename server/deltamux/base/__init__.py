@@ -1,0 +1,1 @@
+"""Drives a transformers model: loading, attention hook, probe, self-test, structure."""

@@ -1,0 +1,1 @@
+"""One process, one device, one synchronous loop: schedule, run, reply."""

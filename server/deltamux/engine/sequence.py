@@ -1,0 +1,64 @@
+"""One choice of one request while it runs: its tokens, its blocks and its counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from deltamux.wire.messages import Sampling, Stopping
+
+
+@dataclass(eq=False)
+class Sequence:
+    """State that the scheduler decides on and the runner turns into tensors.
+
+    Tokens 0 .. num_computed - 1 have their keys and values in `blocks`. A preempted sequence
+    keeps its tokens, loses its blocks and is computed again from 0.
+    """
+
+    request_id: str
+    index: int
+    tokens: list[int]
+    num_prompt: int
+    sampling: Sampling
+    stopping: Stopping
+    priority: int
+    arrival: float
+    deadline: float | None
+    # Digest and folder of the adapter; empty for the base.
+    adapter: str
+    adapter_path: str
+    # The first choice of the same request, whose full prompt blocks this one shares.
+    leader: Sequence | None = None
+
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    # Device slot of the adapter while a lease is held; None for the base or while waiting.
+    slot: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        """1 while decoding; more during prefill and after preemption."""
+        return len(self.tokens) - self.num_computed
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A sequence's share of one step: its next `num_tokens` uncomputed tokens.
+
+    `samples` says that these reach the sequence's last token, so that the step yields its next one.
+    """
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        return self.num_tokens == self.sequence.num_uncomputed

@@ -1,0 +1,145 @@
+"""Every error a client can see: its gRPC status code by name, a stable reason, and words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class DeltamuxError(Exception):
+    """Base of all errors that may reach a client.
+
+    `code` is a gRPC status code name; `reason` is the stable UPPER_SNAKE word of
+    google.rpc.ErrorInfo; `retry_after` (seconds) becomes RetryInfo where waiting helps;
+    `field` becomes a BadRequest field violation.
+    """
+
+    code = "INTERNAL"
+    reason = "INTERNAL"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        retry_after: float | None = None,
+        field: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason or type(self).reason
+        self.retry_after = retry_after
+        self.field = field
+        self.metadata = dict(metadata or {})
+
+
+class InvalidArgument(DeltamuxError):
+    """Wrong whatever the server's state."""
+
+    code = "INVALID_ARGUMENT"
+    reason = "INVALID_ARGUMENT"
+
+
+class FailedPrecondition(DeltamuxError):
+    """Sound, but not with this base model or configuration, or the stored adapter is unfit."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "FAILED_PRECONDITION"
+
+
+class NotFound(DeltamuxError):
+    """Unknown, or not the caller's."""
+
+    code = "NOT_FOUND"
+    reason = "NOT_FOUND"
+
+
+class AlreadyExists(DeltamuxError):
+    """The name or id is taken."""
+
+    code = "ALREADY_EXISTS"
+    reason = "ALREADY_EXISTS"
+
+
+class Aborted(DeltamuxError):
+    """The state changed while the call was under way."""
+
+    code = "ABORTED"
+    reason = "ABORTED"
+
+
+class ResourceExhausted(DeltamuxError):
+    """A queue, a quota or a size is exceeded; `retry_after` only where waiting helps."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "RESOURCE_EXHAUSTED"
+
+
+class Unavailable(DeltamuxError):
+    """The server cannot serve now: starting, restarting, draining."""
+
+    code = "UNAVAILABLE"
+    reason = "UNAVAILABLE"
+
+
+class DataLoss(DeltamuxError):
+    """Stored bytes do not match their digest."""
+
+    code = "DATA_LOSS"
+    reason = "DATA_LOSS"
+
+
+class DeadlineExceeded(DeltamuxError):
+    """The deadline passed, or cannot be met."""
+
+    code = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_EXCEEDED"
+
+
+class Cancelled(DeltamuxError):
+    """The client, or an Abort call, ended the request."""
+
+    code = "CANCELLED"
+    reason = "CANCELLED"
+
+
+class Unimplemented(DeltamuxError):
+    """Part of the contract that this server does not serve."""
+
+    code = "UNIMPLEMENTED"
+    reason = "UNIMPLEMENTED"
+
+
+class Internal(DeltamuxError):
+    """A bug of deltamux itself."""
+
+
+class StartupError(DeltamuxError):
+    """The server cannot start; the command line prints the message alone."""
+
+
+def from_code(
+    code: str, reason: str, message: str, retry_after: float | None = None
+) -> DeltamuxError:
+    """The error of this code that crossed a process boundary as three words."""
+    kind = _BY_CODE.get(code, Internal)
+    return kind(message, reason=reason, retry_after=retry_after)
+
+
+_BY_CODE: dict[str, type[DeltamuxError]] = {
+    kind.code: kind
+    for kind in (
+        InvalidArgument,
+        FailedPrecondition,
+        NotFound,
+        AlreadyExists,
+        Aborted,
+        ResourceExhausted,
+        Unavailable,
+        DataLoss,
+        DeadlineExceeded,
+        Cancelled,
+        Unimplemented,
+        Internal,
+    )
+}

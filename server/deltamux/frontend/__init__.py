@@ -1,0 +1,1 @@
+"""The asyncio gRPC process: validates, tokenizes, streams; never touches a device."""

@@ -1,0 +1,1 @@
+"""Where adapters live: catalog, disk, host memory, device slots."""

@@ -1,0 +1,73 @@
+"""The private socket between the processes: an asyncio end for the front end, a blocking one for the engine."""
+
+from __future__ import annotations
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from deltamux.wire.messages import FromEngine, Inbound, Outbound, ToEngine
+
+
+class FrontendEnd:
+    """Binds `address` (ipc:// in a private folder), sends ToEngine, receives FromEngine."""
+
+    def __init__(self, address: str) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Outbound)
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.set(zmq.LINGER, 0)
+        self._socket.bind(address)
+
+    async def send(self, message: ToEngine) -> None:
+        await self._socket.send(self._encoder.encode(message))
+
+    async def receive(self) -> FromEngine:
+        return self._decoder.decode(await self._socket.recv())
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+class EngineEnd:
+    """Connects to `address`, receives ToEngine, sends FromEngine; used by one thread only."""
+
+    def __init__(self, address: str) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Inbound)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.set(zmq.LINGER, 1000)
+        self._socket.connect(address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+
+    def wake_on(self, file_descriptor: int) -> None:
+        """Makes `wait` return when the descriptor is readable too."""
+        self._poller.register(file_descriptor, zmq.POLLIN)
+
+    def wait(self, timeout: float | None) -> None:
+        """Blocks until something arrived, or for `timeout` seconds."""
+        self._poller.poll(None if timeout is None else int(timeout * 1000))
+
+    def receive(self) -> list[ToEngine]:
+        """All messages that have arrived, without blocking."""
+        messages: list[ToEngine] = []
+        while True:
+            try:
+                messages.append(self._decoder.decode(self._socket.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                return messages
+
+    def send(self, message: FromEngine) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
