@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64\x65ltamux/v1/control.proto\x12\x0b\x64\x65ltamux.v1\"\x16\n\x14GetServerInfoRequest\"\xcc\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x15\n\radapter_slots\x18\x06 \x01(\r\x12\x17\n\x0fkv_cache_tokens\x18\x07 \x01(\x04\x12\x10\n\x08\x66\x61milies\x18\x08 \x03(\t\x12\x16\n\x0ekernel_backend\x18\t \x01(\t\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"\x0f\n\rAbortResponse2\xa8\x01\n\x0e\x43ontrolService\x12V\n\rGetServerInfo\x12!.deltamux.v1.GetServerInfoRequest\x1a\".deltamux.v1.GetServerInfoResponse\x12>\n\x05\x41\x62ort\x12\x19.deltamux.v1.AbortRequest\x1a\x1a.deltamux.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64\x65ltamux/v1/control.proto\x12\x0b\x64\x65ltamux.v1\"\x16\n\x14GetServerInfoRequest\"\xe0\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x15\n\radapter_slots\x18\x06 \x01(\r\x12\x17\n\x0fkv_cache_tokens\x18\x07 \x01(\x04\x12\x10\n\x08\x66\x61milies\x18\x08 \x03(\t\x12\x16\n\x0ekernel_backend\x18\t \x01(\t\x12\x12\n\nvocab_size\x18\n \x01(\r\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"\x0f\n\rAbortResponse2\xa8\x01\n\x0e\x43ontrolService\x12V\n\rGetServerInfo\x12!.deltamux.v1.GetServerInfoRequest\x1a\".deltamux.v1.GetServerInfoResponse\x12>\n\x05\x41\x62ort\x12\x19.deltamux.v1.AbortRequest\x1a\x1a.deltamux.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFOREQUEST']._serialized_start=42
   _globals['_GETSERVERINFOREQUEST']._serialized_end=64
   _globals['_GETSERVERINFORESPONSE']._serialized_start=67
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=271
-  _globals['_ABORTREQUEST']._serialized_start=273
-  _globals['_ABORTREQUEST']._serialized_end=308
-  _globals['_ABORTRESPONSE']._serialized_start=310
-  _globals['_ABORTRESPONSE']._serialized_end=325
-  _globals['_CONTROLSERVICE']._serialized_start=328
-  _globals['_CONTROLSERVICE']._serialized_end=496
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=291
+  _globals['_ABORTREQUEST']._serialized_start=293
+  _globals['_ABORTREQUEST']._serialized_end=328
+  _globals['_ABORTRESPONSE']._serialized_start=330
+  _globals['_ABORTRESPONSE']._serialized_end=345
+  _globals['_CONTROLSERVICE']._serialized_start=348
+  _globals['_CONTROLSERVICE']._serialized_end=516
 # @@protoc_insertion_point(module_scope)

@@ -11,7 +11,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "model", "device", "dtype", "max_context_tokens", "adapter_slots", "kv_cache_tokens", "families", "kernel_backend")
+    __slots__ = ("version", "model", "device", "dtype", "max_context_tokens", "adapter_slots", "kv_cache_tokens", "families", "kernel_backend", "vocab_size")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,7 @@ class GetServerInfoResponse(_message.Message):
     KV_CACHE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FAMILIES_FIELD_NUMBER: _ClassVar[int]
     KERNEL_BACKEND_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: str
     device: str
@@ -30,7 +31,8 @@ class GetServerInfoResponse(_message.Message):
     kv_cache_tokens: int
     families: _containers.RepeatedScalarFieldContainer[str]
     kernel_backend: str
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., adapter_slots: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., families: _Optional[_Iterable[str]] = ..., kernel_backend: _Optional[str] = ...) -> None: ...
+    vocab_size: int
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., adapter_slots: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., families: _Optional[_Iterable[str]] = ..., kernel_backend: _Optional[str] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_ids",)
