@@ -1,0 +1,163 @@
+"""The sites of a base model, found by watching one forward pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+Kind = Literal["linear", "embedding", "head"]
+
+# A prime, so that no axis of heads or experts is mistaken for the token axis.
+_TRACE_TOKENS = 11
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """A module that adapters may change: it maps each token row to one row.
+
+    Sites that read the same input tensor (query, key, value; gate, up) carry the same `group`, and
+    `order` is the place of their call in it. `in_features` of an embedding is its number of rows.
+    """
+
+    name: str
+    kind: Kind
+    in_features: int
+    out_features: int
+    group: int | None = None
+    order: int = 0
+    conv1d: bool = False
+    embed_scale: float | None = None
+
+
+class Structure:
+    """All sites of a model by module name, in call order, and their frozen parameters."""
+
+    def __init__(self, sites: Mapping[str, SiteSpec], modules: Mapping[str, nn.Module]) -> None:
+        self.sites = dict(sites)
+        self._modules = dict(modules)
+
+    def weight(self, name: str) -> Tensor:
+        """Weight of a site, [out, in]; of an embedding [in, out]. A view, never a copy."""
+        weight = self._modules[name].weight
+        assert isinstance(weight, Tensor)
+        return weight.T if self.sites[name].conv1d else weight
+
+    def bias(self, name: str) -> Tensor | None:
+        """Bias of a site, [out], or None."""
+        bias = getattr(self._modules[name], "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+
+def find_structure(model: PreTrainedModel) -> Structure:
+    """Runs one short forward of a transformers decoder and returns its sites.
+
+    A linear module is a site when it was called once per token; the rows that a mixture of experts
+    sends to one expert are not. Embeddings are sites when they take nothing but token or position
+    ids.
+    """
+    calls = _trace(model)
+    head = model.get_output_embeddings()
+    groups = _groups([call for call in calls if call.module is not head])
+    sites = {call.name: _site(call, head, *groups.get(call.name, (None, 0))) for call in calls}
+    return Structure(sites, {call.name: call.module for call in calls})
+
+
+@dataclass(frozen=True)
+class _Call:
+    name: str
+    module: nn.Module
+    # Held until the trace ends: the id of a freed tensor may be taken by another one.
+    input: Tensor
+
+
+def _trace(model: PreTrainedModel) -> list[_Call]:
+    calls: dict[str, _Call] = {}
+
+    def record(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if name not in calls and _reads_token_rows(module, args):
+            calls[name] = _Call(name, module, args[0])
+
+    with _watching(model, record):
+        forward_plainly(model, _TRACE_TOKENS)
+    return list(calls.values())
+
+
+def forward_plainly(model: PreTrainedModel, num_tokens: int) -> None:
+    """One forward over arbitrary tokens at positions 0 .. num_tokens - 1, without a cache."""
+    embedding = model.get_input_embeddings()
+    vocabulary, device = embedding.num_embeddings, embedding.weight.device
+    positions = torch.arange(num_tokens, device=device)[None]
+    with torch.inference_mode():
+        model(input_ids=(positions + 3) % vocabulary, position_ids=positions, use_cache=False)
+
+
+@contextmanager
+def _watching(
+    model: nn.Module, record: Callable[[str, nn.Module, tuple[Any, ...]], None]
+) -> Iterator[None]:
+    def hook(name: str) -> Callable[..., None]:
+        def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not kwargs:
+                record(name, module, args)
+
+        return call
+
+    handles = [
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reads_token_rows(module: nn.Module, args: tuple[Any, ...]) -> bool:
+    if len(args) != 1 or not isinstance(args[0], Tensor):
+        return False
+    rows = args[0] if isinstance(module, nn.Embedding) else args[0][..., 0]
+    return rows.numel() == _TRACE_TOKENS
+
+
+def _groups(calls: list[_Call]) -> dict[str, tuple[int, int]]:
+    """Name of each linear that shares its input with a sibling -> (group, place of its call)."""
+    keys = {
+        call.name: (call.name.rpartition(".")[0], id(call.input))
+        for call in calls
+        if not isinstance(call.module, nn.Embedding)
+    }
+    sizes = Counter(keys.values())
+    numbers = {key: number for number, key in enumerate(k for k in sizes if sizes[k] > 1)}
+    seen: Counter[int] = Counter()
+    groups = {}
+    for name, key in keys.items():
+        if key in numbers:
+            group = numbers[key]
+            groups[name] = (group, seen[group])
+            seen[group] += 1
+    return groups
+
+
+def _site(call: _Call, head: nn.Module | None, group: int | None, order: int) -> SiteSpec:
+    weight = call.module.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(call.module, nn.Embedding):
+        rows, width = weight.shape
+        scale = getattr(call.module, "embed_scale", None)
+        return SiteSpec(
+            call.name, "embedding", rows, width, embed_scale=None if scale is None else float(scale)
+        )
+    conv1d = isinstance(call.module, Conv1D)
+    fan_in, fan_out = weight.shape if conv1d else reversed(weight.shape)
+    kind: Kind = "head" if call.module is head else "linear"
+    return SiteSpec(call.name, kind, fan_in, fan_out, group, order, conv1d)

@@ -1,0 +1,109 @@
+"""Sites of tiny random models: names, shapes, shared-input groups, accessors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from deltamux.base.structure import Structure, find_structure
+from transformers import AutoModelForCausalLM
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def build(config: transformers.PreTrainedConfig) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def groups(structure: Structure) -> list[list[str]]:
+    found: dict[int, list[str]] = {}
+    for site in structure.sites.values():
+        if site.group is not None:
+            members = found.setdefault(site.group, [])
+            assert site.order == len(members)
+            members.append(site.name)
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def llama() -> torch.nn.Module:
+    return build(transformers.LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2))
+
+
+def test_query_key_value_and_gate_up_share_their_input(llama: torch.nn.Module) -> None:
+    layer = "model.layers.0."
+    assert groups(find_structure(llama))[:2] == [
+        [layer + f"self_attn.{letter}_proj" for letter in "qkv"],
+        [layer + "mlp.gate_proj", layer + "mlp.up_proj"],
+    ]
+
+
+def test_projections_around_norms_still_share_their_input() -> None:
+    model = build(
+        transformers.Qwen3Config(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=16)
+    )
+    assert [name[-6:] for name in groups(find_structure(model))[0]] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    ]
+
+
+def test_sites_come_in_call_order_with_embedding_first_and_head_last(
+    llama: torch.nn.Module,
+) -> None:
+    sites = list(find_structure(llama).sites.values())
+    assert (sites[0].name, sites[0].kind) == ("model.embed_tokens", "embedding")
+    assert (sites[-1].name, sites[-1].kind) == ("lm_head", "head")
+    assert {site.kind for site in sites[1:-1]} == {"linear"}
+    assert len(sites) == 2 + 2 * 7
+
+
+def test_shapes_are_those_of_the_product(llama: torch.nn.Module) -> None:
+    structure = find_structure(llama)
+    for name, site in structure.sites.items():
+        if site.kind != "embedding":
+            assert structure.weight(name).shape == (site.out_features, site.in_features)
+            rows = torch.randn(3, site.in_features)
+            assert llama.get_submodule(name)(rows).shape == (3, site.out_features)
+
+
+def test_conv1d_is_seen_through_a_transposed_view() -> None:
+    model = build(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
+    structure = find_structure(model)
+    name = "transformer.h.0.attn.c_attn"
+    site, weight = structure.sites[name], structure.weight(name)
+    assert site.conv1d and (site.in_features, site.out_features) == (32, 96)
+    assert weight.data_ptr() == model.get_submodule(name).weight.data_ptr()
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(
+        torch.nn.functional.linear(x, weight, structure.bias(name)),
+        model.get_submodule(name)(x),
+    )
+
+
+def test_embedding_reports_rows_width_and_scale() -> None:
+    config = transformers.Gemma3TextConfig(
+        **SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=8
+    )
+    structure = find_structure(build(config))
+    site = structure.sites["model.embed_tokens"]
+    assert (site.in_features, site.out_features) == structure.weight(site.name).shape == (64, 32)
+    assert site.embed_scale == pytest.approx(32**0.5)
+    assert structure.bias(site.name) is None
+
+
+def test_embedding_that_takes_more_than_ids_is_no_site() -> None:
+    config = transformers.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)
+    kinds = [
+        site.name
+        for site in find_structure(build(config)).sites.values()
+        if site.kind == "embedding"
+    ]
+    assert kinds == ["model.decoder.embed_tokens"]
+
+
+def test_hooks_are_gone_after_the_trace(llama: torch.nn.Module) -> None:
+    find_structure(llama)
+    assert not any(module._forward_pre_hooks for module in llama.modules())
