@@ -34,6 +34,11 @@ class Sequence:
     num_computed: int = 0
     # Device slot of the adapter while a lease is held; None for the base or while waiting.
     slot: int | None = None
+    # Tier of the adapter at submission: "", "disk", "host" or "device".
+    tier: str = ""
+    # Engine clock, in seconds: when its adapter was first found missing, when it first ran.
+    adapter_missed: float | None = None
+    admitted: float | None = None
 
     @property
     def num_tokens(self) -> int:
