@@ -1,0 +1,136 @@
+"""Reads adapters from disk and writes them to the device on threads of its own."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import structlog
+import torch
+
+from deltamux.errors import DataLoss, DeltamuxError, Internal, ResourceExhausted, from_code
+from deltamux.store.content import content_digest, fingerprint
+
+if TYPE_CHECKING:
+    from deltamux.adapters.adapter import Adapter
+
+_log = structlog.get_logger(__name__)
+
+_OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A finished job: a read that brought `adapter`, a write (None), or the error of either."""
+
+    digest: str
+    seconds: float
+    adapter: Adapter | None = None
+    error: DeltamuxError | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    digest: str
+    run: Callable[[], Adapter | None]
+
+
+class Loader:
+    """Jobs go in from the engine thread and come back to it through `completed`.
+
+    Several readers, so that one slow file delays no other adapter; one writer, because the
+    device takes one copy at a time anyway. All are daemons: a hung disk never holds up an exit.
+    """
+
+    def __init__(
+        self,
+        parse: Callable[[Path, str], Adapter],
+        write: Callable[[int, Adapter], None],
+        readers: int = 4,
+    ) -> None:
+        self._parse = parse
+        self._write = write
+        self._reads: SimpleQueue[_Job | None] = SimpleQueue()
+        self._writes: SimpleQueue[_Job | None] = SimpleQueue()
+        self._completed: deque[Completed] = deque()
+        self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._readers = readers
+        for queue in [self._reads] * readers + [self._writes]:
+            threading.Thread(target=self._work, args=(queue,), daemon=True).start()
+
+    def read(self, digest: str, path: str) -> None:
+        """Starts reading, verifying and parsing the folder `path`."""
+        self._reads.put(_Job(digest, lambda: self._read_verified(Path(path), digest)))
+
+    def write(self, slot: int, adapter: Adapter) -> None:
+        """Starts copying to a slot that has been reserved."""
+        self._writes.put(_Job(adapter.digest, lambda: self._write(slot, adapter)))
+
+    def completed(self) -> list[Completed]:
+        """All jobs that ended since the last call, without blocking."""
+        try:
+            os.eventfd_read(self._eventfd)
+        except BlockingIOError:
+            return []
+        return [self._completed.popleft() for _ in range(len(self._completed))]
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while `completed` has something to tell."""
+        return self._eventfd
+
+    def wake(self) -> None:
+        """Makes the descriptor readable, so that a sleeping engine polls."""
+        with self._lock:
+            if not self._closed:
+                os.eventfd_write(self._eventfd, 1)
+
+    def close(self) -> None:
+        """Lets the threads end after the job that each is at."""
+        with self._lock:
+            self._closed = True
+            os.close(self._eventfd)
+        for queue in [self._reads] * self._readers + [self._writes]:
+            queue.put(None)
+
+    def _work(self, queue: SimpleQueue[_Job | None]) -> None:
+        while (job := queue.get()) is not None and not self._closed:
+            self._completed.append(_run(job))
+            self.wake()
+
+    def _read_verified(self, folder: Path, digest: str) -> Adapter:
+        try:
+            before = fingerprint(folder)
+            if content_digest(folder) != digest:
+                raise DataLoss("the adapter's files on disk do not match their digest")
+            adapter = self._parse(folder, digest)
+            if fingerprint(folder) != before:
+                raise DataLoss("the adapter's files on disk changed while they were read")
+        except OSError as error:
+            raise DataLoss(f"the adapter's files cannot be read: {error.strerror}") from error
+        return adapter
+
+
+def _run(job: _Job) -> Completed:
+    start = time.monotonic()
+    adapter: Adapter | None = None
+    failure: DeltamuxError | None = None
+    try:
+        adapter = job.run()
+    except DeltamuxError as error:
+        # A copy: the error's own frames would keep the tensors alive while it is remembered.
+        failure = from_code(error.code, error.reason, error.message, error.retry_after)
+    except _OUT_OF_MEMORY:
+        failure = ResourceExhausted("not enough memory to load the adapter", retry_after=5.0)
+    except Exception:
+        _log.exception("loading an adapter failed", adapter_version=job.digest)
+        failure = Internal("loading the adapter failed")
+    return Completed(job.digest, time.monotonic() - start, adapter, failure)
