@@ -1,0 +1,48 @@
+"""What the engine tells the front end about a sequence: its end, its timing, its error."""
+
+from __future__ import annotations
+
+from deltamux.engine.sequence import Sequence
+from deltamux.errors import (
+    DeltamuxError,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+)
+from deltamux.wire.messages import FirstToken
+
+
+def finish_reason(sequence: Sequence, max_model_len: int) -> str:
+    """One of "stop" and "length", or "" while the sequence goes on."""
+    stopping = sequence.stopping
+    may_stop = sequence.num_generated >= stopping.min_tokens
+    if may_stop and sequence.tokens[-1] in stopping.stop_token_ids:
+        return "stop"
+    if sequence.num_generated >= stopping.max_tokens or sequence.num_tokens >= max_model_len:
+        return "length"
+    return ""
+
+
+def first_token(sequence: Sequence) -> FirstToken | None:
+    """Told with the first token only. Waiting for the adapter does not count as queueing."""
+    if sequence.num_generated != 1 or sequence.admitted is None:
+        return None
+    missed = sequence.admitted if sequence.adapter_missed is None else sequence.adapter_missed
+    return FirstToken(
+        queue=missed - sequence.arrival,
+        adapter_load=sequence.admitted - missed,
+        tier=sequence.tier,
+    )
+
+
+def adapter_error(error: DeltamuxError) -> DeltamuxError:
+    """A malformed adapter is the loader's invalid argument, but not that of who generates."""
+    if isinstance(error, InvalidArgument):
+        return FailedPrecondition(error.message, reason=error.reason)
+    return error
+
+
+def non_finite_error(sequence: Sequence) -> DeltamuxError:
+    """The adapter's fault where there is one: the base has passed its self-test."""
+    kind = FailedPrecondition if sequence.adapter else Internal
+    return kind("the logits are not finite", reason="NON_FINITE_OUTPUT")

@@ -1,0 +1,124 @@
+"""Turns a submitted request into sequences, after checking all that the device relies on."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from deltamux.engine.sequence import Sequence
+from deltamux.errors import InvalidArgument
+from deltamux.wire.messages import Sampling, Submit
+
+# Exclusive bound of a seed: it must fit a signed 64-bit integer.
+_SEEDS = 1 << 63
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the model and its cache can take."""
+
+    vocab_size: int
+    max_model_len: int
+    # Tokens that the KV cache holds when one sequence has it to itself.
+    kv_cache_tokens: int
+
+
+class Submissions:
+    """Checks requests again, whatever the front end has checked, and gives each one a seed."""
+
+    def __init__(self, limits: Limits, seed: int) -> None:
+        self.limits = limits
+        self._seeds = random.Random(seed)
+
+    def sequences(self, submit: Submit, now: float, tier: str) -> list[Sequence]:
+        """One sequence a choice; the later ones share the first one's prompt blocks.
+
+        Raises InvalidArgument when a value is out of range or the KV cache could never hold it.
+        """
+        self._check_lengths(submit)
+        self._check_token_ids(submit)
+        _check_sampling(submit.sampling)
+        sampling = self._seeded(submit.sampling)
+        sequences: list[Sequence] = []
+        for index in range(submit.n):
+            sequence = Sequence(
+                request_id=submit.request_id,
+                index=index,
+                tokens=list(submit.prompt),
+                num_prompt=len(submit.prompt),
+                sampling=sampling,
+                stopping=submit.stopping,
+                priority=submit.priority,
+                arrival=now,
+                deadline=None if submit.deadline is None else now + submit.deadline,
+                adapter=submit.adapter,
+                adapter_path=submit.adapter_path,
+                leader=sequences[0] if sequences else None,
+                tier=tier,
+            )
+            sequences.append(sequence)
+        return sequences
+
+    def _seeded(self, sampling: Sampling) -> Sampling:
+        if sampling.seed is not None:
+            return sampling
+        return msgspec.structs.replace(sampling, seed=self._seeds.randrange(_SEEDS))
+
+    def _check_lengths(self, submit: Submit) -> None:
+        length, limits = len(submit.prompt), self.limits
+        if not 1 <= length < limits.max_model_len:
+            raise InvalidArgument(
+                f"the prompt has {length} tokens, not 1 to {limits.max_model_len - 1}",
+                reason="PROMPT_LENGTH",
+                field="input",
+            )
+        if submit.stopping.max_tokens < 1:
+            raise InvalidArgument("max_tokens is below 1", field="stopping.max_tokens")
+        if submit.n < 1:
+            raise InvalidArgument("n is below 1", field="sampling.n")
+        # The last token is only ever an output: it needs no place in the cache.
+        longest = min(length + submit.stopping.max_tokens, limits.max_model_len) - 1
+        if longest > limits.kv_cache_tokens:
+            raise InvalidArgument(
+                f"prompt and max_tokens need {longest} tokens of KV cache; "
+                f"there are {limits.kv_cache_tokens}",
+                reason="KV_CACHE_TOO_SMALL",
+                field="stopping.max_tokens",
+            )
+
+    def _check_token_ids(self, submit: Submit) -> None:
+        fields: dict[str, Iterable[int]] = {
+            "input.token_ids": submit.prompt,
+            "sampling.logit_bias": submit.sampling.logit_bias,
+        }
+        for field, token_ids in fields.items():
+            for token_id in token_ids:
+                if not 0 <= token_id < self.limits.vocab_size:
+                    raise InvalidArgument(
+                        f"{field} holds {token_id}; the vocabulary has {self.limits.vocab_size}",
+                        reason="TOKEN_ID_OUT_OF_RANGE",
+                        field=field,
+                    )
+        if not 0 <= (submit.sampling.logprobs or 0) <= self.limits.vocab_size:
+            raise InvalidArgument("logprobs is out of range", field="output.logprobs")
+
+
+def _check_sampling(sampling: Sampling) -> None:
+    sound = {
+        "sampling.temperature": 0 <= sampling.temperature < math.inf,
+        "sampling.top_p": 0 < sampling.top_p <= 1,
+        "sampling.top_k": sampling.top_k >= 0,
+        "sampling.min_p": 0 <= sampling.min_p <= 1,
+        "sampling.repetition_penalty": 0 < sampling.repetition_penalty < math.inf,
+        "sampling.presence_penalty": math.isfinite(sampling.presence_penalty),
+        "sampling.frequency_penalty": math.isfinite(sampling.frequency_penalty),
+        "sampling.seed": sampling.seed is None or 0 <= sampling.seed < _SEEDS,
+        "sampling.logit_bias": all(map(math.isfinite, sampling.logit_bias.values())),
+    }
+    for field, is_sound in sound.items():
+        if not is_sound:
+            raise InvalidArgument(f"{field} is out of range", field=field)

@@ -1,0 +1,106 @@
+"""Siblings of the adapter cache and of the sequences' source, without files, threads or tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import count
+
+import pytest
+from deltamux.engine.sequence import Sequence
+from deltamux.errors import DeltamuxError
+from deltamux.wire.messages import FromEngine, Sampling, Stopping
+
+
+class FakeAdapters:
+    """An adapter cache with `slots` slots, whose loads take `load_polls` calls of poll."""
+
+    def __init__(self, slots: int, load_polls: int = 0) -> None:
+        self.device: dict[str, int] = {}
+        self.leases: Counter[str] = Counter()
+        self.broken: dict[str, DeltamuxError] = {}
+        self.load_polls = load_polls
+        self._free = list(range(slots))
+        self._loading: dict[str, int] = {}
+        self._host: set[str] = set()
+        self.device_hits = self.host_hits = self.misses = 0
+        self.device_evictions = self.host_evictions = 0
+
+    def acquire(self, digest: str, path: str) -> int | None:
+        if digest in self.broken:
+            raise self.broken[digest]
+        if digest not in self.device and not self._on_host(digest):
+            return None
+        if digest not in self.device and not self._place(digest):
+            return None
+        self.leases[digest] += 1
+        return self.device[digest]
+
+    def release(self, digest: str) -> None:
+        assert self.leases[digest] > 0
+        self.leases[digest] -= 1
+
+    def blocked(self, digest: str) -> bool:
+        idle = [name for name in self.device if not self.leases[name]]
+        return digest in self._host and digest not in self.device and not (self._free or idle)
+
+    def tier(self, digest: str) -> str:
+        return "device" if digest in self.device else "host" if digest in self._host else "disk"
+
+    def poll(self) -> list[FromEngine]:
+        for digest in list(self._loading):
+            self._loading[digest] -= 1
+        return []
+
+    def _on_host(self, digest: str) -> bool:
+        if digest not in self._host and self._loading.setdefault(digest, self.load_polls) <= 0:
+            del self._loading[digest]
+            self._host.add(digest)
+        return digest in self._host
+
+    def _place(self, digest: str) -> bool:
+        idle = [name for name in self.device if not self.leases[name]]
+        if not self._free and idle:
+            self._free.append(self.device.pop(idle[0]))
+            self.device_evictions += 1
+        if not self._free:
+            return False
+        self.device[digest] = self._free.pop()
+        return True
+
+
+@pytest.fixture
+def fake_adapters() -> type[FakeAdapters]:
+    return FakeAdapters
+
+
+@pytest.fixture
+def new_sequence() -> Callable[..., Sequence]:
+    """A sequence of its own request, arriving after the one made before."""
+    numbers = count()
+
+    def new(
+        num_prompt: int = 4,
+        max_tokens: int = 4,
+        adapter: str = "",
+        priority: int = 0,
+        leader: Sequence | None = None,
+        deadline: float | None = None,
+    ) -> Sequence:
+        number = next(numbers)
+        return Sequence(
+            request_id=leader.request_id if leader else f"request-{number}",
+            index=number if leader else 0,
+            tokens=list(range(num_prompt)),
+            num_prompt=num_prompt,
+            sampling=Sampling(),
+            stopping=Stopping(max_tokens=max_tokens),
+            priority=priority,
+            arrival=leader.arrival if leader else float(number),
+            deadline=deadline,
+            adapter=adapter,
+            adapter_path="",
+            leader=leader,
+        )
+
+    return new

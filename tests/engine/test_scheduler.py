@@ -1,0 +1,325 @@
+from itertools import permutations
+
+import pytest
+from deltamux.config import EngineConfig
+from deltamux.engine import drain
+from deltamux.engine.block_allocator import BlockAllocator
+from deltamux.engine.scheduler import Scheduler
+from deltamux.errors import InvalidArgument
+
+BLOCK_SIZE = 4
+
+
+class Setup:
+    """A scheduler, and the little that the engine does between two schedules."""
+
+    def __init__(self, adapters, num_blocks=100, seqs=8, budget=16):
+        config = EngineConfig(
+            "", block_size=BLOCK_SIZE, max_num_seqs=seqs, max_num_batched_tokens=budget
+        )
+        self.adapters = adapters
+        self.allocator = BlockAllocator(num_blocks + 1)
+        self.scheduler = Scheduler(config, self.allocator, adapters)
+        self.now = 0.0
+
+    def add(self, *sequences):
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+
+    def step(self, seconds=0.1):
+        """Runs a step and returns {sequence: tokens computed}."""
+        self.now += seconds
+        self.adapters.poll()
+        plan = self.scheduler.schedule(self.now)
+        sampling = [item.sequence for item in plan.scheduled if item.samples]
+        for item in plan.scheduled:
+            item.sequence.num_computed += item.num_tokens
+        for sequence in sampling:
+            sequence.tokens.append(7)
+            if sequence.num_generated == sequence.stopping.max_tokens:
+                self.scheduler.finish(sequence)
+        return {item.sequence: item.num_tokens for item in plan.scheduled}
+
+    def steps_until(self, condition, limit=500):
+        for step in range(limit):
+            if condition():
+                return step
+            self.step()
+        raise AssertionError(f"not within {limit} steps")
+
+    def is_empty(self):
+        return (
+            not self.scheduler.running
+            and not self.scheduler.waiting
+            and self.allocator.num_free == self.allocator.num_total
+            and not self.adapters.leases.total()
+        )
+
+
+@pytest.fixture
+def setup(fake_adapters):
+    def make(slots=2, load_polls=0, **limits):
+        return Setup(fake_adapters(slots, load_polls), **limits)
+
+    return make
+
+
+def test_prefill_is_chunked_under_the_budget_and_decodes_come_first(setup, new_sequence):
+    engine = setup(budget=16)
+    long, short = new_sequence(num_prompt=30), new_sequence(num_prompt=3)
+    engine.add(long)
+    assert engine.step() == {long: 16}
+    engine.add(short)
+    assert engine.step() == {long: 14, short: 2}
+    assert engine.step() == {long: 1, short: 1}
+    assert engine.step() == {long: 1, short: 1}
+
+    late = new_sequence(num_prompt=40, priority=1)
+    engine.add(late)
+    plan = engine.step()
+    assert plan == {long: 1, short: 1, late: 14}
+    assert list(plan) == [long, short, late]
+
+
+def test_no_more_sequences_run_than_allowed(setup, new_sequence):
+    engine = setup(seqs=3)
+    sequences = [new_sequence() for _ in range(5)]
+    engine.add(*sequences)
+    engine.step()
+    assert engine.scheduler.running == sequences[:3]
+    engine.steps_until(engine.is_empty)
+
+
+def test_more_sequences_than_budget_all_have_their_token_in_every_step(setup, new_sequence):
+    engine = setup(seqs=8, budget=2)
+    sequences = [new_sequence(num_prompt=1) for _ in range(4)]
+    engine.add(*sequences)
+    assert engine.step() == {sequences[0]: 1, sequences[1]: 1}
+    engine.steps_until(engine.is_empty)
+
+
+def test_larger_priority_runs_first_then_earlier_arrival(setup, new_sequence):
+    engine = setup(seqs=1)
+    first, second, urgent = new_sequence(), new_sequence(), new_sequence(priority=5)
+    engine.add(second, first, urgent)
+    assert engine.scheduler.waiting == [urgent, first, second]
+
+
+def test_the_youngest_is_preempted_and_computed_again(setup, new_sequence):
+    engine = setup(num_blocks=6)
+    old = new_sequence(num_prompt=8, max_tokens=16, adapter="a")
+    young = new_sequence(num_prompt=8, max_tokens=16, adapter="b")
+    engine.add(old, young)
+    engine.steps_until(lambda: engine.scheduler.num_preemptions)
+    assert old in engine.scheduler.running
+    assert engine.scheduler.waiting == [young]
+    assert young.blocks == [] and young.num_computed == 0 and young.slot is None
+    assert engine.adapters.leases == {"a": 1, "b": 0}
+    generated = young.num_generated
+    assert generated > 0
+
+    engine.steps_until(lambda: young.blocks)
+    assert young.num_computed > 1
+    assert young.num_generated >= generated
+    engine.steps_until(engine.is_empty)
+    assert old.num_generated == young.num_generated == 16
+
+
+def test_priority_outranks_age_when_blocks_run_out(setup, new_sequence):
+    engine = setup(num_blocks=6)
+    old = new_sequence(num_prompt=8, max_tokens=16)
+    urgent = new_sequence(num_prompt=8, max_tokens=16, priority=1)
+    engine.add(old, urgent)
+    engine.steps_until(lambda: engine.scheduler.num_preemptions)
+    assert engine.scheduler.waiting == [old]
+
+
+def test_a_newcomer_waits_until_it_would_not_be_preempted_at_once(setup, new_sequence):
+    engine = setup(num_blocks=5)
+    old, young = new_sequence(num_prompt=8, max_tokens=8), new_sequence(num_prompt=12)
+    engine.add(old)
+    engine.step()
+    engine.add(young)
+    engine.steps_until(engine.is_empty)
+    assert engine.scheduler.num_preemptions == 0
+
+
+def test_a_missing_adapter_delays_no_other_request(setup, new_sequence):
+    engine = setup(load_polls=3)
+    cold, base, ready = new_sequence(adapter="cold"), new_sequence(), new_sequence(adapter="a")
+    engine.adapters.load_polls = 0
+    engine.adapters.acquire("a", "")
+    engine.adapters.release("a")
+    engine.adapters.load_polls = 3
+    engine.add(cold, base, ready)
+    assert set(engine.step()) == {base, ready}
+    engine.steps_until(lambda: cold.blocks)
+    assert cold.adapter_missed == pytest.approx(0.1)
+    assert cold.admitted > cold.adapter_missed
+    engine.steps_until(engine.is_empty)
+
+
+def test_a_broken_adapter_is_told_and_takes_nothing(setup, new_sequence):
+    engine = setup()
+    error = InvalidArgument("broken")
+    engine.adapters.broken["bad"] = error
+    bad, good = new_sequence(adapter="bad"), new_sequence(adapter="good")
+    engine.add(bad, good)
+    plan = engine.scheduler.schedule(0.0)
+    assert plan.failed == {bad.request_id: error}
+    assert [item.sequence for item in plan.scheduled] == [good]
+    assert bad.blocks == [] and bad in engine.scheduler.waiting
+
+
+def test_choices_share_the_full_blocks_of_the_prompt(setup, new_sequence):
+    engine = setup(budget=8)
+    leader = new_sequence(num_prompt=10, adapter="a")
+    followers = [new_sequence(num_prompt=10, adapter="a", leader=leader) for _ in range(2)]
+    engine.add(leader, *followers)
+    assert engine.step() == {leader: 8}
+    # The leader's first 8 tokens are two full blocks: the followers compute the other two.
+    assert engine.step() == {leader: 2, followers[0]: 2, followers[1]: 2}
+    assert followers[0].blocks[:2] == leader.blocks[:2] == followers[1].blocks[:2]
+    assert len({sequence.blocks[2] for sequence in (leader, *followers)}) == 3
+    assert engine.adapters.leases["a"] == 3
+    engine.steps_until(engine.is_empty)
+
+
+def test_choices_never_share_the_block_of_the_last_prompt_token(setup, new_sequence):
+    engine = setup(budget=100)
+    leader = new_sequence(num_prompt=8)
+    follower = new_sequence(num_prompt=8, leader=leader)
+    engine.add(leader, follower)
+    assert engine.step() == {leader: 8}
+    assert engine.step() == {leader: 1, follower: 4}
+
+
+def test_waiting_for_the_leader_delays_no_other_request(setup, new_sequence):
+    engine = setup(budget=12)
+    leader = new_sequence(num_prompt=10)
+    follower, other = new_sequence(num_prompt=10, leader=leader), new_sequence(num_prompt=2)
+    engine.add(leader, follower, other)
+    assert engine.step() == {leader: 10, other: 2}
+
+
+@pytest.mark.parametrize("fate", ["cancelled", "preempted"])
+def test_a_choice_computes_the_whole_prompt_when_the_first_is_gone(setup, new_sequence, fate):
+    engine = setup(budget=8)
+    leader = new_sequence(num_prompt=10)
+    follower = new_sequence(num_prompt=10, leader=leader)
+    engine.add(leader, follower)
+    engine.step()
+    if fate == "cancelled":
+        engine.scheduler.cancel(leader.request_id, (leader.index,))
+    else:
+        engine.scheduler._preempt(leader)
+        engine.scheduler.waiting.remove(leader)
+    assert engine.step() == {follower: 8}
+    engine.steps_until(engine.is_empty)
+
+
+def test_shared_blocks_outlive_the_leader(setup, new_sequence):
+    engine = setup()
+    leader = new_sequence(num_prompt=10)
+    follower = new_sequence(num_prompt=10, leader=leader, max_tokens=12)
+    engine.add(leader, follower)
+    engine.step()
+    engine.step()
+    shared = follower.blocks[:2]
+    engine.scheduler.cancel(leader.request_id, (leader.index,))
+    newcomers = [new_sequence(num_prompt=8) for _ in range(6)]
+    engine.add(*newcomers)
+    engine.step()
+    assert not any(set(shared) & set(newcomer.blocks) for newcomer in newcomers)
+    engine.steps_until(engine.is_empty)
+
+
+def test_cancel_frees_whatever_state_a_choice_is_in(setup, new_sequence):
+    engine = setup(budget=8)
+    decoding = new_sequence(num_prompt=2, max_tokens=50, adapter="a")
+    prefilling = new_sequence(num_prompt=40, adapter="b")
+    waiting = new_sequence(adapter="c")
+    engine.add(decoding, prefilling, waiting)
+    engine.step()
+    engine.step()
+    assert [s.num_uncomputed > 1 for s in engine.scheduler.running] == [False, True]
+    for sequence in (decoding, prefilling, waiting):
+        engine.scheduler.cancel(sequence.request_id)
+    engine.scheduler.cancel("unknown")
+    assert engine.is_empty()
+
+
+def test_cancel_of_some_choices_leaves_the_others(setup, new_sequence):
+    engine = setup()
+    leader = new_sequence()
+    followers = [new_sequence(leader=leader) for _ in range(2)]
+    engine.add(leader, *followers)
+    engine.step()
+    engine.scheduler.cancel(leader.request_id, (leader.index, followers[1].index))
+    assert engine.scheduler.running == [followers[0]]
+
+
+def test_deadlines(setup, new_sequence):
+    engine = setup(seqs=1)
+    running, waiting = new_sequence(deadline=5.0), new_sequence(deadline=3.0)
+    engine.add(running, waiting, new_sequence())
+    engine.step()
+    assert engine.scheduler.next_deadline() == 3.0
+    assert engine.scheduler.expired(2.9) == set()
+    assert engine.scheduler.expired(3.0) == {waiting.request_id}
+    assert engine.scheduler.expired(6.0) == {running.request_id, waiting.request_id}
+
+
+def test_any_mix_of_more_adapters_than_slots_completes(setup, new_sequence):
+    for order in permutations(["", "a", "b", "c", "d"]):
+        engine = setup(slots=3, load_polls=1)
+        sequences = [new_sequence(adapter=adapter, max_tokens=2) for adapter in order]
+        engine.add(*sequences)
+        engine.steps_until(engine.is_empty, limit=50)
+        assert all(sequence.num_generated == 2 for sequence in sequences)
+
+
+def _steps_of_rare_request(engine, new_sequence, limit):
+    """Steps until a request for "rare" is through, while two hot adapters always have more."""
+    engine.add(*(new_sequence(adapter=hot, max_tokens=20) for hot in ("hot-1", "hot-2")))
+    engine.step()
+    rare = new_sequence(adapter="rare", max_tokens=2)
+    engine.add(rare)
+    for step in range(limit):
+        for hot in ("hot-1", "hot-2"):
+            if sum(s.adapter == hot for s in engine.scheduler.waiting) < 2:
+                engine.add(new_sequence(adapter=hot, max_tokens=20))
+        engine.step()
+        if rare.num_generated == 2:
+            return step
+    return None
+
+
+def test_a_request_without_a_slot_does_not_starve(setup, new_sequence):
+    """20 steps of patience, then at most the 20 of the longest run, then its own."""
+    steps = _steps_of_rare_request(setup(slots=2, seqs=6), new_sequence, 100)
+    assert 20 <= steps <= 45
+
+
+def test_without_the_drain_it_would_starve(setup, new_sequence, monkeypatch):
+    monkeypatch.setattr(drain, "PATIENCE", 1e9)
+    assert _steps_of_rare_request(setup(slots=2, seqs=6), new_sequence, 300) is None
+
+
+def test_while_one_adapter_drains_the_others_and_the_base_go_on(setup, new_sequence):
+    engine = setup(slots=2)
+    short = new_sequence(adapter="short", max_tokens=40)
+    long = new_sequence(adapter="long", max_tokens=80)
+    rare = new_sequence(adapter="rare")
+    engine.add(short, long, rare)
+    engine.step()
+    engine.step(seconds=drain.PATIENCE)
+    more = [new_sequence(adapter=adapter) for adapter in ("short", "long", "", "new")]
+    engine.add(*more)
+    engine.step()
+    assert set(engine.scheduler.running) == {short, long, more[1], more[2]}
+    engine.step(seconds=drain.PATIENCE)
+    engine.add(late := new_sequence(adapter="long"))
+    engine.step()
+    assert late in engine.scheduler.waiting
+    engine.steps_until(engine.is_empty)
