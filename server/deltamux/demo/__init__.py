@@ -1,0 +1,1 @@
+"""The embedded default: a tiny base model, its adapters, and a demonstration of them."""
