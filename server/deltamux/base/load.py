@@ -1,0 +1,148 @@
+"""Loads a transformers decoder and makes it ready to be driven: frozen, probed, its sites known."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from deltamux.base.probe import AttentionLayer, probe
+from deltamux.base.structure import Structure, find_structure
+from deltamux.errors import StartupError
+
+AttentionFunction = Callable[..., tuple[Tensor, None]]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_attention_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Base:
+    """One frozen model that all requests share."""
+
+    model: PreTrainedModel
+    device: torch.device
+    dtype: torch.dtype
+    layers: tuple[AttentionLayer, ...]
+    structure: Structure
+    # Rows of the token embedding, and the logits of one row.
+    vocab_size: int
+    # Positions that the model knows.
+    max_model_len: int
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config
+
+    def set_attention(self, attention: AttentionFunction) -> None:
+        """Makes every layer call `attention`, under a name that no other model uses."""
+        name = f"deltamux_{next(_attention_numbers)}"
+        ALL_ATTENTION_FUNCTIONS.register(name, attention)
+        self.model.set_attn_implementation(name)
+
+    def set_plain_attention(self) -> None:
+        """Back to transformers' own attention, the reference."""
+        self.model.set_attn_implementation("eager")
+
+
+def load_base(model: str, device: str = "cpu", dtype: str = "auto") -> Base:
+    """Loads the model in a local folder, or of a hub id, on one device.
+
+    `dtype` is "float32", "bfloat16", "float16" or "auto": the checkpoint's own on a GPU, float32 on
+    a CPU. No code of the checkpoint is run. Raises StartupError when there is no such model, its
+    weights are incomplete, or deltamux cannot serve its architecture.
+    """
+    place = _device(device)
+    config = _config(model)
+    loaded = _weights(model, config, _dtype(dtype, place))
+    return adopt(loaded.to(place))
+
+
+def adopt(model: PreTrainedModel) -> Base:
+    """Freezes and probes a model that is in memory; it belongs to the returned Base from now on."""
+    model.eval().requires_grad_(False)
+    embedding = model.get_input_embeddings().weight
+    return Base(
+        model=model,
+        device=embedding.device,
+        dtype=embedding.dtype,
+        layers=probe(model),
+        structure=find_structure(model),
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        max_model_len=_max_model_len(model.config),
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise StartupError(f"unknown device {name!r}: cpu, cuda and cuda:N are possible") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise StartupError("no CUDA device is available: use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise StartupError(f"device {name!r} is not supported: cpu, cuda and cuda:N are possible")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name not in _DTYPES:
+        raise StartupError(f"unknown dtype {name!r}: auto, {', '.join(_DTYPES)} are possible")
+    return _DTYPES[name]
+
+
+def _config(model: str) -> PreTrainedConfig:
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise StartupError(f"{model} is not a model: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(model, error) from error
+
+
+def _weights(model: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _not_loaded(model, error) from error
+    _check_complete(model, report)
+    return loaded
+
+
+def _check_complete(model: str, report: dict[str, Any]) -> None:
+    """transformers fills what is missing with random numbers; that must not be served."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise StartupError(
+            f"{model} is incomplete: {len(missing)} weights are missing, {missing[0]} among them"
+        )
+
+
+def _not_loaded(model: str, error: Exception) -> StartupError:
+    if isinstance(error, OSError) and not Path(model).exists():
+        return StartupError(f"{model} is neither a folder nor a model that the hub can give")
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return StartupError(f"{model} cannot be loaded: {first_line}")
+
+
+def _max_model_len(config: PreTrainedConfig) -> int:
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(length, int):
+        raise StartupError(f"the config of {config.model_type!r} names no max_position_embeddings")
+    return length
