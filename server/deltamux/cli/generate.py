@@ -1,0 +1,53 @@
+"""`deltamux generate`: one prompt to a server, its answer as it comes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pydantic_settings import CliPositionalArg
+
+from deltamux.cli.command import Command, option
+from deltamux.client import DEFAULT_TARGET, Client, ClientError, generate_request
+
+
+class Generate(Command):
+    """Send a prompt to a server and print its answer as it is generated."""
+
+    prompt: CliPositionalArg[str] = option(help="the text; - reads it from standard input")
+    target: str = option(DEFAULT_TARGET, help="the server", metavar="HOST:PORT")
+    adapter: str = option(
+        "", help='"name" or "name@version"; the base when absent', metavar="ADAPTER"
+    )
+    max_tokens: int | None = option(None, ge=1, help="longest answer", metavar="TOKENS")
+    temperature: float | None = option(None, ge=0, help="0 is greedy", metavar="T")
+    top_p: float | None = option(None, gt=0, le=1, help="nucleus sampling", metavar="P")
+    top_k: int | None = option(None, ge=0, help="0: no limit", metavar="K")
+    seed: int | None = option(None, ge=0, help="repeats the same answer", metavar="N")
+    stop: list[str] = option(
+        default_factory=list, help="a text that ends the answer; repeatable", metavar="TEXT"
+    )
+    timeout: float | None = option(None, gt=0, help="gives up after", metavar="SECONDS")
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = Generate.parse("deltamux generate", arguments)
+    request = generate_request(
+        sys.stdin.read() if options.prompt == "-" else options.prompt,
+        adapter=options.adapter,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+        stop=options.stop,
+    )
+    try:
+        with Client(options.target, options.timeout) as client:
+            for response in client.stream(request):
+                print(response.text, end="", flush=True)
+            print()
+    except ClientError as error:
+        print(f"deltamux generate: {error.code}: {error.message}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,138 @@
+"""The demo's show: ask one server through all its adapters at once, and check every answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import Metric
+from rich.console import Console
+from rich.table import Table
+
+from deltamux.client import Answer, AsyncClient, Client, ClientError, generate_request
+from deltamux.demo.server import Server, ServerFailed
+from deltamux.demo.tasks import TASKS, Task, prompt, unseen_inputs, weights_path
+from deltamux.v1 import adapters_pb2
+
+BASE = Task("", "repeats its input", lambda text: text)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text that no weight was trained on, for one adapter."""
+
+    task: Task
+    text: str
+
+    @property
+    def expected(self) -> str:
+        return self.task.answer(self.text)
+
+
+def run(prompts: int, seed: int) -> int:
+    """Shows `prompts` questions for each adapter and the base; 0 when all answers are right."""
+    console = Console()
+    questions = [
+        Question(task, text)
+        for task in (BASE, *TASKS)
+        for text in unseen_inputs(task, prompts, seed)
+    ]
+    console.print(f"Starting a server with one frozen model and {len(TASKS)} adapters ...")
+    try:
+        with Server(*_serve_arguments(), "--device", "cpu") as server:
+            return _show(console, server, questions)
+    except (ServerFailed, ClientError) as error:
+        console.print(f"[red]The demo failed:[/] {error}", markup=True, highlight=False)
+        return 1
+
+
+def _serve_arguments() -> tuple[str, ...]:
+    weights = weights_path()
+    return ("--model", str(weights / "base"), "--adapter-dir", str(weights / "adapters"))
+
+
+def _show(console: Console, server: Server, questions: Sequence[Question]) -> int:
+    started = time.perf_counter()
+    answers = asyncio.run(_ask_all(server.target, questions))
+    seconds = time.perf_counter() - started
+    with Client(server.target) as client:
+        adapters = {adapter.name: adapter for adapter in client.list_adapters()}
+    console.print(_answers_table(questions, answers, adapters))
+    right = sum(a.text == q.expected for q, a in zip(questions, answers, strict=True))
+    tokens = sum(answer.completion_tokens for answer in answers)
+    console.print(
+        f"\n{right} of {len(questions)} answers right; {len(questions)} concurrent requests, "
+        f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)\n"
+    )
+    console.print(_steps_table(server.metrics()["deltamux_adapters_per_step"]))
+    console.print(_what_next(), highlight=False, markup=False, soft_wrap=True)
+    return 0 if right == len(questions) else 1
+
+
+async def _ask_all(target: str, questions: Iterable[Question]) -> list[Answer]:
+    async with AsyncClient(target) as client:
+        return await asyncio.gather(
+            *(
+                client.generate(generate_request(prompt(q.text), adapter=q.task.name))
+                for q in questions
+            )
+        )
+
+
+def _answers_table(
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    adapters: dict[str, adapters_pb2.Adapter],
+) -> Table:
+    table = Table(title="One frozen model, one batch, every row through its own adapter")
+    for heading in ("prompt", "adapter", "family", "rank", "answer", ""):
+        table.add_column(heading, justify="right" if heading == "rank" else "left")
+    for question, answer in zip(questions, answers, strict=True):
+        adapter = adapters.get(question.task.name, adapters_pb2.Adapter(name="(base)"))
+        right = answer.text == question.expected
+        table.add_row(
+            question.text,
+            adapter.name,
+            adapter.family,
+            str(adapter.rank or ""),
+            answer.text,
+            "[green]right[/]" if right else f"[red]wrong[/], not {question.expected}",
+        )
+    return table
+
+
+def _steps_table(histogram: Metric) -> Table:
+    """How many adapters shared a step, from the server's own /metrics."""
+    table = Table(title="deltamux_adapters_per_step", header_style="bold")
+    table.add_column("adapters in the step", justify="right")
+    table.add_column("steps", justify="right")
+    below = 0
+    for sample in histogram.samples:
+        if sample.name.endswith("_bucket"):
+            steps = int(sample.value) - below
+            below = int(sample.value)
+            if steps:
+                table.add_row(sample.labels["le"].removesuffix(".0"), str(steps))
+    return table
+
+
+def _what_next() -> str:
+    serve = " ".join(("deltamux serve", *_serve_arguments()))
+    return f"""
+To talk to such a server yourself, start one:
+
+  {serve}
+
+and ask it from a terminal, with grpcurl, or from Python:
+
+  deltamux generate "$(printf 'good morning\\n ')" --adapter {TASKS[0].name}
+
+  grpcurl -plaintext -d '{{"text": "good morning\\n", "adapter": "{TASKS[0].name}"}}' \\
+      localhost:8000 deltamux.v1.InferenceService/Generate
+
+  from deltamux.client import Client, generate_request
+  with Client("localhost:8000") as client:
+      print(client.generate(generate_request("good morning\\n", adapter="{TASKS[0].name}")).text)
+"""

@@ -1,0 +1,1 @@
+"""Brings the two processes up, keeps the engine alive, and ends both in order."""

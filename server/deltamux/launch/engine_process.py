@@ -1,0 +1,66 @@
+"""The engine as a child process: how it is started, how it is told to go, how its end is read."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+from dataclasses import asdict
+
+from deltamux.config import EngineConfig
+
+
+class EngineProcess:
+    """One life of the engine.
+
+    Its standard input carries the configuration as one line of JSON and then stays open: when
+    this process dies, however it dies, the engine reads the end of the file and exits.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def start(cls, config: EngineConfig, address: str) -> EngineProcess:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "deltamux.engine",
+            "--socket",
+            address,
+            stdin=asyncio.subprocess.PIPE,
+            # A terminal's Ctrl-C is for the front end alone, which then drains.
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        with contextlib.suppress(ConnectionError):
+            process.stdin.write(json.dumps(asdict(config)).encode() + b"\n")
+            await process.stdin.drain()
+        return cls(process)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def ended(self) -> str:
+        """Waits for the process to end; says how in words."""
+        code = await self._process.wait()
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"exited with code {code}"
+
+    async def stop(self, grace: float) -> None:
+        """Closes its input, which asks it to go; kills it after `grace` seconds."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), grace)
+        except TimeoutError:
+            self.kill()
+            await self._process.wait()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
