@@ -1,0 +1,26 @@
+"""Kernels of deltamux: one formula an op, in Triton for CUDA and in plain torch elsewhere."""
+
+from deltamux_kernels.attention_batch import AttentionBatch
+from deltamux_kernels.embedding_shrink import embedding_shrink
+from deltamux_kernels.expand import Columns, expand
+from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
+from deltamux_kernels.paged_attention import paged_attention
+from deltamux_kernels.row_affine import row_affine
+from deltamux_kernels.segments import Segments
+from deltamux_kernels.shrink import Shrunk, shrink
+from deltamux_kernels.write_kv import write_kv
+
+__all__ = [
+    "ALIGNMENT",
+    "AttentionBatch",
+    "Columns",
+    "PackedMatrices",
+    "Segments",
+    "Shrunk",
+    "embedding_shrink",
+    "expand",
+    "paged_attention",
+    "row_affine",
+    "shrink",
+    "write_kv",
+]

@@ -1,0 +1,37 @@
+"""The sequences of one step, as attention sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Packed queries of B sequences and the cache blocks that hold their keys and values.
+
+    Sequence b has `query_lens[b]` query rows, from row `query_starts[b]` on, and
+    `context_lens[b]` keys, this step's own among them. Token p of it lies in block
+    `block_tables[b, p // block_size]` of the cache, at offset `p % block_size`. Entries of the
+    table past the last block are never read.
+    """
+
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    query_starts: torch.Tensor  # int32 [B + 1]
+    seq_lens: torch.Tensor  # int32 [B], context_lens on the device
+    block_tables: torch.Tensor  # int32 [B, M]
+    # What the forms work out once a step and read again in every layer.
+    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """`query_starts` on the host, without the total."""
+        starts, row = [], 0
+        for length in self.query_lens:
+            starts.append(row)
+            row += length
+        return tuple(starts)

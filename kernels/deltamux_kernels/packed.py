@@ -1,0 +1,59 @@
+"""Matrices of unequal row counts, one per slot, packed exactly in a shared arena."""
+
+from __future__ import annotations
+
+import torch
+
+# Elements. An offset that is a multiple of it lets the kernels load 16 bytes at a time in every
+# dtype, and starts each matrix on a cache line of its own.
+ALIGNMENT = 64
+
+
+class PackedMatrices:
+    """One row-major matrix [rows, width] per slot, for one site; a slot may have none.
+
+    All sites share one flat `arena`; a matrix takes `rows * width` of its elements and no padding.
+    `offsets` (int64 [slots], elements) and `rows` (int32 [slots], 0 = no matrix) live on the
+    arena's device for the Triton forms; `views` holds the same matrices for the torch forms.
+    """
+
+    def __init__(self, arena: torch.Tensor, slots: int, width: int) -> None:
+        self.arena = arena
+        self.width = width
+        self.offsets = torch.zeros(slots, dtype=torch.int64, device=arena.device)
+        self.rows = torch.zeros(slots, dtype=torch.int32, device=arena.device)
+        self.views: list[torch.Tensor | None] = [None] * slots
+        self.transposed: list[torch.Tensor | None] = [None] * slots
+        self._rows_on_host = [0] * slots
+
+    def write(self, slot: int, offset: int, matrix: torch.Tensor) -> None:
+        """Copy `matrix` [rows, width] to `arena[offset:]` and make it the slot's own.
+
+        The copy does not block: on CUDA it runs on the current stream, from pinned memory if the
+        source has it. Raises ValueError for a wrong width, an offset off `ALIGNMENT`, or a matrix
+        that does not fit the arena.
+        """
+        rows, width = matrix.shape
+        end = offset + matrix.numel()
+        if width != self.width:
+            raise ValueError(f"matrix is {width} wide, this site is {self.width}")
+        if offset % ALIGNMENT or offset < 0 or end > self.arena.numel():
+            raise ValueError(f"[{offset}, {end}) is no aligned extent of {self.arena.numel()}")
+        view = self.arena[offset:end].view(rows, width)
+        view.copy_(matrix, non_blocking=True)
+        self.offsets[slot] = offset
+        self.rows[slot] = rows
+        self._rows_on_host[slot] = rows
+        self.views[slot] = view if rows else None
+        self.transposed[slot] = view.t() if rows else None
+
+    def clear(self, slot: int) -> None:
+        """Forget the slot's matrix; its extent belongs to the caller again."""
+        self.rows[slot] = 0
+        self._rows_on_host[slot] = 0
+        self.views[slot] = None
+        self.transposed[slot] = None
+
+    def rows_of(self, slot: int) -> int:
+        """Rows of the slot's matrix; 0 when it has none."""
+        return self._rows_on_host[slot]

@@ -1,0 +1,102 @@
+"""Which rows of one step belong to which adapter slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+# Rows of one matrix instruction. The tile never depends on the batch, so neither does the
+# instruction that computes a row, and a row's result is the same beside any neighbours.
+TILE_ROWS = 16
+
+Span = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Spans of rows `(slot, start, end)`, sorted by start and disjoint; other rows have no adapter.
+
+    `spans` serves the torch forms. The Triton forms read `tiles`, the same rows cut into tiles of
+    at most `TILE_ROWS`, so that no program exists for a slot that has no row in the step.
+    """
+
+    spans: tuple[Span, ...]
+    device: torch.device
+
+    @classmethod
+    def build(cls, spans: Sequence[Span], device: torch.device) -> Segments:
+        """Segments of `spans`; neighbours of one slot become one span, empty spans disappear.
+
+        Raises ValueError when spans overlap or are not sorted by start.
+        """
+        merged: list[Span] = []
+        end_of_previous = 0
+        for slot, start, end in spans:
+            if slot < 0 or start < end_of_previous or end < start:
+                raise ValueError(f"spans must be sorted and disjoint, got {tuple(spans)}")
+            if start == end:
+                continue
+            if merged and merged[-1][0] == slot and merged[-1][2] == start:
+                merged[-1] = (slot, merged[-1][1], end)
+            else:
+                merged.append((slot, start, end))
+            end_of_previous = end
+        segments = cls(tuple(merged), device)
+        if device.type == "cuda" and merged:
+            _ = segments.tiles  # copied now: a captured graph must not copy inside
+        return segments
+
+    def __bool__(self) -> bool:
+        return bool(self.spans)
+
+    @cached_property
+    def slots(self) -> frozenset[int]:
+        """The slots that have at least one row."""
+        return frozenset(slot for slot, _, _ in self.spans)
+
+    @cached_property
+    def tiles(self) -> torch.Tensor:
+        """`(slot, start, rows)` of every tile of at most `TILE_ROWS` rows: int32 [tiles, 3]."""
+        tiles = [
+            (slot, row, min(TILE_ROWS, end - row))
+            for slot, start, end in self.spans
+            for row in range(start, end, TILE_ROWS)
+        ]
+        table = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 3)
+        if self.device.type == "cuda":
+            table = table.pin_memory()
+        return table.to(self.device, non_blocking=True)
+
+    def pieces(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The rows of each span, as views of `x` [T, ...].
+
+        One split of the whole tensor: a view made so costs half of one made by slicing.
+        """
+        parts = x.split_with_sizes(self._sizes(x.shape[0]))
+        return [parts[index] for index in self._part_of_span]
+
+    def _sizes(self, rows: int) -> list[int]:
+        last = self.spans[-1][2] if self.spans else 0
+        return [*self._sizes_to_last_span, rows - last]
+
+    @cached_property
+    def _sizes_to_last_span(self) -> list[int]:
+        sizes, row = [], 0
+        for _, start, end in self.spans:
+            if start > row:
+                sizes.append(start - row)
+            sizes.append(end - start)
+            row = end
+        return sizes
+
+    @cached_property
+    def _part_of_span(self) -> list[int]:
+        indices, index, row = [], 0, 0
+        for _, start, end in self.spans:
+            index += start > row
+            indices.append(index)
+            index, row = index + 1, end
+        return indices
