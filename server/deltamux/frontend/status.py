@@ -1,0 +1,47 @@
+"""Turns a DeltamuxError into the rich gRPC status that the client sees."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from deltamux.errors import DeltamuxError
+
+DOMAIN = "deltamux"
+# Status and details travel in trailers, whose limit is 8 KiB for all of them together.
+MAX_MESSAGE = 1000
+
+
+def rich_status(error: DeltamuxError) -> grpc.Status:
+    """Code and message, with ErrorInfo always, RetryInfo and BadRequest where they apply."""
+    message = error.message[:MAX_MESSAGE]
+    status = status_pb2.Status(
+        code=grpc.StatusCode[error.code].value[0],
+        message=message,
+        details=[_packed(detail) for detail in _details(error, message)],
+    )
+    return rpc_status.to_status(status)
+
+
+def _details(error: DeltamuxError, message: str) -> list[object]:
+    details: list[object] = [
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    ]
+    if error.retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if error.field is not None:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=message
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    return details
+
+
+def _packed(detail: object) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed

@@ -1,0 +1,134 @@
+"""The base model's own tokenizer and chat template, run in threads so that no stream waits."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from tokenizers import Tokenizer as RustTokenizer
+from transformers import AutoTokenizer
+
+from deltamux.errors import FailedPrecondition, InvalidArgument, StartupError
+
+THREADS = 2
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+
+class ChatMessage(Protocol):
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as text and as the token ids that the model gets."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+class Tokenizer:
+    """Text and chats to token ids and back, as transformers does it for this model."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer`: a transformers tokenizer backed by the `tokenizers` library."""
+        if not getattr(tokenizer, "is_fast", False):
+            raise StartupError("the model has no tokenizer that the tokenizers library can run")
+        self._tokenizer = tokenizer
+        self._backend: RustTokenizer = tokenizer.backend_tokenizer
+        # Reads the text of a special token as the plain characters that it is made of.
+        self._plain = RustTokenizer.from_str(self._backend.to_str())
+        self._plain.encode_special_tokens = True
+        special = sorted(filter(None, _special_texts(self._backend)), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special))) if special else None
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenizer")
+
+    @classmethod
+    def load(cls, model: str) -> Tokenizer:
+        """From a model folder or hub id; raises StartupError when it has none."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError, KeyError) as error:
+            raise StartupError(f"cannot load the tokenizer of {model}: {error}") from error
+        return cls(tokenizer)
+
+    @property
+    def end_of_sequence(self) -> int | None:
+        eos: int | None = self._tokenizer.eos_token_id
+        return eos
+
+    async def encode(self, text: str) -> Prompt:
+        """A plain prompt: special tokens that the client wrote into it count as such."""
+        ids = await self._run(self._encode, text)
+        return Prompt(text, tuple(ids))
+
+    async def encode_chat(self, messages: Sequence[ChatMessage]) -> Prompt:
+        """A chat under the model's template, up to where its answer begins.
+
+        The text of a special token in a message stays text: nobody ends a turn from inside it.
+        """
+        if not self._tokenizer.chat_template:
+            raise FailedPrecondition("the model has no chat template", reason="NO_CHAT_TEMPLATE")
+        return await self._run(self._encode_chat, messages)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, function: Callable[[Argument], Result], argument: Argument) -> Result:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, function, argument)
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
+        return ids
+
+    def _encode_chat(self, messages: Sequence[ChatMessage]) -> Prompt:
+        mark = f"\ue000{secrets.token_hex(8)}\ue001"
+        injected: list[str] = []
+
+        def hide(match: re.Match[str]) -> str:
+            injected.append(match.group())
+            return f"{mark}{len(injected) - 1}\ue002"
+
+        contents = [
+            self._special.sub(hide, m.content) if self._special else m.content for m in messages
+        ]
+        rendered = self._render([m.role for m in messages], contents)
+        pieces = re.split(f"{mark}([0-9]+)\ue002", rendered)
+        token_ids: list[int] = []
+        for position, piece in enumerate(pieces):
+            if position % 2:
+                pieces[position] = injected[int(piece)]
+            reader = self._plain if position % 2 else self._backend
+            token_ids += reader.encode(pieces[position], add_special_tokens=False).ids
+        return Prompt("".join(pieces), tuple(token_ids))
+
+    def _render(self, roles: Sequence[str], contents: Sequence[str]) -> str:
+        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:
+            # Templates refuse what they do not know (two turns of one role, say) by raising.
+            raise InvalidArgument(
+                f"the model's chat template refuses these messages: {error}"[:300],
+                reason="CHAT_REFUSED",
+                field="chat",
+            ) from error
+        return text
+
+
+def _special_texts(backend: RustTokenizer) -> list[str]:
+    added = backend.get_added_tokens_decoder().values()
+    return [token.content for token in added if token.special]

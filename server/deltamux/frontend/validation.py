@@ -1,0 +1,221 @@
+"""Checks every field of a request before anything is allocated for it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from deltamux.errors import InvalidArgument, Unimplemented
+from deltamux.frontend import limits
+from deltamux.frontend.defaults import GenerationDefaults
+from deltamux.store.names import Reference
+from deltamux.v1 import inference_pb2 as v1
+from deltamux.wire.messages import Ready, Sampling, Stopping
+
+# Visible ASCII: safe in logs, headers and URLs.
+REQUEST_ID = re.compile(rf"[!-~]{{1,{limits.MAX_REQUEST_ID}}}")
+
+
+def invalid(field: str, message: str, reason: str = "INVALID_ARGUMENT") -> InvalidArgument:
+    return InvalidArgument(f"{field}: {message}", reason=reason, field=field)
+
+
+def check(condition: bool, field: str, message: str) -> None:
+    """Raises InvalidArgument naming the field unless the condition holds."""
+    if not condition:
+        raise invalid(field, message)
+
+
+def check_request(request: v1.GenerateRequest, engine: Ready) -> None:
+    """All that can be said of a Generate request without its tokens."""
+    _check_implemented(request)
+    check_request_id(request.request_id)
+    if request.adapter:
+        Reference.parse(request.adapter)
+    check(
+        len(request.cache_salt.encode()) <= limits.MAX_CACHE_SALT,
+        "cache_salt",
+        f"at most {limits.MAX_CACHE_SALT} bytes",
+    )
+    _check_input(request, engine)
+    _check_sampling(request.sampling, engine.vocab_size)
+    _check_stopping(request.stopping, engine)
+    if request.output.HasField("logprobs"):
+        check(
+            request.output.logprobs <= limits.MAX_LOGPROBS,
+            "output.logprobs",
+            f"at most {limits.MAX_LOGPROBS}",
+        )
+
+
+def _check_implemented(request: v1.GenerateRequest) -> None:
+    if request.HasField("structured"):
+        raise Unimplemented("structured output is not served", reason="STRUCTURED_OUTPUT")
+    if request.blend:
+        raise Unimplemented("blends of adapters are not served", reason="BLEND")
+
+
+def check_request_id(request_id: str) -> None:
+    """Empty is fine: the server mints one."""
+    if request_id and not REQUEST_ID.fullmatch(request_id):
+        raise invalid(
+            "request_id",
+            f"1 to {limits.MAX_REQUEST_ID} visible ASCII characters",
+            "REQUEST_ID_INVALID",
+        )
+
+
+def _check_input(request: v1.GenerateRequest, engine: Ready) -> None:
+    match request.WhichOneof("input"):
+        case "text":
+            check(bool(request.text), "text", "the prompt is empty")
+            _check_characters("text", len(request.text))
+        case "token_ids":
+            ids = request.token_ids.ids
+            check(bool(ids), "token_ids", "the prompt is empty")
+            check_prompt(ids, engine, "token_ids")
+        case "chat":
+            _check_chat(request.chat)
+        case _:
+            raise invalid("input", "one of text, token_ids and chat is needed")
+
+
+def _check_chat(chat: v1.Chat) -> None:
+    messages = chat.messages
+    check(bool(messages), "chat", "there are no messages")
+    most = limits.MAX_CHAT_MESSAGES
+    check(len(messages) <= most, "chat", f"at most {most} messages")
+    _check_characters("chat", sum(len(message.content) for message in messages))
+    for message in messages:
+        known = ", ".join(sorted(limits.CHAT_ROLES))
+        check(message.role in limits.CHAT_ROLES, "chat.role", f"must be one of {known}")
+
+
+def _check_characters(field: str, characters: int) -> None:
+    if characters > limits.MAX_PROMPT_CHARACTERS:
+        most = limits.MAX_PROMPT_CHARACTERS
+        raise invalid(field, f"more than {most} characters", "PROMPT_TOO_LONG")
+
+
+def check_prompt_length(tokens: int, engine: Ready, field: str) -> None:
+    """At least one token must fit behind the prompt."""
+    check(tokens > 0, field, "the prompt has no tokens")
+    room = context_tokens(engine)
+    if tokens >= room:
+        raise invalid(field, f"{tokens} tokens, of a context of {room}", "PROMPT_TOO_LONG")
+
+
+def check_prompt(token_ids: Sequence[int], engine: Ready, field: str) -> None:
+    """What can be said once the prompt is tokenized."""
+    check_prompt_length(len(token_ids), engine, field)
+    _check_token_ids(field, token_ids, engine.vocab_size)
+
+
+def context_tokens(engine: Ready) -> int:
+    """The most tokens, prompt and answer together, that one sequence can have here."""
+    return min(engine.max_model_len, engine.kv_cache_tokens)
+
+
+def _check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
+    check(all(token < vocab_size for token in ids), field, f"ids must be below {vocab_size}")
+
+
+def _check_number(field: str, value: float, low: float, high: float) -> None:
+    inside = math.isfinite(value) and low <= value <= high
+    check(inside, field, f"must be between {low:g} and {high:g}")
+
+
+def _check_sampling(sampling: v1.SamplingParams, vocab_size: int) -> None:
+    _check_temperature(sampling.temperature)
+    if sampling.HasField("top_p"):
+        _check_number("sampling.top_p", sampling.top_p, 0, 1)
+        check(sampling.top_p > 0, "sampling.top_p", "must be above 0")
+    check(sampling.top_k <= limits.MAX_TOP_K, "sampling.top_k", f"at most {limits.MAX_TOP_K}")
+    _check_number("sampling.min_p", sampling.min_p, 0, 1)
+    if sampling.HasField("repetition_penalty"):
+        penalty, most = sampling.repetition_penalty, limits.MAX_REPETITION_PENALTY
+        _check_number("sampling.repetition_penalty", penalty, 0, most)
+        check(penalty > 0, "sampling.repetition_penalty", "must be above 0")
+    most = limits.MAX_ADDITIVE_PENALTY
+    _check_number("sampling.presence_penalty", sampling.presence_penalty, -most, most)
+    _check_number("sampling.frequency_penalty", sampling.frequency_penalty, -most, most)
+    check(sampling.seed <= limits.MAX_SEED, "sampling.seed", f"at most {limits.MAX_SEED}")
+    if sampling.HasField("n"):
+        check(1 <= sampling.n <= limits.MAX_CHOICES, "sampling.n", f"1 to {limits.MAX_CHOICES}")
+    _check_logit_bias(sampling, vocab_size)
+
+
+def _check_temperature(temperature: float) -> None:
+    field = "sampling.temperature"
+    _check_number(field, temperature, 0, limits.MAX_TEMPERATURE)
+    least = limits.MIN_TEMPERATURE
+    check(temperature == 0 or temperature >= least, field, f"must be 0, or at least {least:g}")
+
+
+def _check_logit_bias(sampling: v1.SamplingParams, vocab_size: int) -> None:
+    field, bias = "sampling.logit_bias", sampling.logit_bias
+    most = limits.MAX_LOGIT_BIAS_ENTRIES
+    check(len(bias) <= most, field, f"at most {most} entries")
+    _check_token_ids(field, list(bias), vocab_size)
+    for value in bias.values():
+        _check_number(field, value, -limits.MAX_LOGIT_BIAS, limits.MAX_LOGIT_BIAS)
+
+
+def _check_stopping(stopping: v1.StoppingCriteria, engine: Ready) -> None:
+    if stopping.HasField("max_tokens"):
+        check(stopping.max_tokens > 0, "stopping.max_tokens", "must be at least 1")
+    else:
+        field = "stopping.ignore_eos"
+        check(not stopping.ignore_eos, field, "needs max_tokens, or nothing would end it")
+    most = limits.MAX_STOP_STRINGS
+    check(len(stopping.stop) <= most, "stopping.stop", f"at most {most} strings")
+    for stop in stopping.stop:
+        longest = limits.MAX_STOP_STRING
+        check(0 < len(stop) <= longest, "stopping.stop", f"1 to {longest} characters each")
+    ids, most = stopping.stop_token_ids, limits.MAX_STOP_TOKEN_IDS
+    check(len(ids) <= most, "stopping.stop_token_ids", f"at most {most} ids")
+    _check_token_ids("stopping.stop_token_ids", ids, engine.vocab_size)
+
+
+def resolve_sampling(request: v1.GenerateRequest, defaults: GenerationDefaults) -> Sampling:
+    """The checked parameters, with the model's defaults where the client left them open."""
+    given = request.sampling
+
+    def chosen(field: str) -> float:
+        source = given if given.HasField(field) else defaults
+        return float(getattr(source, field))
+
+    return Sampling(
+        temperature=chosen("temperature"),
+        top_p=chosen("top_p"),
+        top_k=int(chosen("top_k")),
+        min_p=chosen("min_p"),
+        repetition_penalty=chosen("repetition_penalty"),
+        presence_penalty=given.presence_penalty,
+        frequency_penalty=given.frequency_penalty,
+        seed=given.seed if given.HasField("seed") else None,
+        logit_bias=dict(given.logit_bias),
+        logprobs=request.output.logprobs if request.output.HasField("logprobs") else None,
+    )
+
+
+def resolve_stopping(
+    stopping: v1.StoppingCriteria,
+    defaults: GenerationDefaults,
+    prompt_tokens: int,
+    engine: Ready,
+) -> Stopping:
+    """What ends the sequence in the engine; without max_tokens, the end of the context."""
+    room = context_tokens(engine) - prompt_tokens
+    max_tokens = stopping.max_tokens or room
+    if max_tokens > room:
+        raise invalid(
+            "stopping.max_tokens",
+            f"{prompt_tokens} prompt tokens leave room for {room}, not {max_tokens}",
+            "CONTEXT_EXCEEDED",
+        )
+    check(stopping.min_tokens <= max_tokens, "stopping.min_tokens", "exceeds max_tokens")
+    ends = () if stopping.ignore_eos else defaults.end_of_sequence
+    ids = tuple(dict.fromkeys((*stopping.stop_token_ids, *ends)))
+    return Stopping(max_tokens, stopping.min_tokens, ids)
