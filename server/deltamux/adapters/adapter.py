@@ -1,0 +1,28 @@
+"""A parsed adapter in host memory: what it adds at each site of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deltamux.adapters.primitives.payload import Payload
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """All that the device needs to know of one adapter version, checked against the base."""
+
+    digest: str
+    family: str
+    # The largest rank at any site; 0 where the family has none.
+    rank: int
+    # Trained numbers in the checkpoint.
+    parameters: int
+    # What a reader should know about how it is served; empty for most.
+    note: str
+    payloads: Mapping[str, tuple[Payload, ...]]
+
+    @property
+    def host_bytes(self) -> int:
+        tensors = [t for site in self.payloads.values() for p in site for t in p.tensors]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

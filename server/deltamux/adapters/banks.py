@@ -1,0 +1,78 @@
+"""Builds the banks of each site; sites that read one input get one shared store for their A."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deltamux.adapters.primitives.embedding_low_rank import EmbeddingLowRank, EmbeddingLowRankBank
+from deltamux.adapters.primitives.low_rank import LowRank, LowRankBank, SharedInput
+from deltamux.adapters.primitives.payload import Bank, Payload
+from deltamux.adapters.primitives.row_bias import RowBias, RowBiasBank
+from deltamux.adapters.primitives.row_scale import RowScale, RowScaleBank
+from deltamux.base.structure import SiteSpec, Structure
+from deltamux_kernels.expand import Columns
+from deltamux_kernels.packed import PackedMatrices
+
+
+@dataclass(frozen=True, eq=False)
+class SiteBanks:
+    """The banks of one site, in the order in which they act."""
+
+    banks: dict[type[Payload], Bank]
+    # Slots with a payload here or at a site that reads the same input.
+    slots: set[int]
+
+
+class BankFactory:
+    """Knows the arena and the groups of one model."""
+
+    def __init__(self, arena: Tensor, slots: int, structure: Structure) -> None:
+        self._arena = arena
+        self._slots = slots
+        self._structure = structure
+        self._shared: dict[int, SharedInput] = {}
+        self._last_order: dict[int, int] = {}
+        for spec in structure.sites.values():
+            if spec.group is not None:
+                last = self._last_order.get(spec.group, 0)
+                self._last_order[spec.group] = max(last, spec.order)
+
+    def banks(self, spec: SiteSpec) -> SiteBanks:
+        """Empty banks for all primitives that a site of this kind can have."""
+        return self._embedding(spec) if spec.kind == "embedding" else self._linear(spec)
+
+    def _embedding(self, spec: SiteSpec) -> SiteBanks:
+        a, b = self._store(spec.in_features), self._store(spec.out_features)
+        banks: dict[type[Payload], Bank] = {
+            EmbeddingLowRank: EmbeddingLowRankBank(a, b, self._columns()),
+            RowScale: RowScaleBank(self._store(spec.out_features), None),
+        }
+        return SiteBanks(banks, set())
+
+    def _linear(self, spec: SiteSpec) -> SiteBanks:
+        shared = self._shared_input(spec)
+        last = spec.group is None or spec.order == self._last_order[spec.group]
+        bias = self._structure.bias(spec.name)
+        b = self._store(spec.out_features)
+        banks: dict[type[Payload], Bank] = {
+            LowRank: LowRankBank(shared, last, b, self._columns()),
+            RowBias: RowBiasBank(self._store(spec.out_features)),
+            RowScale: RowScaleBank(self._store(spec.out_features), bias),
+        }
+        return SiteBanks(banks, shared.slots)
+
+    def _shared_input(self, spec: SiteSpec) -> SharedInput:
+        if spec.group is None:
+            return SharedInput(self._store(spec.in_features), spec.in_features)
+        if spec.group not in self._shared:
+            a = self._store(spec.in_features)
+            self._shared[spec.group] = SharedInput(a, spec.in_features)
+        return self._shared[spec.group]
+
+    def _store(self, width: int) -> PackedMatrices:
+        return PackedMatrices(self._arena, self._slots, width)
+
+    def _columns(self) -> Columns:
+        return Columns(self._slots, self._arena.device)

@@ -1,0 +1,6 @@
+"""The families that are served, in the order in which they are asked."""
+
+from deltamux.adapters.families.lora import Lora
+from deltamux.adapters.family import Family
+
+FAMILIES: tuple[Family, ...] = (Lora(),)

@@ -1,0 +1,156 @@
+"""LoRA in PEFT's format: y += s (x A^T) B, with rsLoRA, DoRA and lora_bias, at any linear
+module, the language head and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from deltamux.adapters.checkpoint import require_finite
+from deltamux.adapters.family import Parsed
+from deltamux.adapters.lora_config import LoraConfig, read_lora_config
+from deltamux.adapters.manifest import Manifest
+from deltamux.adapters.module_tensors import ModuleTensors
+from deltamux.adapters.primitives.embedding_low_rank import EmbeddingLowRank
+from deltamux.adapters.primitives.low_rank import LowRank
+from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.row_bias import RowBias
+from deltamux.adapters.primitives.row_scale import RowScale
+from deltamux.base.structure import SiteSpec, Structure
+from deltamux.errors import FailedPrecondition, InvalidArgument
+
+# Rows of a weight that are widened to float32 at a time.
+_NORM_ROWS = 1024
+
+
+class Lora:
+    """The family of LoRA and its variants that keep the base weights."""
+
+    name = "lora"
+
+    def claims(self, manifest: Manifest) -> bool:
+        return manifest.peft_type == "LORA"
+
+    def parse(
+        self,
+        manifest: Manifest,
+        tensors: Mapping[str, Tensor],
+        structure: Structure,
+        dtype: torch.dtype,
+    ) -> Parsed:
+        config = read_lora_config(manifest.fields)
+        sites = _targets(config, structure)
+        modules = ModuleTensors(tensors, structure)
+        copies = modules.drop_base_copies()
+        reader = _SiteReader(config, modules, structure, dtype)
+        payloads = {site.name: tuple(reader.payloads(site)) for site in sites}
+        modules.require_none_left()
+        return Parsed(
+            payloads,
+            rank=max(config.rank_of(site.name) for site in sites),
+            parameters=modules.taken,
+            notes=tuple(f"copy of the base left out: {name}" for name in copies),
+        )
+
+
+def _targets(config: LoraConfig, structure: Structure) -> list[SiteSpec]:
+    sites = [
+        site
+        for site in structure.sites.values()
+        if config.selector.selects(site.name, site.kind == "linear")
+    ]
+    if not sites:
+        raise InvalidArgument(
+            "target_modules matches no module of the base model", reason="NO_TARGETS"
+        )
+    names = [site.name for site in sites]
+    for field, table in (("rank_pattern", config.ranks), ("alpha_pattern", config.alphas)):
+        if idle := table.idle_keys(names):
+            message = f"{field} names {idle[0]!r:.120}, which matches no targeted module"
+            raise InvalidArgument(message, reason="BAD_FIELD", field=field)
+    return sites
+
+
+class _SiteReader:
+    """Turns the tensors of one module into payloads in the serving dtype."""
+
+    def __init__(
+        self, config: LoraConfig, modules: ModuleTensors, structure: Structure, dtype: torch.dtype
+    ) -> None:
+        self._config = config
+        self._modules = modules
+        self._structure = structure
+        self._dtype = dtype
+
+    def payloads(self, site: SiteSpec) -> Iterator[Payload]:
+        if site.kind == "embedding":
+            parts = ("lora_embedding_A", "lora_embedding_B")
+            low_rank: type[EmbeddingLowRank] | type[LowRank] = EmbeddingLowRank
+        else:
+            parts = ("lora_A.weight", "lora_B.weight")
+            low_rank = LowRank
+        a, b = (self._modules.take(site.name, part, 2).float() for part in parts)
+        _check_shapes(site, a, b, self._config.rank_of(site.name))
+        b = b * self._config.scale_of(site.name)
+        output_b = b if site.embed_scale is None else b * site.embed_scale
+        yield low_rank(self._serving(site, a), self._serving(site, output_b.T))
+        if self._config.bias:
+            yield self._bias(site)
+        if self._config.dora:
+            yield self._magnitude(site, a, b)
+
+    def _bias(self, site: SiteSpec) -> RowBias:
+        if site.kind == "embedding":
+            raise InvalidArgument(f"lora_bias does not apply to the embedding {site.name}")
+        bias = self._vector(site, "lora_B.bias") * self._config.scale_of(site.name)
+        return RowBias(self._serving(site, bias))
+
+    def _magnitude(self, site: SiteSpec, a: Tensor, b: Tensor) -> RowScale:
+        weight = self._structure.weight(site.name)
+        rows = weight.T if site.kind == "embedding" else weight
+        magnitude = self._vector(site, "lora_magnitude_vector")
+        return RowScale(self._serving(site, magnitude / _row_norms(rows, a, b)))
+
+    def _vector(self, site: SiteSpec, part: str) -> Tensor:
+        vector = self._modules.take(site.name, part, 1).float()
+        if vector.shape[0] != site.out_features:
+            raise _other_base(site, f"{part} of {tuple(vector.shape)}")
+        return vector
+
+    def _serving(self, site: SiteSpec, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self._dtype).contiguous()
+        require_finite(f"{site.name}, scaled and in {self._dtype},", tensor)
+        return tensor
+
+
+def _check_shapes(site: SiteSpec, a: Tensor, b: Tensor, rank: int) -> None:
+    shapes = f"lora_A of {tuple(a.shape)} and lora_B of {tuple(b.shape)}"
+    if a.shape[0] != b.shape[1]:
+        raise InvalidArgument(f"{site.name}: {shapes} do not chain", reason="SHAPE_MISMATCH")
+    if (a.shape[1], b.shape[0]) != (site.in_features, site.out_features):
+        raise _other_base(site, shapes)
+    if a.shape[0] != rank:
+        raise InvalidArgument(
+            f"{site.name}: {shapes} have rank {a.shape[0]}, the config says {rank}",
+            reason="RANK_MISMATCH",
+        )
+
+
+def _other_base(site: SiteSpec, what: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"{site.name}: {what} do not fit the base model's module, "
+        f"which maps {site.in_features} to {site.out_features}",
+        reason="BASE_MISMATCH",
+    )
+
+
+def _row_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean norm of each row of weight + b a, float32 [out], on the host."""
+    a, b = a.to(weight.device), b.to(weight.device)
+    norms = []
+    for start in range(0, weight.shape[0], _NORM_ROWS):
+        rows = slice(start, start + _NORM_ROWS)
+        norms.append(torch.linalg.vector_norm(weight[rows].float() + b[rows] @ a, dim=1))
+    return torch.cat(norms).cpu()

@@ -1,0 +1,110 @@
+"""The tensors of a PEFT checkpoint by the module that they belong to; each is taken once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from deltamux.adapters.files import WEIGHTS
+from deltamux.adapters.strict_json import quoted
+from deltamux.base.structure import Structure
+from deltamux.errors import FailedPrecondition, InvalidArgument
+
+_PREFIX = "base_model.model."
+
+# How a tensor's name may end, and the part of its module that this is.
+_LORA_PARTS = {
+    "lora_A.weight": "lora_A.weight",
+    "lora_B.weight": "lora_B.weight",
+    "lora_B.bias": "lora_B.bias",
+    "lora_embedding_A": "lora_embedding_A",
+    "lora_embedding_B": "lora_embedding_B",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+}
+_BASE_PARTS = {
+    "base_layer.weight": "base weight",
+    "base_layer.bias": "base bias",
+    "weight": "base weight",
+    "bias": "base bias",
+}
+_PARTS = _LORA_PARTS | _BASE_PARTS
+
+
+class ModuleTensors:
+    """Raises FailedPrecondition (BASE_MISMATCH) for a module that the base does not have."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], structure: Structure) -> None:
+        self._structure = structure
+        self._left: dict[tuple[str, str], tuple[str, Tensor]] = {}
+        # Numbers in the tensors that were taken.
+        self.taken = 0
+        for name, tensor in tensors.items():
+            key = self._split(name)
+            if key in self._left:
+                raise _extra(name, f"the same as {quoted(self._left[key][0])}")
+            self._left[key] = (name, tensor)
+
+    def take(self, module: str, part: str, dimensions: int) -> Tensor:
+        """The tensor of a module. Raises InvalidArgument where it is missing or mis-shaped."""
+        if (module, part) not in self._left:
+            raise InvalidArgument(
+                f"{WEIGHTS} lacks {part} of {module}, which the config targets",
+                reason="MISSING_TENSORS",
+            )
+        name, tensor = self._left.pop((module, part))
+        if tensor.ndim != dimensions:
+            message = f"{quoted(name)} has {tensor.ndim} dimensions, not {dimensions}"
+            raise InvalidArgument(message, reason="SHAPE_MISMATCH")
+        self.taken += tensor.numel()
+        return tensor
+
+    def drop_base_copies(self) -> list[str]:
+        """Forgets copies of base parameters, after making sure of it; returns their names.
+
+        PEFT saves them beside adapters of embeddings. Raises FailedPrecondition
+        (UNSUPPORTED_FEATURE) for one that was changed or trained.
+        """
+        keys = [key for key in self._left if key[1] in _BASE_PARTS.values()]
+        return [self._drop_base_copy(*key) for key in keys]
+
+    def require_none_left(self) -> None:
+        """Raises InvalidArgument (EXTRA_TENSORS) if a tensor was not taken."""
+        for name, _ in self._left.values():
+            raise _extra(name, "nothing that the config asks for")
+
+    def _split(self, name: str) -> tuple[str, str]:
+        for end, part in _PARTS.items():
+            module = name.removeprefix(_PREFIX).removesuffix(f".{end}")
+            if name == f"{_PREFIX}{module}.{end}" and module in self._structure.sites:
+                return module, part
+        if name.startswith(_PREFIX) and name.endswith(tuple(_LORA_PARTS)):
+            raise FailedPrecondition(
+                f"{quoted(name)} belongs to a module that the base model does not have",
+                reason="BASE_MISMATCH",
+            )
+        raise _extra(name, "no part of a LoRA adapter")
+
+    def _drop_base_copy(self, module: str, part: str) -> str:
+        name, copy = self._left.pop((module, part))
+        read = self._structure.weight if part == "base weight" else self._structure.bias
+        base = read(module)
+        if base is None or not _is_copy(copy, base):
+            raise FailedPrecondition(
+                f"{quoted(name)} differs from the base model's own; "
+                "adapters that replace base weights are not served",
+                reason="UNSUPPORTED_FEATURE",
+            )
+        return name
+
+
+def _is_copy(copy: Tensor, base: Tensor) -> bool:
+    """Whether they agree in the coarser of their two dtypes."""
+    dtype = copy.dtype if base.dtype is torch.float32 else base.dtype
+    return torch.equal(copy.to(dtype), base.detach().to("cpu", dtype))
+
+
+def _extra(name: str, what: str) -> InvalidArgument:
+    return InvalidArgument(f"{WEIGHTS}: {quoted(name)} is {what}", reason="EXTRA_TENSORS")

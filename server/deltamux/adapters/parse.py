@@ -1,0 +1,41 @@
+"""From the two files on disk to an adapter that is checked against the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from deltamux.adapters.adapter import Adapter
+from deltamux.adapters.checkpoint import read_tensors
+from deltamux.adapters.families import FAMILIES
+from deltamux.adapters.family import Family
+from deltamux.adapters.files import ignored_files
+from deltamux.adapters.manifest import Manifest, read_manifest
+from deltamux.base.structure import Structure
+from deltamux.errors import FailedPrecondition
+
+
+def parse_adapter(folder: Path, digest: str, structure: Structure, dtype: torch.dtype) -> Adapter:
+    """Reads the adapter in `folder`; its payloads lie on the host in `dtype`.
+
+    Raises InvalidArgument for a broken checkpoint and FailedPrecondition for a sound one that
+    this base or this server cannot serve exactly.
+    """
+    manifest = read_manifest(folder)
+    family = _family(manifest)
+    parsed = family.parse(manifest, read_tensors(folder), structure, dtype)
+    ignored = ignored_files(folder)
+    notes = [*parsed.notes, *([f"not used: {', '.join(ignored)}"] if ignored else [])]
+    return Adapter(
+        digest, family.name, parsed.rank, parsed.parameters, "; ".join(notes), parsed.payloads
+    )
+
+
+def _family(manifest: Manifest) -> Family:
+    for family in FAMILIES:
+        if family.claims(manifest):
+            return family
+    raise FailedPrecondition(
+        f"adapters of type {manifest.peft_type} are not served", reason="UNSUPPORTED_TYPE"
+    )

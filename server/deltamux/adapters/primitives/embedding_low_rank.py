@@ -1,0 +1,45 @@
+"""Low rank at an embedding: y += A[:, id] B, a lookup in place of the product with A."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deltamux_kernels.embedding_shrink import embedding_shrink
+from deltamux_kernels.expand import Columns, expand
+from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.segments import Segments
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingLowRank:
+    """`a` [rank, vocabulary] and `b` [rank, out]; all scales are folded into `b`."""
+
+    a: Tensor
+    b: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.a, self.b)
+
+
+class EmbeddingLowRankBank:
+    """A and B of one embedding."""
+
+    def __init__(self, a: PackedMatrices, b: PackedMatrices, columns: Columns) -> None:
+        self.slots: set[int] = set()
+        self._a = a
+        self._b = b
+        self._columns = columns
+
+    def pieces(self, payload: EmbeddingLowRank) -> Sequence[tuple[PackedMatrices, Tensor]]:
+        return ((self._a, payload.a), (self._b, payload.b))
+
+    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
+        self._columns.set(slot, 0)
+
+    def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        h = embedding_shrink(x.reshape(-1), self._a, segments)
+        expand(y, h, self._b, self._columns, segments)

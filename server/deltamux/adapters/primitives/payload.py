@@ -1,0 +1,40 @@
+"""What a primitive is: a payload parsed on the host, and a bank that applies it on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.segments import Segments
+
+
+class Payload(Protocol):
+    """One primitive's tensors of one adapter at one site, in host memory and the serving dtype."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...
+
+
+class Bank(Protocol):
+    """Device storage of one primitive at one site, for the adapters of all slots."""
+
+    # Slots that have something here; a step of none of them costs nothing.
+    slots: set[int]
+
+    def pieces(self, payload: Any) -> Sequence[tuple[PackedMatrices, Tensor]]:
+        """The payload as matrices, each with the store that it goes to.
+
+        Matrices of several sites may go to one store: they are stacked there, in call order.
+        """
+        ...
+
+    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
+        """Tells where in its store's stack each of the pieces begins."""
+        ...
+
+    def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        """Changes the module's output `y` [rows, out] in place; `x` is the input it was given."""
+        ...

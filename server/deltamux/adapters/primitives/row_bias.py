@@ -1,0 +1,42 @@
+"""Row bias: y += c, one vector an adapter (the bias that PEFT's lora_bias adds)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.segments import Segments
+
+
+@dataclass(frozen=True, eq=False)
+class RowBias:
+    """`bias` [out]; the adapter's scale is folded in."""
+
+    bias: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.bias,)
+
+
+class RowBiasBank:
+    """One row of `out` numbers a slot."""
+
+    def __init__(self, biases: PackedMatrices) -> None:
+        self.slots: set[int] = set()
+        self._biases = biases
+
+    def pieces(self, payload: RowBias) -> Sequence[tuple[PackedMatrices, Tensor]]:
+        return ((self._biases, payload.bias[None]),)
+
+    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
+        """Nothing to keep: a bias is alone in its store."""
+
+    def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        for (slot, _, _), rows in zip(segments.spans, segments.pieces(y), strict=True):
+            bias = self._biases.views[slot]
+            if bias is not None:
+                rows += bias

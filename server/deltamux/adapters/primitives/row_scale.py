@@ -1,0 +1,41 @@
+"""Row scale: y = (y - bias) * g + bias, one vector an adapter (DoRA's magnitude over row norm)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.row_affine import row_affine
+from deltamux_kernels.segments import Segments
+
+
+@dataclass(frozen=True, eq=False)
+class RowScale:
+    """`scale` [out]; the base module's bias is not scaled."""
+
+    scale: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.scale,)
+
+
+class RowScaleBank:
+    """One row of `out` numbers a slot; runs after everything that adds to the output."""
+
+    def __init__(self, scales: PackedMatrices, bias: Tensor | None) -> None:
+        self.slots: set[int] = set()
+        self._scales = scales
+        self._bias = bias
+
+    def pieces(self, payload: RowScale) -> Sequence[tuple[PackedMatrices, Tensor]]:
+        return ((self._scales, payload.scale[None]),)
+
+    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
+        """Nothing to keep: a scale is alone in its store."""
+
+    def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        row_affine(y, self._bias, self._scales, segments)

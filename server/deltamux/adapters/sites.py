@@ -1,0 +1,196 @@
+"""Puts the adapters of all device slots behind the modules of a base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from deltamux.adapters.adapter import Adapter
+from deltamux.adapters.arena import ArenaAllocator
+from deltamux.adapters.banks import BankFactory, SiteBanks
+from deltamux.adapters.primitives.payload import Bank
+from deltamux.adapters.rows import Rows
+from deltamux.base.structure import SiteSpec, Structure
+from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
+
+
+class Site(nn.Module):
+    """A module of the base with the banks that act on its output, row by row.
+
+    There is no active adapter: the rows of the step alone say what is added where.
+    """
+
+    def __init__(self, base: nn.Module, spec: SiteSpec, banks: SiteBanks, rows: Rows) -> None:
+        super().__init__()
+        self.base = base
+        self.banks = banks.banks
+        self.slots = banks.slots
+        self._rows = rows
+        self._width = spec.out_features
+        self._sampled = spec.kind == "head"
+
+    @property
+    def weight(self) -> Tensor:
+        """Some modelling code reads a projection's weight."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if not self.slots.isdisjoint(self._rows.slots):
+            self._adapt(x, y.view(-1, self._width))
+        return y
+
+    def _adapt(self, x: Tensor, y: Tensor) -> None:
+        segments = self._rows.sampled if self._sampled else self._rows.tokens
+        for bank in self.banks.values():
+            if not bank.slots.isdisjoint(self._rows.slots):
+                bank.after(x, y, segments)
+
+
+@dataclass(eq=False)
+class _Stack:
+    """Matrices that one adapter has in one store, one below the other."""
+
+    offset: int = 0
+    elements: int = 0
+    # Dropped once they are written, so that the host may forget the adapter.
+    matrices: list[Tensor] = field(default_factory=list)
+
+    def add(self, matrix: Tensor) -> int:
+        """Returns the row at which the matrix begins."""
+        row = self.elements // matrix.shape[1]
+        self.matrices.append(matrix)
+        self.elements += matrix.numel()
+        return row
+
+
+@dataclass(eq=False)
+class _Layout:
+    """Where an adapter's tensors belong, as long as it is in a slot."""
+
+    stacks: dict[PackedMatrices, _Stack] = field(default_factory=dict)
+    placements: list[tuple[Site, Bank, list[int]]] = field(default_factory=list)
+
+
+class DeviceSites:
+    """All sites of one model, and the arena that their adapters share.
+
+    `reserve` and `release` belong to the engine thread; `write` may run on any other thread
+    while steps of other slots go on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        rows: Rows,
+        slots: int,
+        arena_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._item = dtype.itemsize
+        self._allocator = ArenaAllocator(arena_bytes // self._item, ALIGNMENT)
+        arena = torch.zeros(self._allocator.capacity, dtype=dtype, device=device)
+        factory = BankFactory(arena, slots, structure)
+        self._sites = {
+            spec.name: _install(model, spec, factory.banks(spec), rows)
+            for spec in structure.sites.values()
+        }
+        self._layouts: dict[int, _Layout] = {}
+        self._device = device
+        self._stream = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._allocator.capacity * self._item
+
+    @property
+    def used_bytes(self) -> int:
+        return self._allocator.used * self._item
+
+    def bytes_of(self, adapter: Adapter) -> int:
+        """What the adapter takes of `capacity_bytes` while it is in a slot."""
+        stacks = self._layout(adapter).stacks.values()
+        return sum(self._allocator.aligned(stack.elements) for stack in stacks) * self._item
+
+    def reserve(self, slot: int, adapter: Adapter) -> bool:
+        """Takes the memory for `write`; False, and nothing taken, where it does not suffice."""
+        layout = self._layout(adapter)
+        taken: list[_Stack] = []
+        for stack in layout.stacks.values():
+            offset = self._allocator.allocate(stack.elements)
+            if offset is None:
+                self._free(taken)
+                return False
+            stack.offset = offset
+            taken.append(stack)
+        self._layouts[slot] = layout
+        return True
+
+    def write(self, slot: int, adapter: Adapter) -> None:
+        """Copies an adapter to its reserved place; it may be used as soon as this returns."""
+        layout = self._layouts[slot]
+        with self._copying():
+            for store, stack in layout.stacks.items():
+                store.write(slot, stack.offset, torch.cat(stack.matrices))
+                stack.matrices.clear()
+            for _, bank, first_rows in layout.placements:
+                bank.placed(slot, first_rows)
+        for site, bank, _ in layout.placements:
+            bank.slots.add(slot)
+            site.slots.add(slot)
+
+    def release(self, slot: int) -> None:
+        """Empties the slot, written or not; no step that uses it may be under way."""
+        layout = self._layouts.pop(slot)
+        for site, bank, _ in layout.placements:
+            bank.slots.discard(slot)
+            site.slots.discard(slot)
+        for store in layout.stacks:
+            store.clear(slot)
+        self._free(layout.stacks.values())
+
+    def _layout(self, adapter: Adapter) -> _Layout:
+        layout = _Layout()
+        for name, payloads in adapter.payloads.items():
+            site = self._sites[name]
+            for payload in payloads:
+                bank = site.banks[type(payload)]
+                pieces = bank.pieces(payload)
+                rows = [layout.stacks.setdefault(store, _Stack()).add(m) for store, m in pieces]
+                layout.placements.append((site, bank, rows))
+        return layout
+
+    def _free(self, stacks: Iterable[_Stack]) -> None:
+        for stack in stacks:
+            self._allocator.free(stack.offset, stack.elements)
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        """On a GPU: a stream beside the steps' own, at rest again when the block ends."""
+        if self._stream is None:
+            yield
+            return
+        # A slot's former tables and memory are cleared and read on the steps' stream.
+        self._stream.wait_stream(torch.cuda.default_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
+
+
+def _install(model: nn.Module, spec: SiteSpec, banks: SiteBanks, rows: Rows) -> Site:
+    site = Site(model.get_submodule(spec.name), spec, banks, rows)
+    parent, _, child = spec.name.rpartition(".")
+    setattr(model.get_submodule(parent), child, site)
+    return site

@@ -1,0 +1,78 @@
+"""JSON read without leniency: no duplicates, no NaN, no huge numbers, no deep nesting."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from deltamux.errors import InvalidArgument
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+_MAX_DEPTH = 16
+_MAX_DIGITS = 18
+
+
+def parse_object(data: bytes, subject: str) -> dict[str, Json]:
+    """The JSON object in `data`. Raises InvalidArgument, which names `subject`."""
+    try:
+        value: Json = json.loads(
+            data.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_bounded,
+        )
+        _check_depth(value, _MAX_DEPTH)
+    except RecursionError:
+        raise _malformed(subject, "it is nested too deeply") from None
+    except ValueError as error:
+        raise _malformed(subject, str(error)) from None
+    if not isinstance(value, dict):
+        raise _malformed(subject, "it is not an object")
+    return value
+
+
+def quoted(name: object) -> str:
+    """`name` as it may stand in an error: escaped, and cut where it is long."""
+    text = repr(name)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _malformed(subject: str, why: str) -> InvalidArgument:
+    return InvalidArgument(f"{subject} is not strict JSON: {why}", reason="MALFORMED_JSON")
+
+
+def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    result: dict[str, Json] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {quoted(key)} occurs twice")
+        result[key] = value
+    return result
+
+
+def _no_constant(name: str) -> Json:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"number {quoted(text)} is too large")
+    return value
+
+
+def _bounded(text: str) -> int:
+    if len(text.lstrip("-")) > _MAX_DIGITS:
+        raise ValueError(f"integer {quoted(text)} is too large")
+    return int(text)
+
+
+def _check_depth(value: Json, levels: int) -> None:
+    if levels == 0:
+        raise ValueError("it is nested too deeply")
+    children = value.values() if isinstance(value, dict) else value
+    if isinstance(value, list | dict):
+        for child in children:  # type: ignore[union-attr]
+            _check_depth(child, levels - 1)
