@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from deltamux.base.structure import Structure, find_structure
 from transformers import AutoModelForCausalLM
+
+from deltamux.base.structure import Structure, find_structure
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -36,16 +36,17 @@ class Base:
     vocab_size: int
     # Positions that the model knows.
     max_model_len: int
+    # transformers looks attention functions up by name, in a table that all models share.
+    attention_name: str
 
     @property
     def config(self) -> PreTrainedConfig:
         return self.model.config
 
     def set_attention(self, attention: AttentionFunction) -> None:
-        """Makes every layer call `attention`, under a name that no other model uses."""
-        name = f"deltamux_{next(_attention_numbers)}"
-        ALL_ATTENTION_FUNCTIONS.register(name, attention)
-        self.model.set_attn_implementation(name)
+        """Makes every layer call `attention` from now on; the function before it is let go."""
+        ALL_ATTENTION_FUNCTIONS.register(self.attention_name, attention)
+        self.model.set_attn_implementation(self.attention_name)
 
     def set_plain_attention(self) -> None:
         """Back to transformers' own attention, the reference."""
@@ -77,6 +78,7 @@ def adopt(model: PreTrainedModel) -> Base:
         structure=find_structure(model),
         vocab_size=model.get_output_embeddings().weight.shape[0],
         max_model_len=_max_model_len(model.config),
+        attention_name=f"deltamux_{next(_attention_numbers)}",
     )
 
 

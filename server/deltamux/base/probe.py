@@ -1,4 +1,4 @@
-"""Decides whether a model can be driven packed and paged, and learns the shape of its keys and values."""
+"""Decides whether a model can be driven packed and paged, and learns what its layers store."""
 
 from __future__ import annotations
 

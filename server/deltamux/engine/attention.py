@@ -1,14 +1,13 @@
-"""The attention function that transformers' layers call: write keys and values, attend over pages."""
+"""The attention function that a model's layers call: write keys and values, attend over pages."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from deltamux_kernels.paged_attention import AttentionBatch, paged_attention
-from deltamux_kernels.write_kv import write_kv
 from torch import Tensor, nn
 
 from deltamux.engine.kv_cache import KVCache
+from deltamux_kernels import AttentionBatch, paged_attention, write_kv
 
 
 class PagedAttention:
@@ -58,5 +57,7 @@ class PagedAttention:
             window=sliding_window,
             softcap=softcap,
             sinks=s_aux,
+            key=packed_key,
+            value=packed_value,
         )
         return attended[None], None

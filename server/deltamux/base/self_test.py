@@ -1,0 +1,70 @@
+"""Compares the packed, paged forward with plain transformers: no model is silently wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deltamux.base.load import Base
+from deltamux.errors import StartupError
+
+# prompts -> logits [len(prompt), V] of each, float32, computed together.
+PackedLogits = Callable[[list[list[int]]], list[Tensor]]
+
+# Largest error of a row of logits, relative to the row. In 16 bits the mean over rows counts: the
+# routing of a mixture of experts may tip over in single rows.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+_LONGEST, _SHORTEST = 640, 24
+# Multiplications that the longer prompt may cost, in parameters times tokens.
+_WORK = {"cpu": 1.5e10, "cuda": 1e13}
+
+
+def self_test(base: Base, packed: PackedLogits) -> None:
+    """Two random prompts, one longer than any sliding window where that is affordable.
+
+    Raises StartupError when the logits do not agree.
+    """
+    prompts = _prompts(base)
+    with torch.inference_mode():
+        computed = packed(prompts)
+        base.set_plain_attention()
+        for prompt, logits in zip(prompts, computed, strict=True):
+            error = _error(logits, _plain_logits(base, prompt), base.dtype)
+            if not error <= _TOLERANCE[base.dtype]:
+                raise StartupError(
+                    f"deltamux cannot serve this {base.config.model_type!r} model: its packed "
+                    f"logits differ from those of transformers by {error:.1e} (relative), "
+                    f"more than {_TOLERANCE[base.dtype]:.0e}",
+                    reason="MODEL_UNSUPPORTED",
+                )
+
+
+def _prompts(base: Base) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    longest = _affordable_length(base)
+    return [
+        torch.randint(base.vocab_size, (length,), generator=generator).tolist()
+        for length in (longest, max(1, longest // 3))
+    ]
+
+
+def _affordable_length(base: Base) -> int:
+    windows = [layer.window for layer in base.layers if layer.window]
+    wanted = max(3 * _SHORTEST, *(2 * window for window in windows), 0)
+    parameters = sum(parameter.numel() for parameter in base.model.parameters())
+    affordable = max(_SHORTEST, int(_WORK[base.device.type] / parameters))
+    return min(wanted, affordable, _LONGEST, base.max_model_len)
+
+
+def _plain_logits(base: Base, prompt: list[int]) -> Tensor:
+    ids = torch.tensor([prompt], device=base.device)
+    logits: Tensor = base.model(input_ids=ids, use_cache=False).logits[0]
+    return logits.float()
+
+
+def _error(logits: Tensor, reference: Tensor, dtype: torch.dtype) -> float:
+    centred = reference - reference.mean(-1, keepdim=True)
+    rows = (logits - reference).norm(dim=-1) / centred.norm(dim=-1)
+    return float(rows.max() if dtype == torch.float32 else rows.mean())

@@ -1,0 +1,108 @@
+"""What requests ask to change in their logits before a token is chosen.
+
+In this order, as in transformers' generate: bias, repetition penalty, presence and frequency
+penalties, stop tokens held back by min_tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltamux.engine.sequence import Sequence
+from deltamux.engine.transfer import to_device
+
+Array = np.ndarray[Any, Any]
+
+
+def edit_logits(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+    """Logits [S, V], float32, as the sequences of the rows want them; the input stays as it is."""
+    edited = [row for row, sequence in enumerate(sequences) if _wants_edits(sequence)]
+    if not edited:
+        return logits
+    logits = logits.clone()
+    chosen = [(row, sequences[row]) for row in edited]
+    if cells := _gather(_biases(chosen), logits.device):
+        logits[cells.rows, cells.tokens] += cells.values
+    if cells := _gather(_repetitions(chosen), logits.device):
+        seen = logits[cells.rows, cells.tokens]
+        penalised = torch.where(seen < 0, seen * cells.values, seen / cells.values)
+        logits[cells.rows, cells.tokens] = penalised
+    if cells := _gather(_generated(chosen), logits.device):
+        logits[cells.rows, cells.tokens] -= cells.values
+    if cells := _gather(_held_back(chosen), logits.device):
+        logits[cells.rows, cells.tokens] = cells.values
+    return logits
+
+
+def _wants_edits(sequence: Sequence) -> bool:
+    sampling = sequence.sampling
+    return (
+        sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty != 0.0
+        or sampling.frequency_penalty != 0.0
+        or bool(sampling.logit_bias)
+        or sequence.num_generated < sequence.stopping.min_tokens
+    )
+
+
+# Tokens of one row, each once, and a value for each.
+_Part = tuple[int, Array, Array]
+
+
+def _biases(chosen: list[tuple[int, Sequence]]) -> Iterator[_Part]:
+    for row, sequence in chosen:
+        if bias := sequence.sampling.logit_bias:
+            yield row, np.array(list(bias)), np.array(list(bias.values()))
+
+
+def _repetitions(chosen: list[tuple[int, Sequence]]) -> Iterator[_Part]:
+    """Prompt and generated tokens alike."""
+    for row, sequence in chosen:
+        if (penalty := sequence.sampling.repetition_penalty) != 1.0:
+            tokens = np.unique(np.array(sequence.tokens))
+            yield row, tokens, np.full(len(tokens), penalty)
+
+
+def _generated(chosen: list[tuple[int, Sequence]]) -> Iterator[_Part]:
+    """Generated tokens only: once for being present, and once more for each occurrence."""
+    for row, sequence in chosen:
+        sampling = sequence.sampling
+        if (sampling.presence_penalty or sampling.frequency_penalty) and sequence.num_generated:
+            generated = np.array(sequence.tokens[sequence.num_prompt :])
+            tokens, counts = np.unique(generated, return_counts=True)
+            yield row, tokens, sampling.presence_penalty + sampling.frequency_penalty * counts
+
+
+def _held_back(chosen: list[tuple[int, Sequence]]) -> Iterator[_Part]:
+    for row, sequence in chosen:
+        stopping = sequence.stopping
+        if stopping.stop_token_ids and sequence.num_generated < stopping.min_tokens:
+            tokens = np.array(stopping.stop_token_ids)
+            yield row, tokens, np.full(len(tokens), -math.inf)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Cells of the logits, rows [N] and tokens [N], with values [N] for them."""
+
+    rows: Tensor
+    tokens: Tensor
+    values: Tensor
+
+
+def _gather(parts: Iterator[_Part], device: torch.device) -> _Cells | None:
+    collected = list(parts)
+    if not collected:
+        return None
+    rows = np.concatenate([np.full(len(tokens), row) for row, tokens, _ in collected])
+    tokens = np.concatenate([tokens for _, tokens, _ in collected])
+    values = np.concatenate([values for _, _, values in collected], dtype=np.float32)
+    return _Cells(to_device(rows, device), to_device(tokens, device), to_device(values, device))

@@ -1,0 +1,74 @@
+"""Runs prompts through the engine's own path before the first request, for the base's self-test."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+
+import torch
+from torch import Tensor
+
+from deltamux.adapters.rows import Rows
+from deltamux.base.load import Base
+from deltamux.base.self_test import self_test
+from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.runner import ModelRunner
+from deltamux.engine.sequence import Scheduled, Sequence
+from deltamux.wire.messages import Sampling, Stopping
+
+_CHUNKS = 3
+
+
+def rehearse(base: Base, block_size: int) -> None:
+    """Refuses, with StartupError, a base whose packed forward differs from transformers' own."""
+    self_test(base, lambda prompts: packed_logits(base, prompts, block_size))
+
+
+def packed_logits(base: Base, prompts: Items[Items[int]], block_size: int) -> list[Tensor]:
+    """Logits [len(prompt), V], float32, of each: in one batch, in chunks, over shuffled blocks."""
+    blocks = [-(-len(prompt) // block_size) for prompt in prompts]
+    cache = KVCache(base.layers, sum(blocks) + 1, block_size, base.dtype, base.device)
+    runner = ModelRunner(base, cache, Rows(base.device))
+    sequences = _sequences(prompts, blocks)
+    parts: list[list[Tensor]] = [[] for _ in prompts]
+    for step in _steps(sequences):
+        batch = runner.batch(step)
+        every_row = torch.arange(batch.input_ids.shape[1], device=base.device)
+        logits = runner.forward(batch, every_row)
+        lengths = [item.num_tokens for item in step]
+        for item, piece in zip(step, logits.split_with_sizes(lengths), strict=True):
+            parts[item.sequence.index].append(piece)
+            item.sequence.num_computed += item.num_tokens
+    return [torch.cat(pieces) for pieces in parts]
+
+
+def _sequences(prompts: Items[Items[int]], blocks: list[int]) -> list[Sequence]:
+    free = list(range(1, sum(blocks) + 1))
+    random.Random(0).shuffle(free)
+    return [
+        Sequence(
+            request_id="rehearsal",
+            index=index,
+            tokens=list(prompt),
+            num_prompt=len(prompt),
+            sampling=Sampling(),
+            stopping=Stopping(max_tokens=1),
+            priority=0,
+            arrival=0.0,
+            deadline=None,
+            adapter="",
+            adapter_path="",
+            blocks=[free.pop() for _ in range(count)],
+        )
+        for index, (prompt, count) in enumerate(zip(prompts, blocks, strict=True))
+    ]
+
+
+def _steps(sequences: list[Sequence]) -> Iterator[list[Scheduled]]:
+    """A third of each prompt a step."""
+    while waiting := [sequence for sequence in sequences if sequence.num_uncomputed]:
+        yield [
+            Scheduled(sequence, min(-(-sequence.num_prompt // _CHUNKS), sequence.num_uncomputed))
+            for sequence in waiting
+        ]

@@ -1,0 +1,56 @@
+"""One step on the device: packed forward pass, then sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+import torch
+from torch import Tensor
+
+from deltamux.adapters.rows import Rows
+from deltamux.base.load import Base
+from deltamux.engine.attention import PagedAttention
+from deltamux.engine.batch import StepBatch
+from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.sampler import NonFinite, SampledToken, sample
+from deltamux.engine.sequence import Scheduled
+
+
+class ModelRunner:
+    """Drives one base model over one KV cache. Reads sequences, never changes them."""
+
+    def __init__(self, base: Base, cache: KVCache, rows: Rows) -> None:
+        self._base = base
+        self._cache = cache
+        self._rows = rows
+        self._attention = PagedAttention(cache)
+        base.set_attention(self._attention)
+
+    @torch.inference_mode()
+    def run(self, scheduled: Items[Scheduled]) -> list[SampledToken | NonFinite]:
+        """Computes the scheduled tokens; one outcome for each that samples, in the given order.
+
+        A row whose logits are not finite is NonFinite; the other rows are not touched by it.
+        """
+        batch = self.batch(scheduled)
+        logits = self.forward(batch, batch.sampled_rows)
+        outcomes = sample(logits, batch.sampled)
+        placed = sorted(zip(batch.sampled_places, outcomes, strict=True), key=lambda pair: pair[0])
+        return [outcome for _, outcome in placed]
+
+    def batch(self, scheduled: Items[Scheduled]) -> StepBatch:
+        return StepBatch.build(scheduled, self._cache.block_size, self._base.device)
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch, rows: Tensor) -> Tensor:
+        """Logits [len(rows), V], float32, of those rows of the batch; fills the KV cache."""
+        self._rows.set(batch.token_segments, batch.sampled_segments)
+        self._attention.begin(batch.attention, batch.slot_mapping)
+        output = self._base.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=rows,
+        )
+        logits: Tensor = output.logits[0]
+        return logits.float()
