@@ -127,7 +127,7 @@ To talk to such a server yourself, start one:
 
 and ask it from a terminal, with grpcurl, or from Python:
 
-  deltamux generate "$(printf 'good morning\\n ')" --adapter {TASKS[0].name}
+  deltamux generate $'good morning\\n' --adapter {TASKS[0].name}
 
   grpcurl -plaintext -d '{{"text": "good morning\\n", "adapter": "{TASKS[0].name}"}}' \\
       localhost:8000 deltamux.v1.InferenceService/Generate

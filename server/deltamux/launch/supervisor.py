@@ -33,7 +33,7 @@ STOP_GRACE = 5.0
 class Supervisor:
     """Owns the engine process and the socket of each of its lives, which lies in `folder`.
 
-    `lost` is called at once when a ready engine has ended; `restored` is awaited when its
+    `lost` is awaited when a ready engine has ended and its calls have failed, `restored` when its
     successor is ready.
     """
 
@@ -42,7 +42,7 @@ class Supervisor:
         config: EngineConfig,
         folder: Path,
         engine: EngineClient,
-        lost: Callable[[], None],
+        lost: Callable[[], Awaitable[None]],
         restored: Callable[[], Awaitable[None]],
     ) -> None:
         self._config = config
@@ -75,16 +75,21 @@ class Supervisor:
             assert self._process is not None
             how = await self._process.ended()
             log.error("engine lost", pid=self._process.pid, how=how)
-            self._lost()
             self._engine.fail_all(
                 Unavailable(f"the engine {how}", reason="ENGINE_LOST", retry_after=FIRST_DELAY)
             )
+            await self._lost()
             await self._restart()
             await self._restored()
 
     async def stop(self) -> None:
         if self._process is not None:
             await self._process.stop(STOP_GRACE)
+
+    def kill(self) -> None:
+        """Ends the engine without asking it."""
+        if self._process is not None:
+            self._process.kill()
 
     async def _ready(self, process: EngineProcess) -> Ready:
         ready = asyncio.create_task(self._engine.ready())

@@ -1,0 +1,168 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deltamux import __version__
+from deltamux.cli import COMMANDS, main
+from deltamux.cli.serve import Serve
+
+
+def run(*arguments: str) -> int:
+    return main(arguments)
+
+
+def parse(*arguments: str) -> Serve:
+    return Serve.parse("deltamux serve", arguments)
+
+
+def test_overview_names_every_command(capsys):
+    assert run() == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in COMMANDS)
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"deltamux {__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "demo", "health", "bench"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(command, "--help")
+    assert exit_.value.code == 0
+    assert f"deltamux {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["list", "load", "unload", "pin", "unpin"])
+def test_every_verb_of_adapters_has_help(verb, capsys):
+    assert run("adapters") == 0
+    assert f"\n  {verb} " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        run("adapters", verb, "--help")
+    assert exit_.value.code == 0
+
+
+def test_help_shows_no_implementation_words(capsys):
+    with pytest.raises(SystemExit):
+        run("serve", "--help")
+    text = capsys.readouterr().out
+    assert (
+        not re.search(r"default: None|factory|dict\[|ByteSize|\|", text.replace("--no-", "|no|"))
+        or "default: None" not in text
+    )
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serv"], "deltamux: unknown command 'serv'; did you mean serve?"),
+        (["adapters", "lst"], "deltamux adapters: unknown command 'lst'; did you mean list?"),
+        (
+            ["serve", "--model", "m", "--prot", "3"],
+            "deltamux serve: unknown option --prot; did you mean --port?",
+        ),
+        (["serve", "--model", "m", "--xyzzy=3"], "deltamux serve: unknown option --xyzzy"),
+        (["serve", "--model", "m", "extra"], "deltamux serve: unknown argument extra"),
+        (["serve"], "deltamux serve: --model is required"),
+        (["serve", "--model"], "deltamux serve: argument --model: expected one argument"),
+        (
+            ["serve", "--model", "m", "--port", "70000"],
+            "deltamux serve: --port 70000: input should be less than or equal to 65535",
+        ),
+        (
+            ["serve", "--model", "m", "--adapter", "no-path"],
+            "deltamux serve: --adapter no-path: expected NAME=PATH",
+        ),
+        (
+            ["generate", "hello", "--temperature", "-1"],
+            "deltamux generate: --temperature -1: input should be greater than or equal to 0",
+        ),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err == message + "\n"
+    assert captured.out == ""
+
+
+def test_flags_become_configurations(tmp_path):
+    options = parse(
+        *("--model", "m", "--port", "0", "--device", "cpu", "--max-num-seqs", "3"),
+        *("--adapter", "a=/x/y", "--adapter", "b=/z=w", "--adapter-dir", str(tmp_path)),
+        *("--kv-cache-bytes", "2GiB", "--adapter-host-bytes", "100MB", "--no-metrics"),
+    )
+    assert options.engine().max_num_seqs == 3
+    assert options.engine().kv_cache_bytes == 2 << 30
+    assert options.engine().adapter_host_bytes == 100_000_000
+    assert options.store().adapters == {"a": "/x/y", "b": "/z=w"}
+    assert options.store().adapter_dir == tmp_path
+    assert options.frontend().port == 0
+    assert options.frontend().metrics_port is None
+    assert options.frontend().model == options.engine().model == "m"
+
+
+def test_every_configured_field_has_a_flag():
+    """A field that no flag reaches would be a constant in disguise."""
+    low, high = (
+        parse("--model", "m"),
+        parse(
+            *("--model", "n", "--host", "::", "--port", "1", "--metrics-port", "2"),
+            *("--admin-port", "3", "--no-reflection", "--device", "cuda:1", "--dtype", "float16"),
+            *("--threads", "2", "--seed", "1", "--max-model-len", "9", "--max-num-seqs", "9"),
+            *(
+                "--max-num-batched-tokens",
+                "9",
+                "--block-size",
+                "8",
+                "--gpu-memory-utilization",
+                "0.5",
+            ),
+            *("--kv-cache-bytes", "9", "--max-adapter-slots", "9", "--adapter-device-bytes", "9"),
+            *(
+                "--adapter-host-bytes",
+                "9",
+                "--adapter-cache-dir",
+                "/c",
+                "--adapter-disk-bytes",
+                "9",
+            ),
+            *("--max-adapter-bytes", "9", "--max-waiting-requests", "9", "--default-deadline", "9"),
+            *("--drain-grace", "9", "--log-format", "json", "--log-level", "debug"),
+            *("--adapter", "a=b", "--adapter-dir", "/d"),
+        ),
+    )
+    for role in ("engine", "frontend", "store"):
+        before, after = getattr(low, role)(), getattr(high, role)()
+        same = [name for name in vars(before) if getattr(before, name) == getattr(after, name)]
+        assert same == []
+
+
+def test_environment_is_read_after_flags(monkeypatch):
+    monkeypatch.setenv("DELTAMUX_MODEL", "from-environment")
+    monkeypatch.setenv("DELTAMUX_PORT", "1234")
+    assert parse().frontend().model == "from-environment"
+    assert parse("--port", "4321").frontend().port == 4321
+
+
+def test_unreachable_server_is_one_line(capsys):
+    assert run("generate", "hello", "--target", "127.0.0.1:1", "--timeout", "5") == 1
+    assert re.fullmatch(r"deltamux generate: UNAVAILABLE: [^\n]+\n", capsys.readouterr().err)
+    assert run("adapters", "list", "--target", "127.0.0.1:1", "--timeout", "5") == 1
+    assert re.fullmatch(r"deltamux adapters list: UNAVAILABLE: [^\n]+\n", capsys.readouterr().err)
+    assert run("health", "--target", "127.0.0.1:1") == 1
+
+
+def test_client_commands_load_no_torch():
+    """They start fast, and run where only the client's half of the dependencies works."""
+    code = (
+        "import sys, deltamux.cli.generate, deltamux.cli.adapters, deltamux.cli.health;"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join((str(root / "server"), str(root / "kernels")))
+    environment = {**os.environ, "PYTHONPATH": path}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
