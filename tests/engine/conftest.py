@@ -1,4 +1,4 @@
-"""Siblings of the adapter cache and of the sequences' source, without files, threads or tensors."""
+"""Siblings of the engine's neighbours, without files, threads or tensors."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class FakeAdapters:
         self._free = list(range(slots))
         self._loading: dict[str, int] = {}
         self._host: set[str] = set()
+        self.orders: list[tuple[object, ...]] = []
         self.device_hits = self.host_hits = self.misses = 0
         self.device_evictions = self.host_evictions = 0
 
@@ -51,6 +52,15 @@ class FakeAdapters:
         for digest in list(self._loading):
             self._loading[digest] -= 1
         return []
+
+    def load(self, *order: object) -> None:
+        self.orders.append(("load", *order))
+
+    def pin(self, *order: object) -> None:
+        self.orders.append(("pin", *order))
+
+    def drop(self, *order: object) -> None:
+        self.orders.append(("drop", *order))
 
     def _on_host(self, digest: str) -> bool:
         if digest not in self._host and self._loading.setdefault(digest, self.load_polls) <= 0:

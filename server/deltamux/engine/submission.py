@@ -11,7 +11,7 @@ import msgspec
 
 from deltamux.engine.sequence import Sequence
 from deltamux.errors import InvalidArgument
-from deltamux.wire.messages import Sampling, Submit
+from deltamux.wire.messages import Sampling, Stopping, Submit
 
 # Exclusive bound of a seed: it must fit a signed 64-bit integer.
 _SEEDS = 1 << 63
@@ -43,6 +43,7 @@ class Submissions:
         self._check_token_ids(submit)
         _check_sampling(submit.sampling)
         sampling = self._seeded(submit.sampling)
+        stopping = self._reachable(submit.stopping)
         sequences: list[Sequence] = []
         for index in range(submit.n):
             sequence = Sequence(
@@ -51,7 +52,7 @@ class Submissions:
                 tokens=list(submit.prompt),
                 num_prompt=len(submit.prompt),
                 sampling=sampling,
-                stopping=submit.stopping,
+                stopping=stopping,
                 priority=submit.priority,
                 arrival=now,
                 deadline=None if submit.deadline is None else now + submit.deadline,
@@ -67,6 +68,11 @@ class Submissions:
         if sampling.seed is not None:
             return sampling
         return msgspec.structs.replace(sampling, seed=self._seeds.randrange(_SEEDS))
+
+    def _reachable(self, stopping: Stopping) -> Stopping:
+        """Without the ids that no row of logits has: some models' own end token is such a one."""
+        reachable = tuple(i for i in stopping.stop_token_ids if 0 <= i < self.limits.vocab_size)
+        return msgspec.structs.replace(stopping, stop_token_ids=reachable)
 
     def _check_lengths(self, submit: Submit) -> None:
         length, limits = len(submit.prompt), self.limits

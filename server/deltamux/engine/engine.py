@@ -1,0 +1,199 @@
+"""The engine's loop.
+
+One step:
+
+1. receive    the front end's messages, the loader's news, the deadlines that have passed
+2. schedule   which sequences run, and how many tokens of each
+3. run        one forward pass over all of them, and the sampling
+4. update     the sequences with their new tokens; those that end give up blocks and lease
+5. reply      one message with everything that the step produced
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import structlog
+import torch
+
+from deltamux.engine.block_allocator import BlockAllocator
+from deltamux.engine.reply import adapter_error, finish_reason, first_token, non_finite_error
+from deltamux.engine.runner import ModelRunner
+from deltamux.engine.sampler import NonFinite, SampledToken
+from deltamux.engine.scheduler import Scheduler
+from deltamux.engine.sequence import Scheduled, Sequence
+from deltamux.engine.submission import Submissions
+from deltamux.errors import DeadlineExceeded, DeltamuxError, ResourceExhausted
+from deltamux.store.slots import AdapterCache
+from deltamux.wire.channel import EngineEnd
+from deltamux.wire.messages import (
+    Cancel,
+    DropAdapter,
+    LoadAdapter,
+    PinAdapter,
+    Progress,
+    RequestFailed,
+    Shutdown,
+    Stats,
+    StepDone,
+    Submit,
+    ToEngine,
+)
+
+_log = structlog.get_logger(__name__)
+
+
+class Engine:
+    """Owns nothing but the order of things; an exception out of `step` is a bug and ends it."""
+
+    def __init__(
+        self,
+        link: EngineEnd,
+        submissions: Submissions,
+        scheduler: Scheduler,
+        allocator: BlockAllocator,
+        adapters: AdapterCache,
+        runner: ModelRunner,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._link = link
+        self._submissions = submissions
+        self._scheduler = scheduler
+        self._allocator = allocator
+        self._adapters = adapters
+        self._runner = runner
+        self._clock = clock
+        self._idle = True
+        self.stopped = False
+
+    def run(self) -> None:
+        """Steps until the front end says Shutdown."""
+        while not self.stopped:
+            self.step()
+
+    def step(self) -> None:
+        self._receive()
+        scheduled = self._schedule()
+        started = self._clock()
+        outcomes = self._run(scheduled)
+        progress = self._update(scheduled, outcomes)
+        self._reply(scheduled, progress, self._clock() - started)
+
+    def _receive(self) -> None:
+        self._link.wait(self._patience())
+        for message in self._link.receive():
+            self._handle(message)
+        for event in self._adapters.poll():
+            self._link.send(event)
+        for request_id in self._scheduler.expired(self._clock()):
+            self._fail(request_id, DeadlineExceeded("the deadline has passed"))
+
+    def _schedule(self) -> list[Scheduled]:
+        plan = self._scheduler.schedule(self._clock())
+        for request_id, error in plan.failed.items():
+            self._fail(request_id, adapter_error(error))
+        self._idle = not plan.scheduled and not plan.failed
+        return plan.scheduled
+
+    def _run(self, scheduled: list[Scheduled]) -> list[SampledToken | NonFinite]:
+        if not scheduled:
+            return []
+        try:
+            return self._runner.run(scheduled)
+        except torch.OutOfMemoryError:
+            _log.exception("out of device memory", rows=sum(item.num_tokens for item in scheduled))
+        largest = max(scheduled, key=lambda item: item.num_tokens).sequence
+        self._fail(
+            largest.request_id,
+            ResourceExhausted("the device is out of memory", reason="OUT_OF_MEMORY"),
+        )
+        # Nothing was computed: the others run again in the next step.
+        scheduled.clear()
+        return []
+
+    def _update(
+        self, scheduled: list[Scheduled], outcomes: list[SampledToken | NonFinite]
+    ) -> list[Progress]:
+        sampling = [item.sequence for item in scheduled if item.samples]
+        for item in scheduled:
+            item.sequence.num_computed += item.num_tokens
+        rows = list(zip(sampling, outcomes, strict=True))
+        poisoned = {s.request_id: s for s, outcome in rows if isinstance(outcome, NonFinite)}
+        for request_id, sequence in poisoned.items():
+            self._fail(request_id, non_finite_error(sequence))
+        return [
+            self._advance(sequence, outcome)
+            for sequence, outcome in rows
+            if isinstance(outcome, SampledToken) and sequence.request_id not in poisoned
+        ]
+
+    def _reply(
+        self, scheduled: list[Scheduled], progress: list[Progress], step_seconds: float
+    ) -> None:
+        stats = Stats(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            kv_blocks_used=self._allocator.num_total - self._allocator.num_free,
+            kv_blocks_total=self._allocator.num_total,
+            preemptions=self._scheduler.num_preemptions,
+            step_rows=sum(item.num_tokens for item in scheduled),
+            step_adapters=len({s.sequence.adapter for s in scheduled if s.sequence.adapter}),
+            step_seconds=step_seconds,
+            device_hits=self._adapters.device_hits,
+            host_hits=self._adapters.host_hits,
+            misses=self._adapters.misses,
+            device_evictions=self._adapters.device_evictions,
+            host_evictions=self._adapters.host_evictions,
+        )
+        self._link.send(StepDone(tuple(progress), stats))
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                self._submit(message)
+            case Cancel():
+                self._scheduler.cancel(message.request_id, message.indices)
+            case LoadAdapter():
+                self._adapters.load(message.digest, message.path, message.to_device, message.pinned)
+            case PinAdapter():
+                self._adapters.pin(message.digest, message.path, message.pinned)
+            case DropAdapter():
+                self._adapters.drop(message.digest)
+            case Shutdown():
+                self.stopped = True
+
+    def _submit(self, submit: Submit) -> None:
+        tier = self._adapters.tier(submit.adapter) if submit.adapter else ""
+        try:
+            sequences = self._submissions.sequences(submit, self._clock(), tier)
+        except DeltamuxError as error:
+            self._fail(submit.request_id, error)
+            return
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+
+    def _advance(self, sequence: Sequence, token: SampledToken) -> Progress:
+        sequence.tokens.append(token.token_id)
+        finish = finish_reason(sequence, self._submissions.limits.max_model_len)
+        if finish:
+            self._scheduler.finish(sequence)
+        return Progress(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            token_ids=(token.token_id,),
+            logprobs=() if token.logprobs is None else (token.logprobs,),
+            finish=finish,
+            first=first_token(sequence),
+        )
+
+    def _fail(self, request_id: str, error: DeltamuxError) -> None:
+        self._scheduler.cancel(request_id)
+        self._link.send(RequestFailed(request_id, error.code, error.reason, error.message))
+
+    def _patience(self) -> float | None:
+        """Seconds to wait for news: none while there is work, else until the next deadline."""
+        if not self._idle:
+            return 0.0
+        deadline = self._scheduler.next_deadline()
+        return None if deadline is None else max(0.0, deadline - self._clock())

@@ -1,0 +1,346 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from deltamux.config import EngineConfig
+from deltamux.engine.block_allocator import BlockAllocator
+from deltamux.engine.engine import Engine
+from deltamux.engine.sampler import NonFinite, SampledToken
+from deltamux.engine.scheduler import Scheduler
+from deltamux.engine.submission import Limits, Submissions
+from deltamux.errors import InvalidArgument, ResourceExhausted
+from deltamux.wire.messages import (
+    AdapterDropped,
+    Cancel,
+    DropAdapter,
+    LoadAdapter,
+    Logprob,
+    PinAdapter,
+    RequestFailed,
+    Sampling,
+    Shutdown,
+    StepDone,
+    Stopping,
+    Submit,
+    TokenLogprobs,
+)
+
+STOP = 9
+CONFIG = EngineConfig("", block_size=4, max_num_seqs=8, max_num_batched_tokens=16)
+LIMITS = Limits(vocab_size=100, max_model_len=32, kv_cache_tokens=80)
+
+
+class Link:
+    """The engine's end of the socket."""
+
+    def __init__(self):
+        self.inbox, self.sent, self.waits = [], [], []
+
+    def wait(self, timeout):
+        self.waits.append(timeout)
+
+    def receive(self):
+        messages, self.inbox = self.inbox, []
+        return messages
+
+    def send(self, message):
+        self.sent.append(message)
+
+    def told(self, kind):
+        return [message for message in self.sent if isinstance(message, kind)]
+
+    def progress(self, request_id):
+        return [
+            p for done in self.told(StepDone) for p in done.progress if p.request_id == request_id
+        ]
+
+
+class Runner:
+    """Each sequence's next token is its length, unless `outcome` decides otherwise."""
+
+    def __init__(self):
+        self.outcome = lambda sequence: SampledToken(50 + sequence.num_generated, None)
+        self.error = None
+
+    def run(self, scheduled):
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return [self.outcome(item.sequence) for item in scheduled if item.samples]
+
+
+class Setup:
+    def __init__(self, adapters, num_blocks=20):
+        self.now = 100.0
+        self.link, self.runner, self.adapters = Link(), Runner(), adapters
+        self.allocator = BlockAllocator(num_blocks + 1)
+        self.scheduler = Scheduler(CONFIG, self.allocator, adapters)
+        self.engine = Engine(
+            self.link,
+            Submissions(LIMITS, seed=0),
+            self.scheduler,
+            self.allocator,
+            adapters,
+            self.runner,
+            clock=lambda: self.now,
+        )
+
+    def step(self, *messages, times=1):
+        self.link.inbox += messages
+        for _ in range(times):
+            self.engine.step()
+
+    def is_empty(self):
+        return (
+            not self.scheduler.running
+            and not self.scheduler.waiting
+            and self.allocator.num_free == self.allocator.num_total
+            and not self.adapters.leases.total()
+        )
+
+
+@pytest.fixture
+def setup(fake_adapters):
+    return lambda slots=2, load_polls=0: Setup(fake_adapters(slots, load_polls))
+
+
+def submit(request_id="r", prompt=(1, 2, 3), max_tokens=3, min_tokens=0, sampling=None, **fields):
+    stopping = Stopping(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=(STOP,))
+    return Submit(request_id, tuple(prompt), sampling or Sampling(seed=1), stopping, **fields)
+
+
+def test_a_request_from_submit_to_finish(setup):
+    served = setup()
+    served.step(submit(adapter="a"), times=3)
+    assert [
+        (p.index, p.token_ids, p.finish, p.first is not None) for p in served.link.progress("r")
+    ] == [(0, (50,), "", True), (0, (51,), "", False), (0, (52,), "length", False)]
+    assert served.is_empty()
+
+
+def test_every_step_sends_one_message_with_the_state(setup):
+    served = setup()
+    served.step(submit("r", adapter="a"), submit("s"))
+    (done,) = served.link.told(StepDone)
+    assert [p.request_id for p in done.progress] == ["r", "s"]
+    assert (done.stats.running, done.stats.waiting) == (2, 0)
+    assert (done.stats.step_rows, done.stats.step_adapters) == (6, 1)
+    assert (done.stats.kv_blocks_used, done.stats.kv_blocks_total) == (2, 20)
+    served.step(times=3)
+    assert served.link.sent[-1].stats.running == 0
+    assert served.link.sent[-1].stats.step_rows == 0
+
+
+def test_stop_token_ends_it_only_after_min_tokens(setup):
+    served = setup()
+    served.runner.outcome = lambda sequence: SampledToken(STOP, None)
+    served.step(submit(max_tokens=10, min_tokens=3), times=3)
+    assert [p.finish for p in served.link.progress("r")] == ["", "", "stop"]
+    assert served.is_empty()
+
+
+def test_the_context_ends_it_with_length(setup):
+    served = setup()
+    served.step(submit(prompt=range(30), max_tokens=10), times=5)
+    assert [p.finish for p in served.link.progress("r")] == ["", "length"]
+
+
+def test_a_stop_token_as_the_last_allowed_one_is_a_stop(setup):
+    served = setup()
+    served.runner.outcome = lambda sequence: SampledToken(STOP, None)
+    served.step(submit(max_tokens=1))
+    assert [p.finish for p in served.link.progress("r")] == ["stop"]
+
+
+def test_logprobs_go_along(setup):
+    served = setup()
+    logprobs = TokenLogprobs(Logprob(5, -0.5), (Logprob(5, -0.5),))
+    served.runner.outcome = lambda sequence: SampledToken(5, logprobs)
+    served.step(submit(max_tokens=1))
+    (progress,) = served.link.progress("r")
+    assert progress.logprobs == (logprobs,)
+
+
+def test_choices_are_told_apart(setup):
+    served = setup()
+    served.step(submit(n=3, max_tokens=2), times=4)
+    finished = [p.index for p in served.link.progress("r") if p.finish == "length"]
+    assert sorted(finished) == [0, 1, 2]
+    assert sum(p.first is not None for p in served.link.progress("r")) == 3
+    assert served.is_empty()
+
+
+def test_first_token_tells_queueing_from_the_adapters_load(setup):
+    served = setup(load_polls=2)
+    for number in range(8):
+        served.step(submit(f"busy-{number}", max_tokens=20))
+    served.step(submit(adapter="a"))
+    served.now += 3.0
+    served.step(*(Cancel(f"busy-{number}") for number in range(8)))
+    served.now += 2.0
+    served.step(times=3)
+    first = served.link.progress("r")[0].first
+    assert (first.queue, first.adapter_load, first.tier) == (3.0, 2.0, "disk")
+    served.step(submit("again", adapter="a"))
+    first = served.link.progress("again")[0].first
+    assert (first.queue, first.adapter_load, first.tier) == (0.0, 0.0, "device")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"prompt": ()}, "PROMPT_LENGTH"),
+        ({"prompt": range(32)}, "PROMPT_LENGTH"),
+        ({"prompt": (1, 100)}, "TOKEN_ID_OUT_OF_RANGE"),
+        ({"prompt": (-1,)}, "TOKEN_ID_OUT_OF_RANGE"),
+        ({"max_tokens": 0}, "INVALID_ARGUMENT"),
+        ({"n": 0}, "INVALID_ARGUMENT"),
+        ({"sampling": Sampling(logit_bias={100: 1.0})}, "TOKEN_ID_OUT_OF_RANGE"),
+        ({"sampling": Sampling(logit_bias={1: float("nan")})}, "INVALID_ARGUMENT"),
+        ({"sampling": Sampling(temperature=float("nan"))}, "INVALID_ARGUMENT"),
+        ({"sampling": Sampling(temperature=float("inf"))}, "INVALID_ARGUMENT"),
+        ({"sampling": Sampling(top_p=0.0)}, "INVALID_ARGUMENT"),
+        ({"sampling": Sampling(top_k=-1)}, "INVALID_ARGUMENT"),
+        ({"sampling": Sampling(min_p=2.0)}, "INVALID_ARGUMENT"),
+        ({"sampling": Sampling(repetition_penalty=0.0)}, "INVALID_ARGUMENT"),
+        ({"sampling": Sampling(presence_penalty=float("inf"))}, "INVALID_ARGUMENT"),
+        ({"sampling": Sampling(seed=1 << 63)}, "INVALID_ARGUMENT"),
+        ({"sampling": Sampling(logprobs=101)}, "INVALID_ARGUMENT"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_and_the_others_go_on(setup, fields, reason):
+    served = setup()
+    served.step(submit("good", max_tokens=1), submit("bad", **fields))
+    (failed,) = served.link.told(RequestFailed)
+    assert (failed.request_id, failed.code, failed.reason) == ("bad", "INVALID_ARGUMENT", reason)
+    assert served.link.progress("good")[0].finish == "length"
+    assert served.is_empty()
+
+
+def test_what_the_cache_can_never_hold_is_refused():
+    submissions = Submissions(replace(LIMITS, kv_cache_tokens=8), seed=0)
+    assert submissions.sequences(submit(prompt=range(6), max_tokens=3), 0.0, "")
+    with pytest.raises(InvalidArgument, match="need 9 tokens of KV cache; there are 8"):
+        submissions.sequences(submit(prompt=range(6), max_tokens=4), 0.0, "")
+
+
+def test_stop_tokens_outside_the_vocabulary_never_reach_the_sampler():
+    stopping = Stopping(max_tokens=3, min_tokens=2, stop_token_ids=(9, 100, 50256, -1))
+    outside = Submit("r", (1, 2), Sampling(), stopping)
+    (sequence,) = Submissions(LIMITS, seed=0).sequences(outside, 0.0, "")
+    assert sequence.stopping.stop_token_ids == (9,)
+
+
+def test_requests_without_a_seed_get_different_ones_repeatably():
+    def seeds():
+        submissions = Submissions(LIMITS, seed=3)
+        unseeded = submit(sampling=Sampling(temperature=1.0))
+        return [submissions.sequences(unseeded, 0.0, "")[0].sampling.seed for _ in range(3)]
+
+    assert len(set(seeds())) == 3
+    assert seeds() == seeds()
+    (kept,) = Submissions(LIMITS, seed=3).sequences(submit(sampling=Sampling(seed=5)), 0.0, "")
+    assert kept.sampling.seed == 5
+
+
+def test_a_deadline_ends_a_request_running_or_waiting(setup):
+    served = setup(load_polls=99)
+    served.step(submit("running", max_tokens=20, deadline=5.0))
+    served.step(submit("waiting", adapter="cold", deadline=4.0))
+    served.now += 5.0
+    served.step()
+    failed = served.link.told(RequestFailed)
+    assert {(f.request_id, f.code) for f in failed} == {
+        ("running", "DEADLINE_EXCEEDED"),
+        ("waiting", "DEADLINE_EXCEEDED"),
+    }
+    assert served.is_empty()
+
+
+def test_cancel_frees_all_at_the_next_step(setup):
+    served = setup()
+    served.step(submit(n=2, adapter="a", max_tokens=20), times=2)
+    assert len(served.scheduler.running) == 2
+    served.step(Cancel("r"))
+    assert served.is_empty()
+    assert served.link.sent[-1].progress == ()
+
+
+def test_a_malformed_adapter_is_a_failed_precondition_with_its_reason(setup):
+    served = setup()
+    served.adapters.broken["bad"] = InvalidArgument("rank is 0", reason="BAD_RANK")
+    served.adapters.broken["full"] = ResourceExhausted("no host memory")
+    served.step(submit("r", adapter="bad", n=2), submit("s", adapter="full"), submit("good"))
+    assert served.link.told(RequestFailed) == [
+        RequestFailed("r", "FAILED_PRECONDITION", "BAD_RANK", "rank is 0"),
+        RequestFailed("s", "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED", "no host memory"),
+    ]
+    assert served.link.progress("good")
+    served.step(times=3)
+    assert served.is_empty()
+
+
+@pytest.mark.parametrize(("adapter", "code"), [("a", "FAILED_PRECONDITION"), ("", "INTERNAL")])
+def test_non_finite_logits_fail_their_request_alone(setup, adapter, code):
+    served = setup()
+    sound = served.runner.outcome
+    served.runner.outcome = lambda s: NonFinite() if s.request_id == "bad" else sound(s)
+    served.step(submit("bad", adapter=adapter, n=2), submit("good", adapter="a"), times=3)
+    (failed,) = served.link.told(RequestFailed)
+    assert (failed.request_id, failed.code, failed.reason) == ("bad", code, "NON_FINITE_OUTPUT")
+    assert served.link.progress("bad") == []
+    assert served.link.progress("good")[-1].finish == "length"
+    assert served.is_empty()
+
+
+def test_out_of_memory_fails_the_largest_and_repeats_the_step_for_the_others(setup):
+    served = setup()
+    served.step(submit("small"))
+    served.runner.error = torch.OutOfMemoryError("no more")
+    served.step(submit("large", prompt=range(12)), times=4)
+    (failed,) = served.link.told(RequestFailed)
+    assert (failed.request_id, failed.code) == ("large", "RESOURCE_EXHAUSTED")
+    tokens = [p.token_ids[0] for p in served.link.progress("small")]
+    assert tokens == [50, 51, 52]
+    assert served.is_empty()
+
+
+def test_any_other_error_of_the_forward_pass_ends_the_engine(setup):
+    served = setup()
+    served.runner.error = RuntimeError("device lost")
+    with pytest.raises(RuntimeError, match="device lost"):
+        served.step(submit())
+
+
+def test_orders_for_adapters_are_passed_on_and_news_are_told(setup):
+    served = setup()
+    served.adapters.poll = lambda: [AdapterDropped("d")]
+    served.step(LoadAdapter("a", "/p", True, True), PinAdapter("b", "/q", False), DropAdapter("d"))
+    assert served.adapters.orders == [
+        ("load", "a", "/p", True, True),
+        ("pin", "b", "/q", False),
+        ("drop", "d"),
+    ]
+    assert served.link.told(AdapterDropped) == [AdapterDropped("d")]
+
+
+def test_it_sleeps_only_without_work_and_until_the_next_deadline(setup):
+    served = setup(load_polls=99)
+    served.step()
+    assert served.link.waits == [None]
+    served.step(submit(max_tokens=1))
+    # Something ran: what it gave back may let a waiting request in.
+    served.step()
+    served.step(submit(adapter="cold", deadline=4.0))
+    served.now += 1.0
+    served.step()
+    served.now += 9.0
+    served.step()
+    assert served.link.waits == [None, None, 0.0, None, 3.0, 0.0]
+
+
+def test_shutdown_ends_the_loop(setup):
+    served = setup()
+    served.link.inbox.append(Shutdown())
+    served.engine.run()
+    assert served.engine.stopped
