@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import count
 
 import pytest
+
 from deltamux.engine.sequence import Sequence
 from deltamux.errors import DeltamuxError
 from deltamux.wire.messages import FromEngine, Sampling, Stopping

@@ -1,7 +1,8 @@
 import pytest
-from deltamux.engine.block_allocator import BlockAllocator
 from hypothesis import given
 from hypothesis import strategies as st
+
+from deltamux.engine.block_allocator import BlockAllocator
 
 
 def test_block_0_is_never_handed_out():

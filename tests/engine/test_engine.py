@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from deltamux.config import EngineConfig
 from deltamux.engine.block_allocator import BlockAllocator
 from deltamux.engine.engine import Engine

@@ -1,6 +1,7 @@
 from itertools import permutations
 
 import pytest
+
 from deltamux.config import EngineConfig
 from deltamux.engine import drain
 from deltamux.engine.block_allocator import BlockAllocator
