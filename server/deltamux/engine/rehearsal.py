@@ -27,10 +27,10 @@ def rehearse(base: Base, block_size: int) -> None:
 
 def packed_logits(base: Base, prompts: Items[Items[int]], block_size: int) -> list[Tensor]:
     """Logits [len(prompt), V], float32, of each: in one batch, in chunks, over shuffled blocks."""
-    blocks = [-(-len(prompt) // block_size) for prompt in prompts]
-    cache = KVCache(base.layers, sum(blocks) + 1, block_size, base.dtype, base.device)
+    counts = [-(-len(prompt) // block_size) for prompt in prompts]
+    cache = KVCache(base.layers, sum(counts) + 1, block_size, base.dtype, base.device)
     runner = ModelRunner(base, cache, Rows(base.device))
-    sequences = _sequences(prompts, blocks)
+    sequences = _sequences(prompts, counts)
     parts: list[list[Tensor]] = [[] for _ in prompts]
     for step in _steps(sequences):
         batch = runner.batch(step)
@@ -43,25 +43,32 @@ def packed_logits(base: Base, prompts: Items[Items[int]], block_size: int) -> li
     return [torch.cat(pieces) for pieces in parts]
 
 
-def _sequences(prompts: Items[Items[int]], blocks: list[int]) -> list[Sequence]:
-    free = list(range(1, sum(blocks) + 1))
+def trial_sequence(
+    index: int, prompt: Items[int], blocks: list[int], sampling: Sampling
+) -> Sequence:
+    """A sequence of the base that no client asked for."""
+    return Sequence(
+        request_id="rehearsal",
+        index=index,
+        tokens=list(prompt),
+        num_prompt=len(prompt),
+        sampling=sampling,
+        stopping=Stopping(max_tokens=1),
+        priority=0,
+        arrival=0.0,
+        deadline=None,
+        adapter="",
+        adapter_path="",
+        blocks=blocks,
+    )
+
+
+def _sequences(prompts: Items[Items[int]], counts: list[int]) -> list[Sequence]:
+    free = list(range(1, sum(counts) + 1))
     random.Random(0).shuffle(free)
     return [
-        Sequence(
-            request_id="rehearsal",
-            index=index,
-            tokens=list(prompt),
-            num_prompt=len(prompt),
-            sampling=Sampling(),
-            stopping=Stopping(max_tokens=1),
-            priority=0,
-            arrival=0.0,
-            deadline=None,
-            adapter="",
-            adapter_path="",
-            blocks=[free.pop() for _ in range(count)],
-        )
-        for index, (prompt, count) in enumerate(zip(prompts, blocks, strict=True))
+        trial_sequence(index, prompt, [free.pop() for _ in range(count)], Sampling())
+        for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
     ]
 
 
