@@ -29,7 +29,8 @@ class AdapterCache:
 
     Out of a slot goes the least recently used adapter that is not leased, pinned or waited for;
     out of host memory likewise, by bytes. Every load and pin is answered by one AdapterLoaded or
-    AdapterFailed and every drop by one AdapterDropped, for one digest in the order of asking.
+    AdapterFailed and every drop by one AdapterDropped, for one digest in the order of asking. A
+    failed load that only requests asked for is told by one AdapterFailed too.
     """
 
     def __init__(
@@ -91,6 +92,9 @@ class AdapterCache:
         if entry.failure is not None:
             raise entry.failure.with_traceback(None)
         self._tiers.count(entry)
+        if not self.pending_loads:
+            # Nothing else would wake an idle engine when what blocks this one expires.
+            self._loader.wake()
         return None
 
     def release(self, digest: str) -> None:
@@ -224,6 +228,8 @@ class AdapterCache:
         entry.failed_until = self._clock() + _FAILURE_SECONDS
         entry.counted = False
         entry.pinned = False
+        if not entry.orders and not entry.drops:
+            self._events.append(_failed(entry.digest, error))
         self._fail_orders(entry, error)
 
     def _fail_orders(self, entry: Entry, error: DeltamuxError) -> None:

@@ -1,0 +1,278 @@
+"""All adapters by name: which version a request gets, and how versions come and go.
+
+1. `register` notes a name and its source; nothing is read until somebody asks for it.
+2. `resolve` gives a request a lease on one version. The first request for a name copies the
+   source to disk; all that come meanwhile wait for that one copy.
+3. `load` copies the source again. New content is loaded first and becomes live then, so that a
+   bad version never replaces a good one; requests admitted before keep theirs.
+4. A version that is not live, or was unloaded, goes with its last lease: from the engine, and
+   from the disk if asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import structlog
+
+from deltamux.errors import (
+    DataLoss,
+    DeltamuxError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+)
+from deltamux.store.background import Background
+from deltamux.store.contents import AdapterEngine, Contents
+from deltamux.store.disk import DiskStore
+from deltamux.store.keyed_lock import KeyedLock
+from deltamux.store.lease import Lease
+from deltamux.store.names import Reference, check_name
+from deltamux.store.registry import Registry
+from deltamux.store.version import AdapterFacts, Content, Loaded, Registration, Version, facts
+from deltamux.store.versions import Versions
+from deltamux.wire.messages import AdapterFailed, AdapterMoved
+
+__all__ = ["AdapterEngine", "AdapterFacts", "Catalog", "Lease", "Loaded"]
+
+_log = structlog.get_logger(__name__)
+
+# Requests for a source that could not be read are refused unseen for this many seconds.
+_FAILURE_SECONDS = 2.0
+
+
+class Catalog:
+    """Belongs to one event loop. Work that a caller asked for goes on when the caller goes away."""
+
+    def __init__(
+        self,
+        disk: DiskStore,
+        engine: AdapterEngine,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._disk = disk
+        self._contents = Contents(disk, engine)
+        self._clock = clock
+        self._registry = Registry()
+        self._locks = KeyedLock()
+        self._background = Background()
+        self._versions = Versions(self._contents, self._background)
+
+    def register(self, name: str, source: str) -> None:
+        """Makes `name` known; raises AlreadyExists if it is, with another source."""
+        self._registry.register(name, source)
+
+    async def resolve(self, reference: str) -> Lease:
+        """A lease on the version that `reference` means, which is on disk or closer by then.
+
+        Raises NotFound for all that is not known, FailedPrecondition for an adapter that is unfit.
+        """
+        wanted = Reference.parse(reference)
+        version = self._registry.find(wanted)
+        if version is None or not self._versions.present(version):
+            await self._prepared(self._registry.registration(wanted))
+            version = self._registry.find(wanted)
+        if version is None:
+            raise wanted.not_found()
+        return self._versions.lease(version)
+
+    async def load(
+        self,
+        name: str,
+        source: str,
+        *,
+        upto: str = "device",
+        pinned: bool = False,
+        expect_version: str = "",
+    ) -> Loaded:
+        """Reads `source` and makes its content the live version of `name`, loaded as far as `upto`.
+
+        Raises InvalidArgument (also if the digest is not `expect_version`), FailedPrecondition,
+        ResourceExhausted or Aborted; the version that was live stays so then.
+        """
+        check_name(name)
+        return await self._background.finish(self._load(name, source, upto, pinned, expect_version))
+
+    async def refresh(self, name: str) -> None:
+        """Takes in what the source of a name in use holds now; raises as `load` does."""
+        registration = self._registry.get(name)
+        if registration is not None and registration.live is not None:
+            upto = "disk" if registration.live.content.tier == "disk" else "host"
+            await self.load(name, registration.source, upto=upto)
+
+    async def pin(self, reference: str, pinned: bool) -> AdapterFacts:
+        """Pins a version on the device, or unpins it."""
+        return await self._background.finish(self._pin(Reference.parse(reference), pinned))
+
+    async def unload(self, reference: str, purge: bool = False) -> None:
+        """Forgets a name, or one version; returns when its last request has ended.
+
+        Raises NotFound, or FailedPrecondition while it is pinned.
+        """
+        await self._background.finish(self._unload(Reference.parse(reference), purge))
+
+    def get(self, reference: str) -> AdapterFacts:
+        """Raises NotFound."""
+        wanted = Reference.parse(reference)
+        return facts(self._registry.registration(wanted), self._registry.find(wanted))
+
+    def page(
+        self, page_size: int, page_token: str = "", at_least: str = "remote"
+    ) -> tuple[list[AdapterFacts], str]:
+        """Versions at a tier or closer, by name and digest, and the token of the next page.
+
+        The token is empty at the end. Names and versions may come and go between two pages.
+        """
+        return self._registry.page(page_size, page_token, at_least)
+
+    def moved(self, event: AdapterMoved) -> None:
+        """Notes the tier that the engine tells."""
+        self._contents.moved(event)
+
+    def failed(self, event: AdapterFailed) -> None:
+        """Repairs, in the background, a copy on disk that the engine found damaged."""
+        content = self._contents.get(event.digest)
+        if content is not None and event.reason == DataLoss.reason and not content.loading:
+            self._background.start(self._repair(content))
+
+    async def engine_restarted(self) -> None:
+        """Returns when all that is pinned is on the device again."""
+        await self._contents.restarted()
+
+    def close(self) -> None:
+        """Gives up all work under way."""
+        self._background.close()
+
+    async def _prepared(self, registration: Registration) -> None:
+        """Waits for the one reading of the source that all first requests share."""
+        if registration.failure is not None and self._clock() < registration.failed_until:
+            raise _on_request(registration.failure)
+        if registration.preparing is None:
+            registration.preparing = self._background.start(self._prepare(registration))
+        try:
+            await asyncio.shield(registration.preparing)
+        except DeltamuxError as error:
+            raise _on_request(error) from None
+
+    async def _prepare(self, registration: Registration) -> None:
+        registration.failure = None
+        try:
+            async with self._locks(registration.name):
+                await self._read_source(registration)
+        except DeltamuxError as error:
+            registration.failure = error
+            registration.failed_until = self._clock() + _FAILURE_SECONDS
+            raise
+        finally:
+            registration.preparing = None
+
+    async def _read_source(self, registration: Registration) -> None:
+        """Copies the source to disk unless the live version is there; the name is locked."""
+        if registration not in self._registry:
+            raise Reference(registration.name).not_found()
+        live = registration.live
+        if live is not None and self._versions.present(live):
+            return
+        digest = await self._contents.ingest(registration.source)
+        if live is not None and live.digest != digest:
+            _log.warning("source changed", adapter=registration.name, adapter_version=digest)
+        self._versions.go_live(self._versions.add(registration, digest))
+        self._disk.unhold(digest)
+
+    async def _load(
+        self, name: str, source: str, upto: str, pinned: bool, expect_version: str
+    ) -> Loaded:
+        async with self._locks(name):
+            digest = await self._contents.ingest(source)
+            try:
+                _check_expected(digest, expect_version)
+                with self._registry.entered(name, source) as registration:
+                    known = await self._swap(registration, digest, source, upto, pinned)
+            finally:
+                self._disk.unhold(digest)
+            return Loaded(facts(registration, registration.live), already_loaded=known)
+
+    async def _swap(
+        self, registration: Registration, digest: str, source: str, upto: str, pinned: bool
+    ) -> bool:
+        """Loads this content and makes it live; returns whether it was live before."""
+        known = registration.live is not None and registration.live.digest == digest
+        version = self._versions.add(registration, digest)
+        try:
+            await self._bring(version, source, upto, pinned)
+        except BaseException:
+            if not known:
+                self._versions.retire(version)
+            raise
+        registration.source = source
+        self._versions.go_live(version)
+        return known
+
+    async def _bring(self, version: Version, source: str, upto: str, pinned: bool) -> None:
+        """Loads the version; the pin of the live one passes to it."""
+        live = version.registration.live
+        if live is None or live is version or not live.pinned:
+            pinned = pinned or version.pinned
+            await self._contents.load(version.content, source, upto, pinned)
+            version.pinned = pinned
+            return
+        await self._contents.pin(live, False)
+        try:
+            await self._contents.load(version.content, source, upto, pinned=True)
+            version.pinned = True
+        except DeltamuxError:
+            await self._contents.pin(live, True)
+            raise
+
+    async def _pin(self, wanted: Reference, pinned: bool) -> AdapterFacts:
+        async with self._locks(wanted.name):
+            registration = self._registry.registration(wanted)
+            if pinned:
+                await self._read_source(registration)
+            version = self._registry.find(wanted)
+            if version is not None and version.pinned != pinned:
+                await self._contents.pin(version, pinned)
+            return facts(registration, version)
+
+    async def _unload(self, wanted: Reference, purge: bool) -> None:
+        async with self._locks(wanted.name):
+            registration = self._registry.registration(wanted)
+            version = self._registry.find(wanted) if wanted.version else None
+            versions = list(registration.versions.values())
+            doomed = versions if version is None or version.live else [version]
+            if any(version.pinned for version in doomed):
+                raise FailedPrecondition(
+                    f"adapter {str(wanted)!r} is pinned; unpin it first", reason="ADAPTER_PINNED"
+                )
+            if doomed == versions:
+                self._registry.remove(wanted.name)
+            for version in doomed:
+                version.purge = purge
+                self._versions.retire(version)
+        await asyncio.gather(*(version.gone.wait() for version in doomed))
+
+    async def _repair(self, content: Content) -> None:
+        registration = next(iter(content.versions)).registration
+        try:
+            await self._contents.load(content, registration.source, "host", pinned=False)
+        except DataLoss:
+            # The source has other content by now: that is the next version.
+            await self.refresh(registration.name)
+
+
+def _check_expected(digest: str, expected: str) -> None:
+    if expected not in ("", digest):
+        raise InvalidArgument(
+            f"the content's digest is {digest}, not the one expected",
+            reason="DIGEST_MISMATCH",
+            field="expect_version",
+        )
+
+
+def _on_request(error: DeltamuxError) -> DeltamuxError:
+    """An adapter that is unfit is no fault of the request that names it."""
+    waiting_helps = error.retry_after is not None
+    kind = type(error) if waiting_helps or isinstance(error, NotFound) else FailedPrecondition
+    return kind(error.message, reason=error.reason, retry_after=error.retry_after)

@@ -1,0 +1,118 @@
+"""What disk and engine hold of each digest, shared by all names that mean it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from deltamux.errors import DataLoss, DeltamuxError
+from deltamux.store.disk import DiskStore
+from deltamux.store.version import Content, Registration, Version
+from deltamux.wire.messages import AdapterInfo, AdapterMoved
+
+_log = structlog.get_logger(__name__)
+
+
+class AdapterEngine(Protocol):
+    """What the catalog asks of the engine; each call returns when it is done, or raises."""
+
+    async def load(self, digest: str, path: str, to_device: bool, pinned: bool) -> AdapterInfo: ...
+
+    async def pin(self, digest: str, path: str, pinned: bool) -> AdapterInfo: ...
+
+    async def drop(self, digest: str) -> None: ...
+
+
+class Contents:
+    """A content exists while some version means it; with the last one the engine drops it."""
+
+    def __init__(self, disk: DiskStore, engine: AdapterEngine) -> None:
+        self.disk = disk
+        self._engine = engine
+        self._contents: dict[str, Content] = {}
+
+    def get(self, digest: str) -> Content | None:
+        return self._contents.get(digest)
+
+    def attach(self, registration: Registration, digest: str) -> Version:
+        """A new version with this content."""
+        content = self._contents.setdefault(digest, Content(digest))
+        version = Version(registration, content)
+        content.versions.add(version)
+        return version
+
+    async def detach(self, version: Version) -> None:
+        """Ends a version; returns when what only it needed has been freed."""
+        content = version.content
+        content.versions.discard(version)
+        if not content.versions:
+            del self._contents[content.digest]
+            # An engine that is gone holds nothing any more.
+            with suppress(DeltamuxError):
+                await self._engine.drop(content.digest)
+            if version.purge and content.digest not in self._contents:
+                await asyncio.to_thread(self.disk.purge, content.digest)
+        version.gone.set()
+
+    async def ingest(self, source: str) -> str:
+        """Copies the source to disk and returns its digest; the copy is held once."""
+        return await asyncio.to_thread(self.disk.ingest, Path(source))
+
+    async def load(self, content: Content, source: str, tier: str, pinned: bool) -> None:
+        """Brings content on disk up to `tier`; a damaged copy is read again from its source."""
+        if tier == "disk" and not pinned:
+            return
+        content.loading += 1
+        try:
+            try:
+                await self._load(content, tier, pinned)
+            except DataLoss:
+                await self.replace(content, source)
+                await self._load(content, tier, pinned)
+        finally:
+            content.loading -= 1
+
+    async def replace(self, content: Content, source: str) -> None:
+        """Makes the copy on disk anew. Raises DataLoss if the source has other content by now."""
+        await asyncio.to_thread(self.disk.purge, content.digest)
+        digest = await self.ingest(source)
+        self.disk.unhold(digest)
+        if digest != content.digest:
+            raise DataLoss("the stored adapter is damaged and its source has changed")
+
+    async def pin(self, version: Version, pinned: bool) -> None:
+        """Sets a version's pin; the content stays pinned while any of its versions is."""
+        content = version.content
+        others = any(other.pinned for other in content.versions if other is not version)
+        path = str(self.disk.path(content.digest))
+        content.info = await self._engine.pin(content.digest, path, pinned or others)
+        version.pinned = pinned
+
+    def moved(self, event: AdapterMoved) -> None:
+        content = self._contents.get(event.digest)
+        if content is not None:
+            content.tier = event.tier
+            content.info = event.info or content.info
+
+    async def restarted(self) -> None:
+        """A new engine has nothing: what is pinned is brought back."""
+        for content in self._contents.values():
+            content.tier = "disk"
+        await asyncio.gather(*map(self._pin_again, list(self._contents.values())))
+
+    async def _pin_again(self, content: Content) -> None:
+        if any(version.pinned for version in content.versions):
+            try:
+                await self._load(content, "device", pinned=True)
+            except DeltamuxError as error:
+                _log.error("pin lost", adapter_version=content.digest, error=error.message)
+                for version in content.versions:
+                    version.pinned = False
+
+    async def _load(self, content: Content, tier: str, pinned: bool) -> None:
+        path = str(self.disk.path(content.digest))
+        content.info = await self._engine.load(content.digest, path, tier == "device", pinned)
