@@ -15,7 +15,7 @@ COMMANDS = {
     "generate": ("deltamux.cli.generate", "send a prompt to a server, stream its answer"),
     "adapters": ("deltamux.cli.adapters", "list, load, unload or pin a server's adapters"),
     "demo": ("deltamux.cli.demo", "see one model answer through many adapters at once"),
-    "bench": ("deltamux.bench.command", "load a server and measure it"),
+    "bench": ("deltamux.cli.bench", "load a server and measure it"),
     "health": ("deltamux.cli.health", "exit 0 when a server is ready, 1 when not"),
 }
 

@@ -1,0 +1,99 @@
+"""`deltamux bench`: an open-loop load on a running server, its figures and its picture."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import grpc
+
+from deltamux.bench.report import Objective
+from deltamux.bench.run import BenchConfig, run
+from deltamux.bench.workload import Lengths, Workload, popularity
+from deltamux.cli.command import Command, UsageError, option
+from deltamux.client import DEFAULT_TARGET
+
+
+class Bench(Command):
+    """Load a server with requests that arrive whether or not it keeps up, and measure it."""
+
+    sections: ClassVar[dict[str, str]] = {
+        "target": "the server",
+        "request_rate": "when requests arrive",
+        "adapter": "what they ask for",
+        "goodput": "what is reported",
+    }
+
+    target: str = option(DEFAULT_TARGET, help="the server", metavar="HOST:PORT")
+    admin_target: str | None = option(
+        None, help="its admin listener, where it has one", metavar="HOST:PORT"
+    )
+
+    request_rate: list[float] = option(
+        [float("inf")], help="requests a second; repeatable; inf: all at once", metavar="RATE"
+    )
+    burstiness: float = option(
+        1.0, gt=0, help="shape of the gamma arrivals: 1 is Poisson, less is burstier", metavar="K"
+    )
+    num_prompts: int = option(100, ge=1, help="requests at each rate", metavar="N")
+    warmup: int = option(0, ge=0, help="requests sent before, not measured", metavar="N")
+    seed: int = option(0, ge=0, help="repeats the same workload", metavar="N")
+
+    adapter: list[str] = option(
+        default_factory=list, help="repeatable; all of the server's when absent", metavar="NAME"
+    )
+    base: bool = option(False, help="ask for the base model instead of adapters")
+    popularity: str = option(
+        "uniform", help="identical, distinct, uniform or zipf:A", metavar="HOW"
+    )
+    input_len: str = option("128", help="prompt tokens, or LOW:HIGH", metavar="TOKENS")
+    output_len: str = option("64", help="generated tokens, or LOW:HIGH", metavar="TOKENS")
+
+    goodput: str = option(
+        "", help="objective in milliseconds, as ttft:200,itl:50,e2el:2000", metavar="LIMITS"
+    )
+    save_json: Path | None = option(None, help="write all figures there", metavar="FILE")
+    save_png: Path | None = option(None, help="draw latency against load there", metavar="FILE")
+
+    def bench_config(self) -> BenchConfig:
+        """Raises ValueError for a word that names no distribution, length or objective."""
+        popularity(self.popularity)
+        workload = Workload(
+            adapters=("",) if self.base else tuple(self.adapter),
+            requests=self.num_prompts,
+            rate=self.request_rate[0],
+            burstiness=self.burstiness,
+            popularity=self.popularity,
+            prompt_lengths=Lengths.parse(self.input_len),
+            output_lengths=Lengths.parse(self.output_len),
+            seed=self.seed,
+        )
+        return BenchConfig(
+            target=self.target,
+            workload=workload,
+            rates=tuple(self.request_rate),
+            objective=Objective.parse(self.goodput),
+            warmup=self.warmup,
+            admin_target=self.admin_target,
+            json_path=self.save_json,
+            png_path=self.save_png,
+        )
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = Bench.parse("deltamux bench", arguments)
+    try:
+        config = options.bench_config()
+    except ValueError as error:
+        raise UsageError(f"deltamux bench: {error}") from None
+    try:
+        run(config)
+    except grpc.aio.AioRpcError as error:
+        print(f"deltamux bench: {error.code().name}: {error.details()}", file=sys.stderr)
+        return 1
+    except ImportError:
+        print("deltamux bench: --save-png needs matplotlib: the extra 'bench'", file=sys.stderr)
+        return 1
+    return 0
