@@ -1,0 +1,72 @@
+"""The engine process: `python -m deltamux.engine --socket ADDRESS`.
+
+The first line of standard input is the EngineConfig as JSON. The rest of it stays empty: its end
+means that the parent is gone, however it went, and the engine goes too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+
+import msgspec
+import structlog
+
+from deltamux import logs
+from deltamux.config import EngineConfig
+from deltamux.engine.build import build_engine
+from deltamux.errors import StartupError
+from deltamux.wire.channel import EngineEnd
+from deltamux.wire.messages import StartupFailed
+
+_log = structlog.get_logger("deltamux.engine")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="deltamux.engine")
+    parser.add_argument("--socket", required=True, help="where the front end listens, ipc://...")
+    address = parser.parse_args().socket
+    # The parent decides: it drains first, then sends Shutdown or closes the pipe.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    logs.configure()
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    link = EngineEnd(address)
+    try:
+        return _serve(config, link)
+    finally:
+        link.close()
+
+
+def _serve(config: EngineConfig, link: EngineEnd) -> int:
+    try:
+        engine, ready = build_engine(config, link)
+    except StartupError as error:
+        link.send(StartupFailed(error.message))
+        return 1
+    except Exception as error:
+        _log.exception("the engine cannot start")
+        first_line = (str(error).splitlines() or [""])[0]
+        link.send(StartupFailed(f"the engine cannot start: {type(error).__name__}: {first_line}"))
+        return 1
+    link.send(ready)
+    try:
+        engine.run()
+    except Exception:
+        # Nothing in memory is trusted any more: the parent starts another process.
+        _log.exception("the engine has failed")
+        return 1
+    return 0
+
+
+def _exit_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Puts an engine together: base, adapters' sites, KV cache, scheduler, loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from deltamux.adapters.adapter import Adapter
+from deltamux.adapters.families import FAMILIES
+from deltamux.adapters.parse import parse_adapter
+from deltamux.adapters.rows import Rows
+from deltamux.adapters.sites import DeviceSites
+from deltamux.base.load import Base, load_base
+from deltamux.config import EngineConfig
+from deltamux.engine.block_allocator import BlockAllocator
+from deltamux.engine.engine import Engine
+from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.memory import count_kv_blocks
+from deltamux.engine.rehearsal import rehearse
+from deltamux.engine.runner import ModelRunner
+from deltamux.engine.scheduler import Scheduler
+from deltamux.engine.submission import Limits, Submissions
+from deltamux.errors import StartupError
+from deltamux.store.loader import Loader
+from deltamux.store.slots import AdapterCache
+from deltamux.wire.channel import EngineEnd
+from deltamux.wire.messages import Ready
+
+_CPU_ADAPTER_BYTES = 1 << 30
+# Of a GPU's memory.
+_ADAPTER_SHARE = 0.1
+
+
+def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
+    """Loads and tests the base, takes the memory, and returns what is ready to run.
+
+    Raises StartupError when the base or the configuration cannot be served.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    base = load_base(config.model, config.device, config.dtype)
+    max_model_len = _max_model_len(config, base)
+    rehearse(base, config.block_size)
+    # The order matters on a GPU: the KV cache takes what all the others leave.
+    rows = Rows(base.device)
+    adapters = _adapter_cache(config, base, rows, link)
+    num_blocks = count_kv_blocks(base, config)
+    cache = KVCache(base.layers, num_blocks, config.block_size, base.dtype, base.device)
+    allocator = BlockAllocator(num_blocks)
+    limits = Limits(base.vocab_size, max_model_len, allocator.num_total * config.block_size)
+    engine = Engine(
+        link,
+        Submissions(limits, config.seed),
+        Scheduler(config, allocator, adapters),
+        allocator,
+        adapters,
+        ModelRunner(base, cache, rows),
+    )
+    return engine, _ready(config, base, limits)
+
+
+def _max_model_len(config: EngineConfig, base: Base) -> int:
+    length = config.max_model_len or base.max_model_len
+    if length > base.max_model_len:
+        raise StartupError(
+            f"max_model_len is {length}; the model knows {base.max_model_len} positions"
+        )
+    return length
+
+
+def _adapter_cache(config: EngineConfig, base: Base, rows: Rows, link: EngineEnd) -> AdapterCache:
+    sites = DeviceSites(
+        base.model,
+        base.structure,
+        rows,
+        config.max_adapter_slots,
+        _adapter_bytes(config, base.device),
+        base.dtype,
+        base.device,
+    )
+
+    def parse(folder: Path, digest: str) -> Adapter:
+        return parse_adapter(folder, digest, base.structure, base.dtype)
+
+    loader = Loader(parse, sites.write)
+    link.wake_on(loader.fileno())
+    return AdapterCache(
+        sites, loader, slots=config.max_adapter_slots, host_bytes=config.adapter_host_bytes
+    )
+
+
+def _adapter_bytes(config: EngineConfig, device: torch.device) -> int:
+    if config.adapter_device_bytes is not None:
+        return config.adapter_device_bytes
+    if device.type == "cpu":
+        return _CPU_ADAPTER_BYTES
+    return int(torch.cuda.get_device_properties(device).total_memory * _ADAPTER_SHARE)
+
+
+def _ready(config: EngineConfig, base: Base, limits: Limits) -> Ready:
+    return Ready(
+        model=config.model,
+        device=str(base.device),
+        dtype=str(base.dtype).removeprefix("torch."),
+        kernel_backend="triton" if base.device.type == "cuda" else "torch",
+        vocab_size=limits.vocab_size,
+        max_model_len=limits.max_model_len,
+        kv_cache_tokens=limits.kv_cache_tokens,
+        block_size=config.block_size,
+        adapter_slots=config.max_adapter_slots,
+        families=tuple(family.name for family in FAMILIES),
+    )
