@@ -62,6 +62,7 @@ class EngineClient:
         self.info: Ready | None = None
         self.stats: Stats | None = None
         self.on_adapter_moved: Callable[[AdapterMoved], None] = lambda moved: None
+        self.on_adapter_failed: Callable[[AdapterFailed], None] = lambda failed: None
         self._max_waiting = max_waiting_requests
         self._metrics = metrics
         self._draining = False
@@ -246,6 +247,7 @@ class EngineClient:
             case AdapterFailed(digest=digest, reason=reason):
                 self._metrics.load_failed(reason)
                 self._resolve(digest, message)
+                self.on_adapter_failed(message)
             case AdapterLoaded(digest=digest) | AdapterDropped(digest=digest):
                 self._resolve(digest, message)
             case Ready() | StartupFailed():

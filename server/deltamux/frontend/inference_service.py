@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import grpc
 from structlog.contextvars import bind_contextvars
@@ -22,12 +22,10 @@ from deltamux.frontend.reply import Reply
 from deltamux.frontend.request_stream import RequestStream
 from deltamux.frontend.tokenizer import Prompt, Tokenizer
 from deltamux.metrics import Metrics
+from deltamux.store.catalog import Catalog, Lease
 from deltamux.v1 import inference_pb2 as v1
 from deltamux.v1 import inference_pb2_grpc
 from deltamux.wire.messages import Ready, Submit
-
-if TYPE_CHECKING:
-    from deltamux.store.catalog import Catalog, Lease
 
 
 @dataclass(frozen=True)

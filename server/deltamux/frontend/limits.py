@@ -14,6 +14,7 @@ CHAT_ROLES = frozenset({"system", "user", "assistant"})
 
 # Characters.
 MAX_REQUEST_ID = 128
+MAX_SOURCE = 4096
 # Bytes.
 MAX_CACHE_SALT = 128
 MAX_ABORT_IDS = 1024
