@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from deltamux.adapters.adapter import Adapter
-    from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.adapter import Adapter
+from deltamux.adapters.sites import DeviceSites
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from deltamux.adapters.adapter import Adapter
+from deltamux.adapters.adapter import Adapter
 
 
 class HostCache:

@@ -10,16 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
 
 import structlog
 import torch
 
+from deltamux.adapters.adapter import Adapter
 from deltamux.errors import DataLoss, DeltamuxError, Internal, ResourceExhausted, from_code
 from deltamux.store.content import content_digest, fingerprint
-
-if TYPE_CHECKING:
-    from deltamux.adapters.adapter import Adapter
 
 _log = structlog.get_logger(__name__)
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from deltamux.adapters.sites import DeviceSites
 from deltamux.errors import Aborted, DeltamuxError, FailedPrecondition, Internal
 from deltamux.store.entry import Entry
 from deltamux.store.loader import Completed, Loader
 from deltamux.store.tiers import Tiers
 from deltamux.wire.messages import AdapterDropped, AdapterFailed, AdapterLoaded, FromEngine
-
-if TYPE_CHECKING:
-    from deltamux.adapters.sites import DeviceSites
 
 # Requests for an adapter that failed to load are refused unseen for this many seconds.
 _FAILURE_SECONDS = 2.0

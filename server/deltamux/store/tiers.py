@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from deltamux.adapters.adapter import Adapter
+from deltamux.adapters.sites import DeviceSites
 from deltamux.errors import FailedPrecondition, ResourceExhausted
 from deltamux.store.device import DeviceSlots
 from deltamux.store.entry import Entry
 from deltamux.store.host import HostCache
 from deltamux.store.loader import Completed, Loader
 from deltamux.wire.messages import AdapterInfo, AdapterMoved, FromEngine
-
-if TYPE_CHECKING:
-    from deltamux.adapters.adapter import Adapter
-    from deltamux.adapters.sites import DeviceSites
 
 
 class Tiers:
