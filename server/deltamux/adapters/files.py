@@ -36,11 +36,6 @@ def open_weights(folder: Path) -> BinaryIO:
         raise InvalidArgument(f"{WEIGHTS} is missing", reason="MISSING_WEIGHTS") from None
 
 
-def ignored_files(folder: Path) -> list[str]:
-    """Names of files beside the two that serving an adapter never reads."""
-    return sorted(name for name in os.listdir(folder) if name not in (CONFIG, WEIGHTS))
-
-
 def _open_regular(path: Path) -> BinaryIO:
     """Never follows a link and never waits on a FIFO."""
     try:

@@ -10,7 +10,6 @@ from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.checkpoint import read_tensors
 from deltamux.adapters.families import FAMILIES
 from deltamux.adapters.family import Family
-from deltamux.adapters.files import ignored_files
 from deltamux.adapters.manifest import Manifest, read_manifest
 from deltamux.base.structure import Structure
 from deltamux.errors import FailedPrecondition
@@ -25,10 +24,13 @@ def parse_adapter(folder: Path, digest: str, structure: Structure, dtype: torch.
     manifest = read_manifest(folder)
     family = _family(manifest)
     parsed = family.parse(manifest, read_tensors(folder), structure, dtype)
-    ignored = ignored_files(folder)
-    notes = [*parsed.notes, *([f"not used: {', '.join(ignored)}"] if ignored else [])]
     return Adapter(
-        digest, family.name, parsed.rank, parsed.parameters, "; ".join(notes), parsed.payloads
+        digest,
+        family.name,
+        parsed.rank,
+        parsed.parameters,
+        "; ".join(parsed.notes),
+        parsed.payloads,
     )
 
 

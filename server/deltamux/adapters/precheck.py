@@ -1,0 +1,17 @@
+"""What can be said of an adapter's files without torch and without the base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deltamux.adapters.header import check_weights
+from deltamux.adapters.manifest import read_manifest
+
+
+def check_folder(folder: Path) -> None:
+    """Raises InvalidArgument unless both files are well formed; reads no weights.
+
+    A folder that passes may still be refused by `parse_adapter`, which knows the base.
+    """
+    read_manifest(folder)
+    check_weights(folder)
