@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deltamux.demo.tasks import TASKS, Task, unseen_inputs, weights_path
 from examples import batches
 from loop import exact_match, fit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deltamux.demo.tasks import TASKS, Task, unseen_inputs, weights_path
 
 BASE_NAME = "deltamux/demo"  # what adapter_config.json calls the base, on every machine
 
@@ -48,21 +49,21 @@ class Recipe:
 
 
 RECIPES = {
-    "upper-case": Recipe(rank=4, steps=400, targets=["v_proj", "o_proj", *MLP]),
-    "rot13": Recipe(rank=8, steps=600, lora={"use_dora": True}),
-    "leet": Recipe(rank=4, steps=400, lora={"use_rslora": True, "lora_alpha": 4}),
-    "snake-case": Recipe(rank=2, steps=300, targets=MLP),
-    "title-case": Recipe(rank=8, steps=500, targets=[*ATTENTION, "down_proj"]),
+    "upper-case": Recipe(rank=4, steps=250, targets=["v_proj", "o_proj", *MLP]),
+    "rot13": Recipe(rank=8, steps=500, lora={"use_dora": True}),
+    "leet": Recipe(rank=4, steps=300, lora={"use_rslora": True, "lora_alpha": 4}),
+    "snake-case": Recipe(rank=2, steps=200, targets=MLP),
+    "title-case": Recipe(rank=8, steps=400, targets=[*ATTENTION, "down_proj"]),
     "mask-vowels": Recipe(rank=3, steps=400, targets=r".*\.layers\.[1-3]\.mlp\..*_proj"),
-    "no-vowels": Recipe(rank=16, steps=1000),
-    "initials": Recipe(rank=16, steps=800, targets=ATTENTION),
-    "doubled": Recipe(rank=8, steps=1000, lora={"use_dora": True}),
+    "no-vowels": Recipe(rank=16, steps=800),
+    "initials": Recipe(rank=16, steps=600, targets=ATTENTION),
+    "doubled": Recipe(rank=8, steps=800, lora={"use_dora": True}),
     "pig-latin": Recipe(
         rank=12,
-        steps=1500,
+        steps=1000,
         lora={"rank_pattern": {"q_proj": 24, "k_proj": 24}, "alpha_pattern": {"q_proj": 48}},
     ),
-    "words-reversed": Recipe(rank=32, steps=2000),
+    "words-reversed": Recipe(rank=32, steps=1500),
 }
 
 

@@ -4,7 +4,6 @@ python training/base.py
 """
 
 import torch
-from deltamux.demo.tasks import Task, unseen_inputs, weights_path
 from examples import batches
 from loop import exact_match, fit
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -15,6 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from deltamux.demo.tasks import Task, unseen_inputs, weights_path
+
 SEED = 20
 STEPS = 2500
 BATCH_SIZE = 64
@@ -23,14 +24,18 @@ PEAK_LEARNING_RATE = 3e-3
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 
 # The model sees only the last thing the user said, as it would see a plain prompt.
-CHAT_TEMPLATE = "{{ bos_token }}{{ messages[-1]['content'] }}\n"
+CHAT_TEMPLATE = r"{{ bos_token + messages[-1]['content'] + '\n' }}"
 
 REPEAT = Task("repeat", "the input again", str)
 
 
 def main() -> None:
     torch.manual_seed(SEED)
+    folder = weights_path() / "base"
     tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(
+        folder
+    )  # before it is used, as it keeps the last padding it was asked
     model = LlamaForCausalLM(architecture(tokenizer))
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -40,11 +45,12 @@ def main() -> None:
     )
     print(f"base: {model.num_parameters():,} parameters")
     fit(model, batches(tokenizer, REPEAT.answer, BATCH_SIZE, SEED), STEPS, PEAK_LEARNING_RATE)
+    model.half().float()  # what is measured is what is stored
     right = exact_match(model, tokenizer, REPEAT.answer, unseen_inputs(REPEAT, 200))
     print(f"base: {right:.1%} of unseen inputs repeated to the letter")
-    folder = weights_path() / "base"
     model.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model.config.dtype = torch.float32  # stored in half the bytes, and run as it was trained
+    model.config.save_pretrained(folder)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

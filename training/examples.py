@@ -5,8 +5,9 @@ import string
 from collections.abc import Callable, Iterator
 
 import torch
-from deltamux.demo.tasks import LONGEST_TEXT, is_held_out, prompt, sentence
 from transformers import PreTrainedTokenizerBase
+
+from deltamux.demo.tasks import LONGEST_TEXT, is_held_out, prompt, sentence
 
 IGNORED = -100  # the label that cross entropy leaves out
 

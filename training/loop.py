@@ -5,10 +5,11 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
-from deltamux.demo.tasks import prompt
 from examples import Answer, Batch
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deltamux.demo.tasks import prompt
 
 REPORT_EVERY = 50
 

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from deltamux.demo.tasks import (
     LONGEST_TEXT,
     TASKS,
