@@ -1,0 +1,183 @@
+"""The server's life, from its first socket to the end of its last process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import tempfile
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from deltamux.config import EngineConfig, FrontendConfig, StoreConfig
+from deltamux.errors import StartupError, Unavailable
+from deltamux.frontend.defaults import GenerationDefaults
+from deltamux.frontend.engine_client import EngineClient
+from deltamux.frontend.server import Servers, build_servers
+from deltamux.frontend.tokenizer import Tokenizer
+from deltamux.launch.adapter_store import AdapterStore
+from deltamux.launch.supervisor import Supervisor
+from deltamux.metrics import Exporter, Metrics
+
+log = structlog.get_logger("deltamux.launch")
+
+# Seconds that the answers of cancelled calls have to reach their clients.
+LAST_ANSWERS = 1.0
+
+
+def serve(frontend: FrontendConfig, engine: EngineConfig, store: StoreConfig) -> None:
+    """Serves until SIGTERM or SIGINT, then drains and returns.
+
+    Raises StartupError when it cannot serve, or can no more, and KeyboardInterrupt when a second
+    signal cut the draining short.
+    """
+    asyncio.run(_live(frontend, engine, store))
+
+
+async def _live(frontend: FrontendConfig, engine: EngineConfig, store: StoreConfig) -> None:
+    await _Server(frontend, engine, store).live()
+
+
+class _Server:
+    """Comes up, serves, drains and goes down, in this order."""
+
+    def __init__(self, frontend: FrontendConfig, engine: EngineConfig, store: StoreConfig) -> None:
+        self._frontend = frontend
+        self._metrics = Metrics(frontend.model)
+        self._engine = EngineClient(frontend.max_waiting_requests, self._metrics)
+        self._store = AdapterStore(store, self._engine, self._metrics)
+        self._folder = tempfile.TemporaryDirectory(prefix="deltamux-")
+        self._supervisor = Supervisor(
+            engine, Path(self._folder.name), self._engine, self._engine_lost, self._engine_back
+        )
+        self._servers: Servers | None = None
+        self._exporter: Exporter | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._asked_to_stop = asyncio.Event()
+        self._ordered_to_stop = False
+
+    async def live(self) -> None:
+        life = asyncio.current_task()
+        assert life is not None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, life)
+        try:
+            await self._until_asked_to_stop(self._come_up())
+            if self._watch is not None:
+                await self._until_asked_to_stop(asyncio.shield(self._watch))
+                await self._drain()
+        except asyncio.CancelledError:
+            log.warning("stopped by a second signal")
+            self._supervisor.kill()
+            raise KeyboardInterrupt from None
+        finally:
+            await self._go_down()
+
+    async def _come_up(self) -> None:
+        # 1. The engine starts; it takes longest.
+        engine = asyncio.create_task(self._supervisor.start())
+        try:
+            # 2. Meanwhile the ports open, and health says NOT_SERVING.
+            self._servers = await self._listen()
+            # 3. The engine is ready, or says why not.
+            await engine
+        finally:
+            engine.cancel()
+        # 4. The adapters get their names.
+        await self._store.open()
+        # 5. Health says SERVING.
+        self._watch = asyncio.create_task(self._supervisor.keep_alive())
+        await self._servers.health.set_serving(True)
+        self._log_serving(self._servers)
+
+    async def _listen(self) -> Servers:
+        frontend = self._frontend
+        tokenizer = await asyncio.to_thread(Tokenizer.load, frontend.model)
+        defaults = GenerationDefaults.load(frontend.model, tokenizer.end_of_sequence)
+        if frontend.metrics_port is not None:
+            try:
+                self._exporter = self._metrics.serve(frontend.host, frontend.metrics_port)
+            except OSError as error:
+                port = frontend.metrics_port
+                raise StartupError(f"metrics port {port}: {error.strerror}") from error
+        servers = await build_servers(
+            frontend, self._engine, self._store.catalog, tokenizer, defaults, self._metrics
+        )
+        await servers.start()
+        return servers
+
+    def _log_serving(self, servers: Servers) -> None:
+        log.info(
+            "serving",
+            model=self._frontend.model,
+            host=self._frontend.host,
+            port=servers.port,
+            admin_port=servers.admin_port,
+            metrics_port=self._exporter.server_port if self._exporter else None,
+        )
+
+    async def _engine_lost(self) -> None:
+        assert self._servers is not None
+        await self._servers.health.set_serving(False)
+
+    async def _engine_back(self) -> None:
+        assert self._servers is not None
+        self._metrics.engine_restarted()
+        await self._store.engine_restarted()
+        if not self._asked_to_stop.is_set():
+            await self._servers.health.set_serving(True)
+
+    async def _drain(self) -> None:
+        assert self._servers is not None
+        grace = self._frontend.drain_grace
+        log.info("draining", grace=grace)
+        # 1. Health says NOT_SERVING: routers send nothing more.
+        await self._servers.health.set_serving(False)
+        # 2. New calls are UNAVAILABLE; those that run go on.
+        self._engine.start_draining()
+        # 3. They have this long to end.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._engine.wait_idle(), grace)
+        # 4. The rest are UNAVAILABLE too.
+        self._engine.fail_all(Unavailable("the server is shutting down", reason="DRAINING"))
+
+    async def _go_down(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait({self._watch})
+        # 5. The ports close, once the last answers are out.
+        if self._servers is not None:
+            await self._servers.stop(LAST_ANSWERS)
+        if self._exporter is not None:
+            # A scrape under way may be waiting for this very loop.
+            await asyncio.to_thread(self._exporter.shutdown)
+            self._exporter.server_close()
+        # 6. The engine goes, and the private folder with its sockets.
+        await self._store.close()
+        await self._supervisor.stop()
+        self._folder.cleanup()
+
+    async def _until_asked_to_stop(
+        self, work: Coroutine[Any, Any, None] | asyncio.Future[None]
+    ) -> None:
+        """Runs `work` to its end, or cancels it when the first signal comes."""
+        working = asyncio.ensure_future(work)
+        asked = asyncio.create_task(self._asked_to_stop.wait())
+        try:
+            await asyncio.wait({working, asked}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            asked.cancel()
+            working.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await working
+
+    def _on_signal(self, life: asyncio.Task[None]) -> None:
+        """The first signal asks, the second one orders."""
+        if not self._asked_to_stop.is_set():
+            self._asked_to_stop.set()
+        elif not self._ordered_to_stop:
+            self._ordered_to_stop = True
+            life.cancel()
