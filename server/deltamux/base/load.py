@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from deltamux.base.packed_linear import pack_linears
 from deltamux.base.probe import AttentionLayer, probe
 from deltamux.base.structure import Structure, find_structure
 from deltamux.errors import StartupError
@@ -69,14 +70,17 @@ def load_base(model: str, device: str = "cpu", dtype: str = "auto") -> Base:
 def adopt(model: PreTrainedModel) -> Base:
     """Freezes and probes a model that is in memory; it belongs to the returned Base from now on."""
     model.eval().requires_grad_(False)
+    layers = probe(model)
     embedding = model.get_input_embeddings().weight
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    pack_linears(model)
     return Base(
         model=model,
         device=embedding.device,
         dtype=embedding.dtype,
-        layers=probe(model),
+        layers=layers,
         structure=find_structure(model),
-        vocab_size=model.get_output_embeddings().weight.shape[0],
+        vocab_size=vocab_size,
         max_model_len=_max_model_len(model.config),
         attention_name=f"deltamux_{next(_attention_numbers)}",
     )

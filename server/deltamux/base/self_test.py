@@ -17,7 +17,7 @@ PackedLogits = Callable[[list[list[int]]], list[Tensor]]
 # routing of a mixture of experts may tip over in single rows.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 _LONGEST, _SHORTEST = 640, 24
-# Multiplications that the longer prompt may cost, in parameters times tokens.
+# Multiplications that the longer prompt may cost.
 _WORK = {"cpu": 1.5e10, "cuda": 1e13}
 
 
@@ -53,9 +53,15 @@ def _prompts(base: Base) -> list[list[int]]:
 def _affordable_length(base: Base) -> int:
     windows = [layer.window for layer in base.layers if layer.window]
     wanted = max(3 * _SHORTEST, *(2 * window for window in windows), 0)
-    parameters = sum(parameter.numel() for parameter in base.model.parameters())
-    affordable = max(_SHORTEST, int(_WORK[base.device.type] / parameters))
+    affordable = max(_SHORTEST, int(_WORK[base.device.type] / _work_of_a_token(base)))
     return min(wanted, affordable, _LONGEST, base.max_model_len)
+
+
+def _work_of_a_token(base: Base) -> int:
+    """Roughly: packed layers are no parameters, and experts are no sites."""
+    sites = sum(site.in_features * site.out_features for site in base.structure.sites.values())
+    others = sum(int(parameter.numel()) for parameter in base.model.parameters())
+    return sites + others
 
 
 def _plain_logits(base: Base, prompt: list[int]) -> Tensor:

@@ -45,7 +45,7 @@ class Structure:
         self._modules = dict(modules)
 
     def weight(self, name: str) -> Tensor:
-        """Weight of a site, [out, in]; of an embedding [in, out]. A view, never a copy."""
+        """Weight of a site, [out, in]; of an embedding [in, out]. To be read only."""
         weight = self._modules[name].weight
         assert isinstance(weight, Tensor)
         return weight.T if self.sites[name].conv1d else weight

@@ -1,0 +1,48 @@
+"""Linear layers whose weights are laid out for the CPU's matrix kernels once, when they are loaded.
+
+Measured on two cores of an AVX2 machine for a step of 16 rows through a Llama of hidden size 768:
+64 ms instead of 83 ms in its linear layers. Besides, a row's result no longer depends on how many
+rows stand beside it: the usual product takes another path for one to three rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Replaces the float32 linear layers of a model on a CPU; does nothing to any other model."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and _can_pack(module.weight):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, PackedLinear(module))
+
+
+def _can_pack(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+class PackedLinear(nn.Linear):
+    """y = x W^T + b with W kept in the layout of oneDNN only.
+
+    It is no parameter any more. Reading `weight` unpacks it into a new tensor.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self._product = torch.ops.mkldnn._linear_pointwise.default
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        dense: Tensor = self._packed.to_dense()
+        return dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self._product(x, self._packed, self.bias, "none", [], "")
+        return y
