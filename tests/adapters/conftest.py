@@ -12,14 +12,15 @@ import peft
 import pytest
 import torch
 import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.parse import parse_adapter
 from deltamux.adapters.rows import Rows
 from deltamux.adapters.sites import DeviceSites
 from deltamux.base.structure import find_structure
 from deltamux_kernels.segments import Segments
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 CPU = torch.device("cpu")
 SLOTS = 6

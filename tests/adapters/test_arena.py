@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
+
 from deltamux.adapters.arena import ArenaAllocator
 
 
@@ -83,5 +85,5 @@ def _place(arena: ArenaAllocator, sizes: list[int]) -> list[tuple[int, int]] | N
 
 def _assert_disjoint(live: list[list[tuple[int, int]]]) -> None:
     extents = sorted(extent for adapter in live for extent in adapter)
-    for (offset, size), (following, _) in zip(extents, extents[1:], strict=False):
+    for (offset, size), (following, _) in pairwise(extents):
         assert offset + size <= following

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from deltamux.adapters.files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, open_config, open_weights
 from deltamux.errors import InvalidArgument
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from deltamux.adapters.files import WEIGHTS
 from deltamux.adapters.header import MAX_HEADER_BYTES, MAX_TENSORS, check_weights
 from deltamux.errors import InvalidArgument
-from safetensors.torch import save_file
 
 TENSOR = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
@@ -62,9 +63,7 @@ def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
         pytest.param(
             entry(data_offsets=[1, 25]), bytes(25), "MALFORMED_WEIGHTS", id="BI-7 gap at the start"
         ),
-        pytest.param(
-            {"a": TENSOR, "b": TENSOR}, bytes(24), "MALFORMED_WEIGHTS", id="BI-7 overlap"
-        ),
+        pytest.param({"a": TENSOR, "b": TENSOR}, bytes(24), "MALFORMED_WEIGHTS", id="BI-7 overlap"),
         pytest.param(entry(data_offsets=[24, 0]), bytes(24), "MALFORMED_WEIGHTS", id="BI-7 begin"),
         pytest.param(entry(shape=[2, 2]), bytes(24), "MALFORMED_WEIGHTS", id="BI-8 too small"),
         pytest.param(
@@ -85,9 +84,7 @@ def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
         pytest.param(entry(dtype=7), bytes(24), "MALFORMED_WEIGHTS", id="BI-9 no string"),
         pytest.param(entry(extra=1), bytes(24), "MALFORMED_WEIGHTS", id="unknown member"),
         pytest.param({"a": [1]}, bytes(24), "MALFORMED_WEIGHTS", id="entry is a list"),
-        pytest.param(
-            '{"a": {}, "a": {}}', bytes(24), "MALFORMED_JSON", id="BI-10 duplicate names"
-        ),
+        pytest.param('{"a": {}, "a": {}}', bytes(24), "MALFORMED_JSON", id="BI-10 duplicate names"),
         pytest.param({"../a": TENSOR}, bytes(24), "MALFORMED_WEIGHTS", id="BI-11 traversal"),
         pytest.param({"a\0": TENSOR}, bytes(24), "MALFORMED_WEIGHTS", id="BI-11 NUL"),
         pytest.param({"a\n": TENSOR}, bytes(24), "MALFORMED_WEIGHTS", id="BI-11 newline"),
@@ -107,9 +104,7 @@ def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
         pytest.param('{"a": NaN}', bytes(24), "MALFORMED_JSON", id="NaN"),
     ],
 )
-def test_a_malformed_file_is_refused(
-    tmp_path: Path, header: Any, data: bytes, reason: str
-) -> None:
+def test_a_malformed_file_is_refused(tmp_path: Path, header: Any, data: bytes, reason: str) -> None:
     assert refused(write(tmp_path, header, data)).reason == reason
 
 
@@ -118,9 +113,7 @@ def test_a_malformed_file_is_refused(
     [
         pytest.param(b"", "NOT_SAFETENSORS", "0 bytes", id="BI-1 empty"),
         pytest.param(b"\x08\0\0", "NOT_SAFETENSORS", "3 bytes", id="BI-1 short"),
-        pytest.param(
-            (99).to_bytes(8, "little") + b"{}", "MALFORMED_WEIGHTS", "longer", id="BI-2"
-        ),
+        pytest.param((99).to_bytes(8, "little") + b"{}", "MALFORMED_WEIGHTS", "longer", id="BI-2"),
         pytest.param(b"\0" * 7 + b"\x80{}", "MALFORMED_WEIGHTS", "longer", id="BI-3 2**63"),
         pytest.param(b"\xff" * 8 + b"{}", "MALFORMED_WEIGHTS", "longer", id="BI-3 2**64-1"),
         pytest.param(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from deltamux.adapters.strict_json import parse_object, quoted
 from deltamux.errors import InvalidArgument
 

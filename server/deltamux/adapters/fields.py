@@ -31,9 +31,9 @@ class Fields:
         return value if isinstance(value, bool) else refuse_field(name, value, "true or false")
 
     def take_names(self, name: str) -> tuple[str, ...]:
-        """A list of non-empty strings, or one string for a list of one; () where it is missing."""
+        """A list of strings, or one for a list of one; () where it is missing or empty."""
         value = self.take(name)
-        if value is None:
+        if value in (None, ""):
             return ()
         names = value if isinstance(value, list) else [value]
         return tuple(

@@ -139,13 +139,15 @@ def _selector(fields: Fields) -> Selector:
     all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     return Selector(
         targets=None if all_linear else _rule("target_modules", targets),
-        excluded=_rule("exclude_modules", excluded) if excluded else (),
+        excluded=_rule("exclude_modules", excluded),
         layers=LayerFilter(layers, patterns) if layers else None,
     )
 
 
 def _rule(name: str, value: Json) -> tuple[str, ...] | Pattern:
-    return Pattern(value) if isinstance(value, str) else Fields({name: value}).take_names(name)
+    if isinstance(value, str) and value:
+        return Pattern(value)
+    return Fields({name: value}).take_names(name)
 
 
 def _layers(value: Json) -> tuple[int, ...]:

@@ -1,0 +1,208 @@
+"""PEFT's LoraConfig field by field: what is read, what is harmless, what is refused and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import peft
+import pytest
+
+from deltamux.adapters.lora_config import MAX_RANK, LoraConfig, read_lora_config
+from deltamux.errors import DeltamuxError, FailedPrecondition
+
+PLAIN = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+
+
+def read(**changes: Any) -> LoraConfig:
+    return read_lora_config({**PLAIN, **changes})
+
+
+def refusal(**changes: Any) -> DeltamuxError:
+    with pytest.raises(DeltamuxError) as caught:
+        read(**changes)
+    return caught.value
+
+
+def saved_by_peft(**changes: Any) -> dict[str, Any]:
+    """The fields of adapter_config.json as the installed PEFT writes them."""
+    fields = peft.LoraConfig(**{**PLAIN, **changes}).to_dict()
+    fields = json.loads(json.dumps(fields, default=list))
+    del fields["peft_type"]
+    return fields
+
+
+def test_a_config_that_peft_saves_is_understood() -> None:
+    config = read_lora_config(
+        saved_by_peft(task_type="CAUSAL_LM", inference_mode=True, lora_dropout=0.1)
+    )
+    assert (config.rank, config.alpha) == (8, 16.0)
+    assert not (config.dora or config.bias or config.rank_stabilized)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(peft.LoraConfig)])
+def test_no_field_of_peft_is_unknown(field: str) -> None:
+    """A new PEFT brings new fields: each must be decided on."""
+    if field in ("peft_type", "runtime_config"):  # taken by the manifest; never saved
+        return
+    try:
+        read(**{field: "an odd value"})
+    except DeltamuxError as error:
+        assert error.reason != "UNKNOWN_FIELD"
+
+
+def test_rank_and_alpha_patterns_decide_module_by_module() -> None:
+    config = read(rank_pattern={"v_proj": 4}, alpha_pattern={"layers.0.v_proj": 2, "v_proj": 6.5})
+    assert config.rank_of("layers.0.v_proj") == 4
+    assert config.scale_of("layers.0.v_proj") == 2 / 4
+    assert config.scale_of("layers.1.v_proj") == 6.5 / 4
+    assert config.scale_of("layers.1.q_proj") == 16 / 8
+
+
+def test_rslora_divides_by_the_root_of_the_rank() -> None:
+    config = read(use_rslora=True, rank_pattern={"v_proj": 2})
+    assert config.scale_of("q_proj") == 16 / math.sqrt(8)
+    assert config.scale_of("v_proj") == 16 / math.sqrt(2)
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_inits_that_leave_the_base_alone_are_plain_lora(init: Any) -> None:
+    assert read(init_lora_weights=init).rank == 8
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "code", "reason"),
+    [
+        *(
+            pytest.param("r", value, "INVALID_ARGUMENT", "BAD_FIELD", id=f"BI-34 {value!r}")
+            for value in (0, -1, 2**31, 8.5, 8.0, True, "8", None, [8])
+        ),
+        *(
+            pytest.param(
+                "lora_alpha", value, "INVALID_ARGUMENT", "BAD_FIELD", id=f"BI-35 {value!r}"
+            )
+            for value in (-1, 0, 1e9, True, "16", None)
+        ),
+        *(
+            pytest.param("target_modules", value, "INVALID_ARGUMENT", reason, id=f"BI-39 {value!r}")
+            for value, reason in (
+                ([], "NO_TARGETS"),
+                (None, "NO_TARGETS"),
+                ("", "NO_TARGETS"),
+                ([1], "BAD_FIELD"),
+                ([""], "BAD_FIELD"),
+                ([["q"]], "BAD_FIELD"),
+                ({"q": 1}, "BAD_FIELD"),
+                (7, "BAD_FIELD"),
+            )
+        ),
+        ("target_modules", "(?!x).*", "INVALID_ARGUMENT", "UNSUPPORTED_PATTERN"),
+        ("exclude_modules", "(?<=x)y", "INVALID_ARGUMENT", "UNSUPPORTED_PATTERN"),
+        ("exclude_modules", [3], "INVALID_ARGUMENT", "BAD_FIELD"),
+        ("rank_pattern", {"q_proj": 0}, "INVALID_ARGUMENT", "BAD_FIELD"),
+        ("rank_pattern", {"q_proj": True}, "INVALID_ARGUMENT", "BAD_FIELD"),
+        ("rank_pattern", {"(": 8}, "INVALID_ARGUMENT", "UNSUPPORTED_PATTERN"),
+        ("rank_pattern", [8], "INVALID_ARGUMENT", "BAD_FIELD"),
+        ("alpha_pattern", {"q_proj": "8"}, "INVALID_ARGUMENT", "BAD_FIELD"),
+        ("layers_to_transform", "1", "INVALID_ARGUMENT", "BAD_FIELD"),
+        ("layers_to_transform", [True], "INVALID_ARGUMENT", "BAD_FIELD"),
+        ("layers_to_transform", -1, "INVALID_ARGUMENT", "BAD_FIELD"),
+        ("layers_pattern", "h", "INVALID_ARGUMENT", "BAD_FIELD"),
+        ("use_dora", "yes", "INVALID_ARGUMENT", "BAD_FIELD"),
+        ("use_rslora", 1, "INVALID_ARGUMENT", "BAD_FIELD"),
+        pytest.param("r", MAX_RANK + 1, "FAILED_PRECONDITION", "RANK_TOO_LARGE", id="BI-22"),
+        *(
+            pytest.param(
+                field, value, "FAILED_PRECONDITION", "UNSUPPORTED_FEATURE", id=f"BI-37 {field}"
+            )
+            for field, value in {
+                "alora_invocation_tokens": [1, 2],
+                "arrow_config": {"top_k": 3},
+                "bias": "all",
+                "ensure_weight_tying": True,
+                "kasa_config": {"beta": 1e-4},
+                "layer_replication": [[0, 1]],
+                "loftq_config": {"loftq_bits": 4},
+                "modules_to_save": ["score"],
+                "monteclora_config": {"x": 1},
+                "target_parameters": ["experts.down_proj"],
+                "task_type": "SEQ_CLS",
+                "trainable_token_indices": [3],
+                "use_bdlora": {"nblocks": 2},
+                "use_qalora": True,
+                "velora_config": {"num_groups": 2},
+            }.items()
+        ),
+        *(
+            ("init_lora_weights", init, "FAILED_PRECONDITION", "UNSUPPORTED_FEATURE")
+            for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new", 1)
+        ),
+        *(
+            pytest.param(field, value, "INVALID_ARGUMENT", "EXECUTABLE_FIELD", id=f"BI-42 {field}")
+            for field, value in {
+                "auto_mapping": {"base_model_class": "X", "parent_library": "evil"},
+                "megatron_config": {"hidden_size": 8},
+                "megatron_core": "evil.core",
+                "trust_remote_code": True,
+            }.items()
+        ),
+        pytest.param(
+            "use_magic", True, "FAILED_PRECONDITION", "UNKNOWN_FIELD", id="BI-43 semantic"
+        ),
+        pytest.param(
+            "use_magic", False, "FAILED_PRECONDITION", "UNKNOWN_FIELD", id="BI-43 boolean"
+        ),
+    ],
+)
+def test_what_is_wrong_or_not_served_is_refused_by_name(
+    field: str, value: Any, code: str, reason: str
+) -> None:
+    error = refusal(**{field: value})
+    assert (error.code, error.reason) == (code, reason)
+    assert field in error.message or reason == "UNSUPPORTED_PATTERN"
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"base_model_name_or_path": "https://example.com/model", "revision": "x"},
+        {"a_field_of_a_newer_peft": None},
+        {
+            "modules_to_save": [],
+            "loftq_config": {},
+            "bias": "none",
+            "megatron_core": "megatron.core",
+        },
+        {"corda_config": {"corda_method": "ipm"}, "eva_config": {"rho": 2.0}},
+        {
+            "auto_mapping": {
+                "base_model_class": "LlamaForCausalLM",
+                "parent_library": "transformers.models.llama.modeling_llama",
+            }
+        },
+    ],
+)
+def test_what_does_not_change_the_arithmetic_is_accepted(harmless: dict[str, Any]) -> None:
+    assert read(**harmless).rank == 8
+
+
+def test_the_largest_rank_is_told() -> None:
+    error = refusal(r=MAX_RANK + 1)
+    assert isinstance(error, FailedPrecondition)
+    assert error.metadata == {"max_rank": str(MAX_RANK)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True, "lora_bias": True},
+        {"target_modules": ".*", "layers_to_transform": [1]},
+        {"layers_pattern": ["layers"]},
+    ],
+)
+def test_contradictions_that_peft_refuses_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        peft.LoraConfig(**{**PLAIN, **changes})
+    assert refusal(**changes).code == "INVALID_ARGUMENT"

@@ -1,0 +1,50 @@
+"""adapter_config.json as a file: bounded, strict, and of a type that PEFT knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+
+from deltamux.adapters.files import CONFIG
+from deltamux.adapters.manifest import read_manifest
+from deltamux.errors import InvalidArgument
+
+
+def write(folder: Path, **fields: Any) -> Path:
+    (folder / CONFIG).write_text(json.dumps(fields))
+    return folder
+
+
+def test_the_type_and_the_other_fields_are_read(tmp_path: Path) -> None:
+    manifest = read_manifest(write(tmp_path, peft_type="LORA", r=8, target_modules=["q"]))
+    assert manifest.peft_type == "LORA"
+    assert manifest.fields == {"r": 8, "target_modules": ["q"]}
+
+
+@pytest.mark.parametrize("peft_type", [member.value for member in peft.PeftType])
+def test_every_type_of_peft_is_known(tmp_path: Path, peft_type: str) -> None:
+    assert read_manifest(write(tmp_path, peft_type=peft_type)).peft_type == peft_type
+
+
+@pytest.mark.parametrize("peft_type", ["LORA2", "lora", "", None, 7, ["LORA"], {"a": "LORA"}])
+def test_bi_36_an_unknown_type_is_refused_by_name(tmp_path: Path, peft_type: Any) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        read_manifest(write(tmp_path, peft_type=peft_type))
+    assert caught.value.reason == "UNKNOWN_TYPE"
+    assert repr(peft_type) in caught.value.message
+
+
+def test_bi_31_a_large_file_is_refused_unread(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        read_manifest(write(tmp_path, peft_type="LORA", filler="x" * (64 << 10)))
+    assert caught.value.reason == "TOO_LARGE"
+
+
+def test_bi_30_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=CONFIG) as caught:
+        read_manifest(tmp_path)
+    assert caught.value.reason == "MISSING_CONFIG"
