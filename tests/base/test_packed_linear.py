@@ -49,13 +49,13 @@ def test_only_float32_linears_are_packed() -> None:
         {
             "linear": nn.Linear(8, 8),
             "router": Router(8, 8),
-            "half": nn.Linear(8, 8, dtype=torch.bfloat16),
+            "bfloat16_linear": nn.Linear(8, 8, dtype=torch.bfloat16),
         }
     )
     pack_linears(model)
     assert {name: type(module) for name, module in model.items()} == {
         "linear": PackedLinear,
         "router": Router,
-        "half": nn.Linear,
+        "bfloat16_linear": nn.Linear,
     }
     assert len(list(model["linear"].parameters())) == 1
