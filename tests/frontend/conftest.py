@@ -23,12 +23,21 @@ from deltamux.frontend.engine_client import EngineClient
 from deltamux.frontend.server import Servers, build_servers
 from deltamux.frontend.tokenizer import Tokenizer
 from deltamux.metrics import Metrics
+from deltamux.store.catalog import Catalog
+from deltamux.store.disk import DiskStore
 from deltamux.v1 import adapters_pb2_grpc, control_pb2_grpc, inference_pb2_grpc
 from deltamux.v1 import inference_pb2 as v1
 from deltamux.wire.channel import EngineEnd, FrontendEnd
 from deltamux.wire.messages import (
+    AdapterDropped,
+    AdapterInfo,
+    AdapterLoaded,
+    AdapterMoved,
+    DropAdapter,
     FirstToken,
     FromEngine,
+    LoadAdapter,
+    PinAdapter,
     Progress,
     Ready,
     Stats,
@@ -48,6 +57,7 @@ TEMPLATE = (
     "{{ raise_exception('the last turn must not be the assistant\\'s') }}{% endif %}"
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
+INFO = AdapterInfo("lora", 4, 100, 1000, 2000, "a note")
 STATS = Stats(1, 0, 1, 100, 0, 1, 1, 0.001, 0, 0, 0, 0, 0)
 
 Message = TypeVar("Message", bound=ToEngine)
@@ -147,17 +157,30 @@ class ScriptedEngine:
         self._inbox += self._end.receive()
         return self._inbox
 
-    def answer_all(self) -> None:
-        """From now on, every request is answered with its own prompt, a token a step."""
-        self._pilot = asyncio.create_task(self._echo())
+    def loaded(self, digest: str) -> None:
+        """Answers a load or a pin."""
+        self.send(AdapterMoved(digest, "device", INFO, 0.5))
+        self.send(AdapterLoaded(digest, INFO))
 
-    async def _echo(self) -> None:
+    def answer_all(self, tier: str = "") -> None:
+        """From now on, requests are answered with their own prompt, and loads succeed."""
+        self._pilot = asyncio.create_task(self._fly(tier))
+
+    async def _fly(self, tier: str) -> None:
         while True:
-            submit = await self.receive(Submit)
-            for position, token_id in enumerate(submit.prompt):
-                first = FirstToken(0.0, 0.0, "") if position == 0 else None
-                last = position == len(submit.prompt) - 1
-                self.say(submit, [token_id], first=first, finish="length" if last else "")
+            match await self.receive(ToEngine):
+                case Submit() as submit:
+                    self._repeat(submit, tier)
+                case LoadAdapter(digest=digest) | PinAdapter(digest=digest):
+                    self.loaded(digest)
+                case DropAdapter(digest=digest):
+                    self.send(AdapterDropped(digest))
+
+    def _repeat(self, submit: Submit, tier: str) -> None:
+        for position, token_id in enumerate(submit.prompt):
+            first = FirstToken(0.0, 0.0, tier) if position == 0 else None
+            last = position == len(submit.prompt) - 1
+            self.say(submit, [token_id], first=first, finish="length" if last else "")
 
     def close(self) -> None:
         if self._pilot is not None:
@@ -218,6 +241,7 @@ class Harness:
 
     engine: ScriptedEngine
     client: EngineClient
+    catalog: Catalog
     servers: Servers
     metrics: Metrics
     channel: grpc.aio.Channel
@@ -259,14 +283,18 @@ async def harness(
 
     engine = connect()
     defaults = GenerationDefaults(end_of_sequence=(END,))
-    servers = await build_servers(config, client, None, tokenizer, defaults, metrics)
+    disk = DiskStore(tmp_path / "cache", 1 << 20, 1 << 20, check=lambda folder: None)
+    catalog = Catalog(disk, client)
+    client.on_adapter_moved, client.on_adapter_failed = catalog.moved, catalog.failed
+    servers = await build_servers(config, client, catalog, tokenizer, defaults, metrics)
     await servers.start()
     engine.ready()
     await client.ready()
     await servers.health.set_serving(True)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{servers.port}") as channel:
-        made = Harness(engine, client, servers, metrics, channel, connect)
+        made = Harness(engine, client, catalog, servers, metrics, channel, connect)
         yield made
     await servers.stop(None)
     made.engine.close()
     client.fail_all(Unavailable("the test is over"))
+    catalog.close()

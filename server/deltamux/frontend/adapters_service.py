@@ -41,7 +41,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             loaded = await self._catalog.load(
                 request.name,
                 request.source,
-                upto=_tier_name(request.upto, "device"),
+                upto=_tier_name("upto", request.upto, "device"),
                 pinned=request.pinned,
                 expect_version=request.expect_version,
             )
@@ -69,7 +69,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> v1.ListAdaptersResponse:
         _check_page_token(request.page_token)
         size = min(request.page_size or limits.DEFAULT_PAGE_SIZE, limits.MAX_PAGE_SIZE)
-        at_least = _tier_name(request.at_least, "remote")
+        at_least = _tier_name("at_least", request.at_least, "remote")
         rows, token = self._catalog.page(size, request.page_token, at_least)
         return v1.ListAdaptersResponse(adapters=map(_adapter, rows), next_page_token=token)
 
@@ -118,13 +118,13 @@ def _check_page_token(token: str) -> None:
     check(not token or sound, "page_token", "is none of ListAdapters' own")
 
 
-def _tier_name(tier: int, default: str) -> str:
+def _tier_name(field: str, tier: int, default: str) -> str:
     """The catalog's word for a tier; raises InvalidArgument for a number that names none."""
     if tier == inference_pb2.TIER_UNSPECIFIED:
         return default
     names = {inference_pb2.Tier.Value(f"TIER_{name.upper()}"): name for name in TIERS}
     if tier not in names:
-        raise invalid("tier", "is not known")
+        raise invalid(field, "is no tier")
     return names[tier]
 
 

@@ -66,10 +66,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: v1.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         started = time.perf_counter()
+        request_id = request.request_id or uuid.uuid4().hex
+        bind_contextvars(request_id=printable(request_id), adapter=printable(request.adapter))
         info = self._engine.require_ready()
         validation.check_request(request, info)
-        request_id = request.request_id or uuid.uuid4().hex
-        bind_contextvars(request_id=request_id, adapter=printable(request.adapter))
         async with deadline(context, self._default_deadline) as seconds:
             await self._generate(Call(request, request_id, info, seconds, started), context)
 
