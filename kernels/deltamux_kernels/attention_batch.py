@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from deltamux_kernels.device_table import device_table
+
 
 @dataclass(frozen=True)
 class AttentionBatch:
@@ -35,3 +37,17 @@ class AttentionBatch:
             starts.append(row)
             row += length
         return tuple(starts)
+
+    def query_tiles(self, rows: int) -> torch.Tensor:
+        """`(sequence, first query)` of every tile of at most `rows` queries: int32 [tiles, 2]."""
+        key = ("query_tiles", rows)
+        if key not in self.plans:
+            tiles = [
+                (b, first)
+                for b, length in enumerate(self.query_lens)
+                for first in range(0, length, rows)
+            ]
+            device = self.query_starts.device
+            self.plans[key] = device_table(tiles, columns=2, device=device)
+        plan: torch.Tensor = self.plans[key]
+        return plan

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 
+from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices
-from deltamux_kernels.segments import Segments
+from deltamux_kernels.segments import TILE_ROWS, Segments
 from deltamux_kernels.shrink import Shrunk
+
+# The least depth of a matrix instruction on half types: a rank is rounded up to it in registers
+# only, never in memory.
+BLOCK_J = 16
+BLOCK_N = 128
 
 
 class Columns:
@@ -33,8 +41,10 @@ def expand(
     y [T, N]; B_s [rank, N] with the adapter's scale folded in; c_s = `columns` of slot s = slot of
     row t. Rows in no span keep their bits.
     """
-    assert not isinstance(h, torch.Tensor)
-    expand_torch(y, h, b, columns, segments)
+    if isinstance(h, torch.Tensor):
+        expand_triton(y, h, b, columns, segments)
+    else:
+        expand_torch(y, h, b, columns, segments)
 
 
 def expand_torch(
@@ -57,3 +67,85 @@ def expand_torch(
             rows.copy_(rows.float().addmm_(products, matrix.float()))
         else:
             rows.addmm_(products, matrix)
+
+
+def expand_triton(
+    y: torch.Tensor, h: torch.Tensor, b: PackedMatrices, columns: Columns, segments: Segments
+) -> None:
+    """`expand` in one launch: a program per (tile of rows, block of N)."""
+    if not b.most_rows(segments.slots):
+        return
+    _expand_kernel[(segments.tiles.shape[0], -(-b.width // BLOCK_N))](
+        y,
+        h,
+        b.arena,
+        b.offsets,
+        b.rows,
+        columns.table,
+        segments.tiles,
+        b.width,
+        h.shape[0],
+        y.stride(0),
+        y.stride(1),
+        h.stride(0),
+        h.stride(1),
+        BLOCK_T=TILE_ROWS,
+        BLOCK_J=BLOCK_J,
+        BLOCK_N=BLOCK_N,
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+@triton.jit
+@no_type_check
+def _expand_kernel(
+    y,
+    h,
+    arena,
+    offsets,
+    ranks,
+    columns,
+    tiles,
+    width,
+    planes,
+    y_row,
+    y_column,
+    h_plane,
+    h_row,
+    BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tile, block = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(tiles + tile * 3)
+    start = tl.load(tiles + tile * 3 + 1)
+    count = tl.load(tiles + tile * 3 + 2)
+    rank = tl.load(ranks + slot)
+    if rank == 0:
+        return
+    column = tl.load(columns + slot)
+    i, n = tl.arange(0, BLOCK_T), block * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_i, live_n = i < count, n < width
+    t = (start + i).to(tl.int64)
+    matrix = arena + tl.multiple_of(tl.load(offsets + slot), 64)
+    delta = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    for j0 in range(0, rank, BLOCK_J):
+        j = j0 + tl.arange(0, BLOCK_J)
+        live_j = j < rank
+        b = tl.load(
+            matrix + j[:, None].to(tl.int64) * width + n[None, :],
+            mask=live_j[:, None] & live_n[None, :],
+            other=0.0,
+        )
+        summands = h + t[:, None] * h_row + (column + j)[None, :]
+        live_h = live_i[:, None] & live_j[None, :]
+        v = tl.load(summands, mask=live_h, other=0.0)
+        for _ in range(1, planes):
+            summands += h_plane
+            v += tl.load(summands, mask=live_h, other=0.0)
+        delta = tl.dot(v.to(b.dtype), b, delta, input_precision="ieee")
+    target = y + t[:, None] * y_row + n[None, :] * y_column
+    live = live_i[:, None] & live_n[None, :]
+    before = tl.load(target, mask=live, other=0.0).to(tl.float32)
+    tl.store(target, (before + delta).to(y.dtype.element_ty), mask=live)

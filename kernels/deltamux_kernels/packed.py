@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 # Elements. An offset that is a multiple of it lets the kernels load 16 bytes at a time in every
@@ -57,3 +59,7 @@ class PackedMatrices:
     def rows_of(self, slot: int) -> int:
         """Rows of the slot's matrix; 0 when it has none."""
         return self._rows_on_host[slot]
+
+    def most_rows(self, slots: Iterable[int]) -> int:
+        """Rows of the tallest matrix among `slots`; 0 when none has one."""
+        return max((self._rows_on_host[slot] for slot in slots), default=0)

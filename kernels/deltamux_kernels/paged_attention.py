@@ -6,6 +6,8 @@ import torch
 
 from deltamux_kernels.attention_batch import AttentionBatch
 from deltamux_kernels.paged_attention_torch import paged_attention_torch
+from deltamux_kernels.paged_attention_triton import paged_attention_triton
+from deltamux_kernels.scoring import Scoring
 
 
 def paged_attention(
@@ -32,15 +34,7 @@ def paged_attention(
     [T, Hq, Dv]. `key`, `value` [T, Hkv, D], this step's own, are optional and never change the
     result: they spare the CPU a gather in the first chunk of a prompt.
     """
-    return paged_attention_torch(
-        query,
-        key_cache,
-        value_cache,
-        batch,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        key=key,
-        value=value,
-    )
+    scoring = Scoring(scale, window, softcap, sinks)
+    if query.device.type == "cuda":
+        return paged_attention_triton(query, key_cache, value_cache, batch, scoring)
+    return paged_attention_torch(query, key_cache, value_cache, batch, scoring, key, value)

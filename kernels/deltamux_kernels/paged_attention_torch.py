@@ -5,26 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from deltamux_kernels.attention_batch import AttentionBatch
+from deltamux_kernels.scoring import Scoring
 
 # A group of decoding sequences is padded to its longest; one that is shorter than this share of
 # it opens the next group.
 LEAST_FILL = 0.75
 
 Plan = TypeVar("Plan")
-
-
-class Scoring(NamedTuple):
-    """How scores become weights; the same for every sequence of a call."""
-
-    scale: float
-    softcap: float | None
-    sinks: torch.Tensor | None  # [Hq]
 
 
 @dataclass(frozen=True)
@@ -42,29 +35,24 @@ def paged_attention_torch(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     batch: AttentionBatch,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    scoring: Scoring,
     key: torch.Tensor | None = None,
     value: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`paged_attention`: decoding sequences in padded groups, the others one by one."""
-    scoring = Scoring(scale, softcap, sinks)
     out = query.new_empty(*query.shape[:2], value_cache.shape[-1])
-    for group in _decode_groups(batch, window, key_cache.shape[1], query.dtype):
+    for group in _decode_groups(batch, scoring.window, key_cache.shape[1], query.dtype):
         out[group.rows] = _decode(query[group.rows], key_cache, value_cache, group, scoring)
     for b, length in enumerate(batch.query_lens):
         if length <= 1:
             continue
         rows = slice(batch.starts[b], batch.starts[b] + length)
-        first = _first_seen(batch.context_lens[b] - length, window)
+        first = _first_seen(batch.context_lens[b] - length, scoring.window)
         if key is not None and value is not None and length == batch.context_lens[b]:
             keys, values = key[rows], value[rows]
         else:
             keys, values = _gather(key_cache, value_cache, batch, b, first)
-        mask = _mask(batch, b, first, window, query.device)
+        mask = _mask(batch, b, first, scoring.window, query.device)
         out[rows] = _attend_sequence(query[rows], keys, values, mask, scoring)
     return out
 
@@ -150,7 +138,7 @@ def _decode(
     values = _seen(value_cache, group).view(sequences, -1, kv_heads, value_cache.shape[3])
     queries = query.reshape(sequences, kv_heads, -1, query.shape[-1])
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    if scoring.softcap is None and scoring.sinks is None:
+    if scoring.plain:
         out = scaled_dot_product_attention(
             queries, keys, values, attn_mask=group.mask, scale=scoring.scale
         )
@@ -210,7 +198,7 @@ def _attend_sequence(
 ) -> torch.Tensor:
     """[L, Hq, Dv] of query [L, Hq, Dk] over keys and values [S, Hkv, D]."""
     queries, keys, values = (x.transpose(0, 1)[None] for x in (query, keys, values))
-    if scoring.softcap is None and scoring.sinks is None:
+    if scoring.plain:
         out = scaled_dot_product_attention(
             queries,
             keys,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 
+from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices
-from deltamux_kernels.segments import Segments
+from deltamux_kernels.segments import TILE_ROWS, Segments
+
+BLOCK_N = 128
 
 
 def row_affine(
@@ -15,7 +20,10 @@ def row_affine(
 
     y [T, N]; bias [N] or None for zero; g_s [1, N]. Rows whose slot has no g keep their bits.
     """
-    row_affine_torch(y, bias, g, segments)
+    if y.device.type == "cuda":
+        row_affine_triton(y, bias, g, segments)
+    else:
+        row_affine_torch(y, bias, g, segments)
 
 
 def row_affine_torch(
@@ -37,3 +45,61 @@ def _scaled(rows: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor) 
     if bias is None:
         return rows.mul_(scale)
     return rows.sub_(bias).mul_(scale).add_(bias)
+
+
+def row_affine_triton(
+    y: torch.Tensor, bias: torch.Tensor | None, g: PackedMatrices, segments: Segments
+) -> None:
+    """`row_affine` in one launch: a program per (tile of rows, block of N)."""
+    if not g.most_rows(segments.slots):
+        return
+    _row_affine_kernel[(segments.tiles.shape[0], -(-g.width // BLOCK_N))](
+        y,
+        bias,
+        g.arena,
+        g.offsets,
+        g.rows,
+        segments.tiles,
+        g.width,
+        y.stride(0),
+        y.stride(1),
+        BLOCK_T=TILE_ROWS,
+        BLOCK_N=BLOCK_N,
+        num_warps=4,
+    )
+
+
+@triton.jit
+@no_type_check
+def _row_affine_kernel(
+    y,
+    bias,
+    arena,
+    offsets,
+    rows,
+    tiles,
+    width,
+    y_row,
+    y_column,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    tile, block = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(tiles + tile * 3)
+    start = tl.load(tiles + tile * 3 + 1)
+    count = tl.load(tiles + tile * 3 + 2)
+    if tl.load(rows + slot) == 0:
+        return
+    i, n = tl.arange(0, BLOCK_T), block * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_n = n < width
+    live = (i < count)[:, None] & live_n[None, :]
+    scale = arena + tl.multiple_of(tl.load(offsets + slot), 64)
+    g = tl.load(scale + n, mask=live_n, other=0.0).to(tl.float32)[None, :]
+    target = y + (start + i).to(tl.int64)[:, None] * y_row + n[None, :] * y_column
+    value = tl.load(target, mask=live, other=0.0).to(tl.float32)
+    if bias is None:
+        value = value * g
+    else:
+        shift = tl.load(bias + n, mask=live_n, other=0.0).to(tl.float32)[None, :]
+        value = (value - shift) * g + shift
+    tl.store(target, value.to(y.dtype.element_ty), mask=live)

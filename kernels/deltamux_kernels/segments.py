@@ -8,6 +8,8 @@ from functools import cached_property
 
 import torch
 
+from deltamux_kernels.device_table import device_table
+
 # Rows of one matrix instruction. The tile never depends on the batch, so neither does the
 # instruction that computes a row, and a row's result is the same beside any neighbours.
 TILE_ROWS = 16
@@ -65,10 +67,7 @@ class Segments:
             for slot, start, end in self.spans
             for row in range(start, end, TILE_ROWS)
         ]
-        table = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 3)
-        if self.device.type == "cuda":
-            table = table.pin_memory()
-        return table.to(self.device, non_blocking=True)
+        return device_table(tiles, columns=3, device=self.device)
 
     def pieces(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The rows of each span, as views of `x` [T, ...].

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TypeAlias, no_type_check
 
 import torch
 
+from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices
-from deltamux_kernels.segments import Segments
+from deltamux_kernels.segments import TILE_ROWS, Segments
 
-# What `shrink` hands to `expand`, opaque in between: from the torch form one [rows, rank] per span
-# (None where the slot has no matrix).
+# What `shrink` hands to `expand`, opaque in between. From the torch form one [rows, rank] per span
+# (None where the slot has no matrix); from the Triton form float32 planes [planes, T, R], to be
+# summed in order, in which only the columns of a row's own rank are ever written or read.
 Shrunk: TypeAlias = "list[torch.Tensor | None] | torch.Tensor"
+
+# Elements of K that are summed before anything else is added. It is the same for every shape, so
+# a row's sum is the same in every batch, however its chunks are spread over programs.
+CHUNK = 512
+# Up to this many rows each chunk has a program and a plane of its own, since a small batch has too
+# few tiles to fill a GPU. A larger batch sums its chunks in one program, in the same order.
+SPLIT_ROWS = 256
+BLOCK_K = 128
+# The least width of the matrix instruction's tile, here of ranks.
+BLOCK_J = 16
 
 
 def shrink(x: torch.Tensor, a: PackedMatrices, segments: Segments) -> Shrunk:
@@ -19,6 +31,8 @@ def shrink(x: torch.Tensor, a: PackedMatrices, segments: Segments) -> Shrunk:
 
     x [T, K]; A_s [rows of slot s, K].
     """
+    if x.device.type == "cuda":
+        return shrink_triton(x, a, segments)
     return shrink_torch(x, a, segments)
 
 
@@ -37,3 +51,95 @@ def shrink_torch(
         None if matrix is None else torch.mm(rows, matrix)
         for rows, matrix in zip(pieces, matrices, strict=True)
     ]
+
+
+def shrink_triton(x: torch.Tensor, a: PackedMatrices, segments: Segments) -> torch.Tensor:
+    """`shrink` in one launch: a program per (tile of rows, block of ranks, chunk of K)."""
+    most = a.most_rows(segments.slots)
+    chunks = -(-a.width // CHUNK)
+    split = x.shape[0] <= SPLIT_ROWS
+    h = new_planes(x, chunks if split else 1, most)
+    if not most:
+        return h
+    x = x if x.stride(1) == 1 else x.contiguous()
+    _shrink_kernel[(segments.tiles.shape[0], -(-most // BLOCK_J), h.shape[0])](
+        x,
+        h,
+        a.arena,
+        a.offsets,
+        a.rows,
+        segments.tiles,
+        a.width,
+        1 if split else chunks,
+        x.stride(0),
+        h.stride(0),
+        h.stride(1),
+        CHUNK=CHUNK,
+        BLOCK_T=TILE_ROWS,
+        BLOCK_J=BLOCK_J,
+        BLOCK_K=BLOCK_K,
+        num_warps=4,
+        num_stages=3,
+    )
+    return h
+
+
+def new_planes(like: torch.Tensor, planes: int, columns: int) -> torch.Tensor:
+    """Scratch [planes, T, columns] in float32, not cleared, its rows 64 bytes apart or more."""
+    columns = -(-columns // 16) * 16
+    return like.new_empty((planes, like.shape[0], columns), dtype=torch.float32)
+
+
+@triton.jit
+@no_type_check
+def _shrink_kernel(
+    x,
+    h,
+    arena,
+    offsets,
+    rows,
+    tiles,
+    width,
+    chunks,
+    x_row,
+    h_plane,
+    h_row,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tile, block, plane = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = tl.load(tiles + tile * 3)
+    start = tl.load(tiles + tile * 3 + 1)
+    count = tl.load(tiles + tile * 3 + 2)
+    rank = tl.load(rows + slot)
+    if block * BLOCK_J >= rank:
+        return
+    i, j = tl.arange(0, BLOCK_T), block * BLOCK_J + tl.arange(0, BLOCK_J)
+    live_i, live_j = i < count, j < rank
+    t = (start + i).to(tl.int64)
+    matrix = arena + tl.multiple_of(tl.load(offsets + slot), 64)
+    total = tl.zeros((BLOCK_T, BLOCK_J), dtype=tl.float32)
+    for chunk in range(plane * chunks, plane * chunks + chunks):
+        products = tl.zeros((BLOCK_T, BLOCK_J), dtype=tl.float32)
+        for k0 in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, width), BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            live_k = k < width
+            xs = tl.load(
+                x + t[:, None] * x_row + k[None, :],
+                mask=live_i[:, None] & live_k[None, :],
+                other=0.0,
+            )
+            a = tl.load(
+                matrix + j[None, :].to(tl.int64) * width + k[:, None],
+                mask=live_j[None, :] & live_k[:, None],
+                other=0.0,
+            )
+            products = tl.dot(xs, a.to(xs.dtype), products, input_precision="ieee")
+        total += products
+    tl.store(
+        h + plane.to(tl.int64) * h_plane + t[:, None] * h_row + j[None, :],
+        total,
+        mask=live_i[:, None] & live_j[None, :],
+    )

@@ -1,0 +1,182 @@
+"""Paged attention in Triton: one pass over the keys with a running softmax."""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch
+
+from deltamux_kernels._triton import tl, triton
+from deltamux_kernels.attention_batch import AttentionBatch
+from deltamux_kernels.scoring import Scoring
+
+# Rows of a query tile, a row being one query of one head: all heads of a KV head share its tile,
+# so that its keys and values are read once.
+PREFILL_ROWS = 64
+DECODE_ROWS = 16
+
+
+def paged_attention_triton(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    batch: AttentionBatch,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """`paged_attention` in one launch: a program per (tile of queries, KV head)."""
+    tokens, heads, key_dim = query.shape
+    blocks, block_size, kv_heads, value_dim = value_cache.shape
+    query = query if query.stride(2) == 1 else query.contiguous()
+    out = query.new_empty(tokens, heads, value_dim)
+    group = triton.next_power_of_2(heads // kv_heads)
+    wide = max(key_dim, value_dim) > 128
+    rows = DECODE_ROWS if max(batch.query_lens) == 1 else PREFILL_ROWS // (2 if wide else 1)
+    tile = max(1, rows // group)
+    tiles = batch.query_tiles(tile)
+    _paged_attention_kernel[(tiles.shape[0], kv_heads)](
+        query,
+        key_cache,
+        value_cache,
+        out,
+        scoring.sinks,
+        tiles,
+        batch.query_starts,
+        batch.seq_lens,
+        batch.block_tables,
+        scoring.scale,
+        scoring.softcap,
+        scoring.window,
+        blocks,
+        query.stride(0),
+        query.stride(1),
+        out.stride(0),
+        out.stride(1),
+        batch.block_tables.stride(0),
+        KV_HEADS=kv_heads,
+        GROUP=heads // kv_heads,
+        GROUP_ROWS=group,
+        TILE=tile,
+        # A tile of one query and few heads is filled up to the least matrix instruction.
+        ROWS=max(DECODE_ROWS, tile * group),
+        KEYS=32 if wide else 64,
+        BLOCK_SIZE=block_size,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        KEY_BLOCK=max(16, triton.next_power_of_2(key_dim)),
+        VALUE_BLOCK=max(16, triton.next_power_of_2(value_dim)),
+        num_warps=4 if rows <= DECODE_ROWS or not wide else 8,
+        num_stages=2,
+    )
+    return out
+
+
+@triton.jit
+@no_type_check
+def _softcapped(scores, softcap):
+    """softcap tanh(scores / softcap), from exp so that it stands for every backend."""
+    return softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
+
+
+@triton.jit
+@no_type_check
+def _paged_attention_kernel(
+    query,
+    key_cache,
+    value_cache,
+    out,
+    sinks,
+    tiles,
+    query_starts,
+    seq_lens,
+    block_tables,
+    scale,
+    softcap,
+    window,
+    blocks,
+    query_row,
+    query_head,
+    out_row,
+    out_head,
+    table_row,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+):
+    kv_head = tl.program_id(1)
+    b = tl.load(tiles + tl.program_id(0) * 2)
+    first = tl.load(tiles + tl.program_id(0) * 2 + 1)
+    start = tl.load(query_starts + b)
+    length = tl.load(query_starts + b + 1) - start
+    context = tl.load(seq_lens + b)
+
+    m = tl.arange(0, ROWS)
+    i, g = first + m // GROUP_ROWS, m % GROUP_ROWS
+    live = (i < length) & (i < first + TILE) & (g < GROUP)
+    position = context - length + i
+    head = kv_head * GROUP + g
+    t = (start + i).to(tl.int64)
+    dk, dv = tl.arange(0, KEY_BLOCK), tl.arange(0, VALUE_BLOCK)
+    q = tl.load(
+        query + t[:, None] * query_row + head[:, None] * query_head + dk[None, :],
+        mask=live[:, None] & (dk < KEY_DIM)[None, :],
+        other=0.0,
+    )
+
+    # A sink enters the running softmax as a key that was already seen and has no value.
+    if sinks is None:
+        most = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+        weight = tl.zeros((ROWS,), dtype=tl.float32)
+    else:
+        most = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32)
+        weight = tl.full((ROWS,), 1.0, dtype=tl.float32)
+    total = tl.zeros((ROWS, VALUE_BLOCK), dtype=tl.float32)
+
+    end = tl.minimum(context, context - length + first + TILE)
+    begin = 0
+    if window is not None:
+        begin = tl.maximum(0, context - length + first - window + 1) // KEYS * KEYS
+    for p0 in range(begin, end, KEYS):
+        p = p0 + tl.arange(0, KEYS)
+        block = tl.load(block_tables + b * table_row + p // BLOCK_SIZE, mask=p < end, other=-1)
+        held = (block >= 0) & (block < blocks)
+        slot = (block.to(tl.int64) * BLOCK_SIZE + p % BLOCK_SIZE) * KV_HEADS + kv_head
+        k = tl.load(
+            key_cache + slot[None, :] * KEY_DIM + dk[:, None],
+            mask=held[None, :] & (dk < KEY_DIM)[:, None],
+            other=0.0,
+        )
+        scores = tl.dot(q, k, input_precision="ieee") * scale
+        if softcap is not None:
+            scores = _softcapped(scores, softcap)
+        seen = held[None, :] & (p[None, :] <= position[:, None])
+        if window is not None:
+            seen = seen & (p[None, :] > position[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+        next_most = tl.maximum(most, tl.max(scores, 1))
+        # A row that has seen nothing yet subtracts 0: -inf less -inf would be NaN.
+        shift = tl.where(next_most == float("-inf"), 0.0, next_most)
+        weights = tl.exp(scores - shift[:, None])
+        decay = tl.exp(most - shift)
+        v = tl.load(
+            value_cache + slot[:, None] * VALUE_DIM + dv[None, :],
+            mask=held[:, None] & (dv < VALUE_DIM)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(weights.to(v.dtype), v, total * decay[:, None], input_precision="ieee")
+        weight = weight * decay + tl.sum(weights, 1)
+        most = next_most
+
+    total = total / tl.where(weight > 0.0, weight, 1.0)[:, None]
+    tl.store(
+        out + t[:, None] * out_row + head[:, None] * out_head + dv[None, :],
+        total.to(out.dtype.element_ty),
+        mask=live[:, None] & (dv < VALUE_DIM)[None, :],
+    )

@@ -1,0 +1,177 @@
+"""shrink and expand against the formula in float64: mixed ranks, slices, gaps and poison."""
+
+import importlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from deltamux_kernels import Columns, PackedMatrices, Segments
+from deltamux_kernels.expand import expand_torch, expand_triton
+from deltamux_kernels.shrink import shrink_torch, shrink_triton
+
+Pack = Callable[[list[torch.Tensor | None], int], PackedMatrices]
+# The package's own name `shrink` is the function.
+shrink_module = importlib.import_module("deltamux_kernels.shrink")
+RANKS = (1, 2, 3, 4, 7, 8, 16, 17, 24, 40)
+
+
+@dataclass
+class Case:
+    """One site: adapters with 1 to 3 slices that share x, and the spans of a step."""
+
+    x: torch.Tensor
+    ys: list[torch.Tensor]
+    a: list[torch.Tensor | None]  # per slot, slices stacked
+    b: list[list[torch.Tensor | None]]  # per slice, per slot
+    columns: list[list[int]]
+    segments: Segments
+
+
+def draw(
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int | None = None,
+    rank: int | None = None,
+) -> Case:
+    """A random step; `rank` is the first slot's in its first slice."""
+    pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+    width = width or pick.choice((1, 5, 33, 64, 130, 600))
+    outputs = [pick.choice((1, 17, 64, 129, 200)) for _ in range(pick.randint(1, 3))]
+    slots = 2 if rank else pick.randint(1, 6)
+    a: list[torch.Tensor | None] = []
+    b: list[list[torch.Tensor | None]] = [[] for _ in outputs]
+    columns: list[list[int]] = [[] for _ in outputs]
+    for slot in range(slots):
+        # A slice of rank 0 is a layer that the adapter leaves alone.
+        ranks = [pick.choice((0, *RANKS)) for _ in outputs]
+        if rank and slot == 0:
+            ranks[0] = rank
+        a.append(normal(sum(ranks), width) if sum(ranks) else None)
+        for index, (n, rank) in enumerate(zip(outputs, ranks, strict=True)):
+            b[index].append(normal(rank, n) if rank else None)
+            columns[index].append(sum(ranks[:index]))
+    spans, row = [], 0
+    for slot in pick.sample(range(slots), k=slots):
+        row += pick.choice((0, 0, 1, 5))
+        rows = pick.choice((0, 1, 1, 2, 15, 16, 17, 33))
+        spans.append((slot, row, row + rows))
+        row += rows
+    row += pick.choice((1, 3))
+    return Case(
+        normal(row, width),
+        [normal(row, n) for n in outputs],
+        a,
+        b,
+        columns,
+        Segments.build(spans, device),
+    )
+
+
+def run(case: Case, form: str, pack: Pack, device: torch.device) -> list[torch.Tensor]:
+    slots = len(case.a)
+    a = pack(case.a, case.x.shape[1])
+    ys = [y.clone() for y in case.ys]
+    h = (shrink_torch if form == "torch" else shrink_triton)(case.x, a, case.segments)
+    for y, matrices, first in zip(ys, case.b, case.columns, strict=True):
+        columns = Columns(slots, device)
+        for slot, column in enumerate(first):
+            columns.set(slot, column)
+        b = pack(matrices, y.shape[1])
+        if isinstance(h, torch.Tensor):
+            expand_triton(y, h, b, columns, case.segments)
+        else:
+            expand_torch(y, h, b, columns, case.segments)
+    return ys
+
+
+def check(case: Case, ys: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """Each error within a few roundings of the absolute values that were summed."""
+    for before, y, matrices, first in zip(case.ys, ys, case.b, case.columns, strict=True):
+        expected, summed = before.double(), before.double().abs()
+        untouched = torch.ones(len(before), dtype=torch.bool, device=before.device)
+        for slot, start, end in case.segments.spans:
+            a, b = case.a[slot], matrices[slot]
+            if a is None or b is None:
+                continue
+            rows = a[first[slot] : first[slot] + len(b)].double().t()
+            x = case.x[start:end].double()
+            expected[start:end] += x @ rows @ b.double()
+            summed[start:end] += x.abs() @ rows.abs() @ b.double().abs()
+            untouched[start:end] = False
+        bits = torch.int32 if dtype == torch.float32 else torch.int16
+        assert torch.equal(y[untouched].view(bits), before[untouched].view(bits))
+        assert ((y.double() - expected).abs() <= 2 * torch.finfo(dtype).eps * summed).all()
+
+
+@pytest.fixture
+def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bridge between shrink and expand starts as NaN: nothing unwritten may be read."""
+    new = shrink_module.new_planes
+    monkeypatch.setattr(shrink_module, "new_planes", lambda *args: new(*args).fill_(torch.nan))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.usefixtures("poisoned_scratch")
+def test_random_steps_agree_with_the_formula(
+    seed: int, form: str, dtype: torch.dtype, device: torch.device, pack: Pack
+) -> None:
+    case = draw(seed, device, dtype)
+    check(case, run(case, form, pack, device), dtype)
+
+
+@pytest.mark.parametrize("split_rows", [0, 256])
+@pytest.mark.usefixtures("poisoned_scratch")
+def test_rank_256_and_several_chunks_agree_with_the_formula(
+    split_rows: int,
+    form: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    pack: Pack,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shrink_module, "SPLIT_ROWS", split_rows)
+    case = draw(99, device, dtype, width=1100, rank=256)
+    check(case, run(case, form, pack, device), dtype)
+
+
+def test_a_step_without_adapters_changes_nothing(
+    form: str, dtype: torch.dtype, device: torch.device, pack: Pack
+) -> None:
+    case = draw(1, device, dtype)
+    case.segments = Segments.build([], device)
+    for y, before in zip(run(case, form, pack, device), case.ys, strict=True):
+        assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("form", ["triton"], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "float16"], indirect=True)
+def test_a_rows_bits_depend_on_neither_neighbours_nor_the_size_of_the_batch(
+    form: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    pack: Pack,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = draw(3, device, dtype, width=1100, rank=24)
+    slot, rows = 0, 21
+    case.x = torch.randn(rows, case.x.shape[1]).to(case.x)
+    case.ys = [torch.randn(rows, y.shape[1]).to(y) for y in case.ys]
+    case.segments = Segments.build([(slot, 0, rows)], device)
+    together = run(case, form, pack, device)
+    monkeypatch.setattr(shrink_module, "SPLIT_ROWS", 0)
+    unsplit = run(case, form, pack, device)
+    monkeypatch.undo()
+    case.x, case.ys = case.x[17:18], [y[17:18] for y in case.ys]
+    case.segments = Segments.build([(slot, 0, 1)], device)
+    alone = run(case, form, pack, device)
+    for one, many, whole in zip(alone, together, unsplit, strict=True):
+        assert torch.equal(one[0], many[17])
+        assert torch.equal(many, whole)

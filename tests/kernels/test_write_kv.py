@@ -1,0 +1,46 @@
+"""Keys and values land in their slots, and nothing else changes."""
+
+import pytest
+import torch
+
+from deltamux_kernels.write_kv import write_kv_torch, write_kv_triton
+
+
+def caches(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        torch.full((5, 16, 3, 20), -1.0, dtype=dtype, device=device),
+        torch.full((5, 16, 3, 8), -1.0, dtype=dtype, device=device),
+    )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_land_in_their_slots_and_negative_slots_are_not_stored(
+    transposed: bool, form: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    key_cache, value_cache = caches(device, dtype)
+    key, value = torch.randn(6, 3, 20), torch.randn(6, 3, 8)
+    if transposed:  # as rotary embedding leaves them: [heads, T, D] in memory
+        key = key.transpose(0, 1).contiguous().transpose(0, 1)
+    key, value = key.to(dtype).to(device), value.to(dtype).to(device)
+    slots = torch.tensor([79, -1, 16, 15, 0, 33], device=device)
+    write = write_kv_torch if form == "torch" else write_kv_triton
+    write(key, value, key_cache, value_cache, slots)
+    stored = slots >= 0
+    for cache, rows in ((key_cache, key), (value_cache, value)):
+        expected = torch.full_like(cache, -1.0)
+        expected.flatten(0, 1)[slots[stored]] = rows[stored]
+        assert torch.equal(cache, expected)
+
+
+def test_a_slot_beyond_the_cache_touches_nothing(
+    form: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    key_cache, value_cache = caches(device, dtype)
+    key, value = (torch.zeros_like(cache[0, :1]) for cache in (key_cache, value_cache))
+    slots = torch.tensor([80], device=device)
+    if form == "torch":
+        with pytest.raises(IndexError):
+            write_kv_torch(key, value, key_cache, value_cache, slots)
+    else:
+        write_kv_triton(key, value, key_cache, value_cache, slots)
+    assert (key_cache == -1).all() and (value_cache == -1).all()
