@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deltamux.adapters.adapter import Adapter
+from deltamux.adapters.files import WEIGHTS
 from deltamux.adapters.parse import parse_adapter
 from deltamux.adapters.rows import Rows
 from deltamux.adapters.sites import DeviceSites
@@ -34,6 +39,7 @@ _SMALL = {
     "max_position_embeddings": 64,
 }
 _GROUPED = {**_SMALL, "num_key_value_heads": 2}
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
 _GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
@@ -43,8 +49,10 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "qwen3": lambda: transformers.Qwen3Config(**_GROUPED, head_dim=8),
     "gemma2": lambda: transformers.Gemma2Config(**_GROUPED, head_dim=8, sliding_window=8),
     "gemma3": lambda: transformers.Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=8),
-    "phi3": lambda: transformers.Phi3Config(**_GROUPED, pad_token_id=0),
-    "gpt2": lambda: transformers.GPT2Config(**_GPT2),
+    "phi3": lambda: transformers.Phi3Config(
+        **_GROUPED, pad_token_id=0, bos_token_id=0, eos_token_id=0
+    ),
+    "gpt2": lambda: transformers.GPT2Config(**_GPT2, **_TOKENS),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SMALL),
     "mixtral": lambda: transformers.MixtralConfig(
         **_GROUPED, num_local_experts=4, num_experts_per_tok=2
@@ -105,8 +113,8 @@ class Served:
             self.model, self.structure, self.rows, SLOTS, self.arena_bytes, torch.float32, CPU
         )
 
-    def parse(self, folder: Path) -> Adapter:
-        return parse_adapter(folder, folder.name, self.structure, torch.float32)
+    def parse(self, folder: Path, dtype: torch.dtype = torch.float32) -> Adapter:
+        return parse_adapter(folder, folder.name, self.structure, dtype)
 
     def load(self, slot: int, folder: Path) -> Adapter:
         adapter = self.parse(folder)
@@ -127,22 +135,46 @@ class Served:
 
 
 @pytest.fixture(scope="session")
-def bases() -> Callable[[str], PreTrainedModel]:
-    built: dict[str, PreTrainedModel] = {}
+def base() -> Callable[[str], PreTrainedModel]:
+    """base(name) -> the one model of that name."""
+    return cache(build_base)
 
-    def base(name: str) -> PreTrainedModel:
-        if name not in built:
-            built[name] = build_base(name)
-        return built[name]
 
-    return base
+@pytest.fixture(scope="session")
+def serve(base: Callable[[str], PreTrainedModel]) -> Callable[..., Served]:
+    """serve(name) -> a copy of that base with empty device sites."""
+    return lambda name, **options: Served(base(name), **options)
+
+
+@pytest.fixture(scope="session")
+def save(base: Callable[[str], PreTrainedModel], tmp_path_factory: Any) -> Callable[..., Path]:
+    """save(name, **LoraConfig) -> the folder of a new adapter of that base."""
+
+    def save(name: str, **config: object) -> Path:
+        return save_adapter(base(name), tmp_path_factory.mktemp("adapter"), **config)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def reference(base: Callable[[str], PreTrainedModel]) -> Callable[[str, Path, Tensor], Tensor]:
+    """reference(name, folder, ids) -> PEFT's logits for that adapter alone."""
+    return lambda name, folder, ids: peft_logits(base(name), folder, ids)
+
+
+@pytest.fixture
+def rewrite(tmp_path: Path) -> Callable[..., Path]:
+    """rewrite(folder, change) -> a copy of the adapter whose tensors went through `change`."""
+
+    def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+        copied = shutil.copytree(folder, tmp_path / "rewritten")
+        tensors = {name: t.contiguous() for name, t in change(load_file(folder / WEIGHTS)).items()}
+        save_file(tensors, copied / WEIGHTS)
+        return copied
+
+    return rewrite
 
 
 @pytest.fixture
 def ids() -> Tensor:
-    return torch.randint(0, 61, (4, 7), generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture
-def llama(bases: Callable[[str], PreTrainedModel]) -> nn.Module:
-    return bases("llama")
+    return torch.randint(0, 61, (5, 7), generator=torch.Generator().manual_seed(5))
