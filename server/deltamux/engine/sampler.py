@@ -76,16 +76,21 @@ def _is_greedy(sampling: Sampling) -> bool:
 
 
 def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
-    samplings = [sequence.sampling for sequence in sequences]
-    scores = logits / _column([s.temperature for s in samplings], logits)
-    _limit_top_k(scores, [s.top_k for s in samplings])
-    _limit_top_p(scores, [s.top_p for s in samplings])
-    _limit_min_p(scores, [s.min_p for s in samplings])
+    scores = filter_scores(logits, [sequence.sampling for sequence in sequences])
     cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
     numbers = _column([_uniform_of(sequence) for sequence in sequences], cumulative)
     found = torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)[:, 0]
     # Rows with NaN find nothing; they are reported, but must not index out of range before.
     return found.clamp_max_(logits.shape[1] - 1)
+
+
+def filter_scores(logits: Tensor, samplings: Rows[Sampling]) -> Tensor:
+    """Logits [S, V] over their temperatures, with -inf where a row's filters exclude a token."""
+    scores = logits / _column([sampling.temperature for sampling in samplings], logits)
+    _limit_top_k(scores, [sampling.top_k for sampling in samplings])
+    _limit_top_p(scores, [sampling.top_p for sampling in samplings])
+    _limit_min_p(scores, [sampling.min_p for sampling in samplings])
+    return scores
 
 
 def _uniform_of(sequence: Sequence) -> float:
