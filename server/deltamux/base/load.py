@@ -87,6 +87,8 @@ def adopt(model: PreTrainedModel) -> Base:
 
 
 def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:

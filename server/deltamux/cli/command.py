@@ -50,7 +50,7 @@ class Command(BaseSettings):
         except ValidationError as error:
             raise UsageError(f"{program}: {_first_problem(error)}") from None
         except SettingsError as error:
-            raise UsageError(f"{program}: {error}") from None
+            raise UsageError(f"{program}: {_unreadable(cls, str(error))}") from None
 
 
 def option(default: Any = ..., *, help: str, metavar: str = "", **constraints: Any) -> Any:
@@ -115,3 +115,11 @@ def _first_problem(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     return f"--{name} {problem['input']}: {message}" if name else message
+
+
+def _unreadable(command: type[Command], message: str) -> str:
+    """A value that is not of its option's form, NAME=PATH for one."""
+    if not (field := re.match(r"Parsing error encountered for (\w+)", message)):
+        return message
+    wanted = (command.model_fields[field[1]].description or "").partition("|")[0]
+    return f"--{field[1].replace('_', '-')}: expected {wanted}"

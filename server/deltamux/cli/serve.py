@@ -13,7 +13,7 @@ from deltamux import logs
 from deltamux.cli.command import Command, option
 from deltamux.config import EngineConfig, FrontendConfig, StoreConfig
 from deltamux.errors import StartupError
-from deltamux.launch.serve import serve
+from deltamux.launch import preflight
 
 _PORT: dict[str, Any] = {"ge": 0, "le": 65535, "metavar": "PORT"}
 
@@ -145,9 +145,15 @@ class Serve(Command):
 def main(arguments: Sequence[str]) -> int:
     options = Serve.parse("deltamux serve", arguments)
     logs.configure(options.log_format, options.log_level)
+    frontend, store = options.frontend(), options.store()
     try:
-        serve(options.frontend(), options.engine(), options.store())
+        preflight.check(frontend, store)
+        # Takes seconds, since it imports transformers: not for --help, not for a wrong path.
+        from deltamux.launch.serve import serve
+
+        serve(frontend, options.engine(), store)
     except StartupError as error:
-        print(f"deltamux serve: {error.message}", file=sys.stderr)
+        # A library's message may have lines of its own.
+        print("deltamux serve:", " ".join(error.message.split()), file=sys.stderr)
         return 1
     return 0

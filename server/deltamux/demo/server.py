@@ -67,6 +67,11 @@ class Server:
         """The last lines that the server wrote."""
         return "".join(self._lines)
 
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The log's events of this name, oldest first."""
+        lines = [line for line in list(self._lines) if line.startswith("{")]
+        return [event for event in map(json.loads, lines) if event["event"] == name]
+
     def metrics(self) -> dict[str, Metric]:
         """The series of its /metrics, by name."""
         url = f"http://127.0.0.1:{self._listening['metrics_port']}/metrics"

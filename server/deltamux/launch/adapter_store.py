@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterable
-from pathlib import Path
 
 import structlog
 
-from deltamux.adapters.header import check_weights
-from deltamux.adapters.manifest import read_manifest
 from deltamux.config import StoreConfig
 from deltamux.errors import DeltamuxError, StartupError
 from deltamux.frontend.engine_client import EngineClient
+from deltamux.launch.preflight import check_folder
 from deltamux.metrics import Metrics, Resident
 from deltamux.store.catalog import Catalog
 from deltamux.store.disk import DiskStore
@@ -42,17 +40,14 @@ class AdapterStore:
         )
 
     async def open(self) -> None:
-        """Names the configured adapters; raises StartupError for one that cannot be served."""
+        """Names the configured adapters; raises StartupError for a name that cannot be one."""
         for name, folder in self._config.adapters.items():
             try:
-                await asyncio.to_thread(check_folder, Path(folder))
                 self.catalog.register(name, folder)
             except DeltamuxError as error:
                 raise StartupError(f"--adapter {name}={folder}: {error.message}") from error
-        if (folder := self._config.adapter_dir) is not None:
-            if not folder.is_dir():
-                raise StartupError(f"--adapter-dir {folder}: no such folder")
-            watcher = FolderWatcher(folder, self.catalog)
+        if self._config.adapter_dir is not None:
+            watcher = FolderWatcher(self._config.adapter_dir, self.catalog)
             await watcher.look()
             self._watcher = asyncio.create_task(watcher.run())
 
@@ -87,9 +82,3 @@ def _disk(config: StoreConfig) -> DiskStore:
         )
     except OSError as error:
         raise StartupError(f"--adapter-cache-dir {config.cache_dir}: {error.strerror}") from error
-
-
-def check_folder(folder: Path) -> None:
-    """Raises InvalidArgument when the files are no adapter, as far as one can tell unread."""
-    read_manifest(folder)
-    check_weights(folder)

@@ -101,8 +101,8 @@ class _Server:
             try:
                 self._exporter = self._metrics.serve(frontend.host, frontend.metrics_port)
             except OSError as error:
-                port = frontend.metrics_port
-                raise StartupError(f"metrics port {port}: {error.strerror}") from error
+                address = f"{frontend.host}:{frontend.metrics_port}"
+                raise StartupError(f"cannot listen on {address}: {error.strerror}") from error
         servers = await build_servers(
             frontend, self._engine, self._store.catalog, tokenizer, defaults, self._metrics
         )
