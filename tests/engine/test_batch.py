@@ -1,0 +1,88 @@
+"""The packed tensors of one step."""
+
+from __future__ import annotations
+
+import torch
+
+from deltamux.engine.batch import StepBatch
+from deltamux.engine.rehearsal import trial_sequence
+from deltamux.engine.sequence import Scheduled
+from deltamux.wire.messages import Sampling
+
+BLOCK, CPU = 4, torch.device("cpu")
+
+
+def scheduled(
+    tokens: list[int], blocks: list[int], computed: int, count: int, slot: int | None
+) -> Scheduled:
+    sequence = trial_sequence(0, tokens, blocks, Sampling())
+    sequence.num_computed = computed
+    sequence.slot = slot
+    return Scheduled(sequence, count)
+
+
+PREFILL = scheduled([10, 11, 12, 13, 14, 15], [3, 8], computed=0, count=5, slot=None)
+LAST_CHUNK = scheduled([20, 21, 22, 23, 24, 25], [9, 2], computed=3, count=3, slot=7)
+DECODE = scheduled([30, 31, 32, 33, 34, 35, 36, 37, 38], [5, 4, 6], computed=8, count=1, slot=1)
+DECODE_BASE = scheduled([40, 41], [7], computed=1, count=1, slot=None)
+
+
+def build(*items: Scheduled) -> StepBatch:
+    return StepBatch.build(items, BLOCK, CPU)
+
+
+def test_rows_are_packed_by_slot_with_the_base_last() -> None:
+    batch = build(PREFILL, LAST_CHUNK, DECODE, DECODE_BASE)
+    assert batch.input_ids.tolist() == [[38, 23, 24, 25, 10, 11, 12, 13, 14, 41]]
+    assert batch.position_ids.tolist() == [[8, 3, 4, 5, 0, 1, 2, 3, 4, 1]]
+    assert batch.token_segments.spans == ((1, 0, 1), (7, 1, 4))
+
+
+def test_each_row_has_the_place_of_its_position_in_its_own_blocks() -> None:
+    batch = build(PREFILL, LAST_CHUNK, DECODE, DECODE_BASE)
+    assert batch.slot_mapping.tolist() == [
+        *(6 * BLOCK,),
+        *(9 * BLOCK + 3, 2 * BLOCK, 2 * BLOCK + 1),
+        *(3 * BLOCK, 3 * BLOCK + 1, 3 * BLOCK + 2, 3 * BLOCK + 3, 8 * BLOCK),
+        *(7 * BLOCK + 1,),
+    ]
+
+
+def test_attention_sees_lengths_and_tables_padded_with_block_0() -> None:
+    attention = build(PREFILL, LAST_CHUNK, DECODE, DECODE_BASE).attention
+    assert attention.query_lens == (1, 3, 5, 1)
+    assert attention.context_lens == (9, 6, 5, 2)
+    assert attention.query_starts.tolist() == [0, 1, 4, 9, 10]
+    assert attention.seq_lens.tolist() == [9, 6, 5, 2]
+    assert attention.block_tables.tolist() == [[5, 4, 6], [9, 2, 0], [3, 8, 0], [7, 0, 0]]
+    assert attention.block_tables.dtype == attention.seq_lens.dtype == torch.int32
+
+
+def test_table_ends_with_the_context_of_the_step() -> None:
+    """Blocks that were allocated ahead are no part of it yet."""
+    ahead = scheduled([1, 2, 3, 4, 5, 6], [5, 6], computed=0, count=4, slot=None)
+    assert build(ahead).attention.block_tables.tolist() == [[5]]
+
+
+def test_only_sequences_that_reach_their_last_token_sample() -> None:
+    batch = build(PREFILL, LAST_CHUNK, DECODE, DECODE_BASE)
+    assert batch.sampled_rows.tolist() == [0, 3, 9]
+    assert batch.sampled == (DECODE.sequence, LAST_CHUNK.sequence, DECODE_BASE.sequence)
+    assert batch.sampled_segments.spans == ((1, 0, 1), (7, 1, 2))
+
+
+def test_places_lead_back_to_the_order_of_the_schedule() -> None:
+    """Of the three that sample, the schedule had LAST_CHUNK first, then DECODE."""
+    batch = build(PREFILL, LAST_CHUNK, DECODE, DECODE_BASE)
+    assert batch.sampled_places == (1, 0, 2)
+
+
+def test_sequences_of_one_slot_form_one_segment() -> None:
+    again = scheduled([50, 51], [1], computed=1, count=1, slot=7)
+    assert build(LAST_CHUNK, DECODE_BASE, again).token_segments.spans == ((7, 0, 4),)
+
+
+def test_step_in_which_nothing_samples() -> None:
+    batch = build(PREFILL)
+    assert batch.sampled_rows.shape == (0,) and batch.sampled_rows.dtype == torch.int64
+    assert batch.sampled == () and not batch.sampled_segments
