@@ -13,6 +13,9 @@ from deltamux.adapters.files import CONFIG, WEIGHTS, open_config, open_weights
 # In the order in which the digest takes them.
 OPENERS: dict[str, Callable[[Path], BinaryIO]] = {CONFIG: open_config, WEIGHTS: open_weights}
 
+# Of each file: device, inode, size, and when its content and its inode last changed.
+Fingerprint = tuple[tuple[int, ...], ...]
+
 _CHUNK_BYTES = 1 << 20
 
 
@@ -52,7 +55,7 @@ def content_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(folder: Path) -> tuple[tuple[int, ...], ...]:
+def fingerprint(folder: Path) -> Fingerprint:
     """What changes when a file is written or replaced; costs no reading. Raises OSError."""
     return tuple(_fingerprint(os.lstat(folder / name)) for name in OPENERS)
 

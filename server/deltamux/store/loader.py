@@ -15,8 +15,15 @@ import structlog
 import torch
 
 from deltamux.adapters.adapter import Adapter
-from deltamux.errors import DataLoss, DeltamuxError, Internal, ResourceExhausted, from_code
-from deltamux.store.content import content_digest, fingerprint
+from deltamux.errors import (
+    DataLoss,
+    DeltamuxError,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    from_code,
+)
+from deltamux.store.content import Fingerprint, content_digest, fingerprint
 
 _log = structlog.get_logger(__name__)
 
@@ -104,16 +111,23 @@ class Loader:
             self.wake()
 
     def _read_verified(self, folder: Path, digest: str) -> Adapter:
-        try:
-            before = fingerprint(folder)
-            if content_digest(folder) != digest:
-                raise DataLoss("the adapter's files on disk do not match their digest")
-            adapter = self._parse(folder, digest)
-            if fingerprint(folder) != before:
-                raise DataLoss("the adapter's files on disk changed while they were read")
-        except OSError as error:
-            raise DataLoss(f"the adapter's files cannot be read: {error.strerror}") from error
+        before = _verified(folder, digest)
+        adapter = self._parse(folder, digest)
+        if fingerprint(folder) != before:
+            raise DataLoss("the adapter's files on disk changed while they were read")
         return adapter
+
+
+def _verified(folder: Path, digest: str) -> Fingerprint:
+    """Compares the files with their digest; the fingerprint tells later whether they changed."""
+    try:
+        before = fingerprint(folder)
+        actual = content_digest(folder)
+    except (OSError, InvalidArgument) as error:
+        raise DataLoss(f"the adapter's files on disk cannot be read: {_reason(error)}") from None
+    if actual != digest:
+        raise DataLoss("the adapter's files on disk do not match their digest")
+    return before
 
 
 def _run(job: _Job) -> Completed:
@@ -125,9 +139,16 @@ def _run(job: _Job) -> Completed:
     except DeltamuxError as error:
         # A copy: the error's own frames would keep the tensors alive while it is remembered.
         failure = from_code(error.code, error.reason, error.message, error.retry_after)
+    except OSError as error:
+        failure = DataLoss(f"the adapter's files on disk cannot be read: {_reason(error)}")
     except _OUT_OF_MEMORY:
         failure = ResourceExhausted("not enough memory to load the adapter", retry_after=5.0)
     except Exception:
         _log.exception("loading an adapter failed", adapter_version=job.digest)
         failure = Internal("loading the adapter failed")
     return Completed(job.digest, time.monotonic() - start, adapter, failure)
+
+
+def _reason(error: OSError | InvalidArgument) -> str:
+    """Without the path, which is no client's business."""
+    return error.message if isinstance(error, InvalidArgument) else os.strerror(error.errno or 0)

@@ -80,7 +80,6 @@ class AdapterCache:
         if entry.slot is not None:
             self.device_hits += not entry.counted
             entry.lease()
-            self._tiers.device.touch(digest)
             return entry.slot
         entry.asked = self._tiers.step
         if entry.failure is not None and self._clock() < entry.failed_until:
@@ -165,6 +164,7 @@ class AdapterCache:
         entry = self._entries.get(digest)
         if entry is None:
             entry = self._entries[digest] = Entry(digest, path)
+        entry.path = path
         return entry
 
     def _order(self, entry: Entry, to_device: bool) -> None:

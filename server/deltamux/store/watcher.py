@@ -10,11 +10,9 @@ import structlog
 
 from deltamux.errors import DeltamuxError
 from deltamux.store.catalog import Catalog
-from deltamux.store.content import fingerprint
+from deltamux.store.content import Fingerprint, fingerprint
 
 _log = structlog.get_logger(__name__)
-
-_Fingerprint = tuple[tuple[int, ...], ...]
 
 
 class FolderWatcher:
@@ -29,9 +27,9 @@ class FolderWatcher:
         self._catalog = catalog
         self._interval = interval
         # As last taken in, by name.
-        self._known: dict[str, _Fingerprint] = {}
+        self._known: dict[str, Fingerprint] = {}
         # As seen in the last look.
-        self._seen: dict[str, _Fingerprint] = {}
+        self._seen: dict[str, Fingerprint] = {}
 
     async def run(self) -> None:
         """Looks until cancelled."""
@@ -66,7 +64,7 @@ class FolderWatcher:
         self._known[name] = seen
 
 
-def _adapters(folder: Path) -> dict[str, _Fingerprint]:
+def _adapters(folder: Path) -> dict[str, Fingerprint]:
     """Subfolders that hold both files of an adapter."""
     found = {}
     try:
