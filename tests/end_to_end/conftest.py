@@ -18,6 +18,7 @@ from deltamux.launch.engine_process import EngineProcess
 from deltamux.store.content import content_digest
 from deltamux.wire.channel import FrontendEnd
 from deltamux.wire.messages import (
+    Cancel,
     FirstToken,
     FromEngine,
     Ready,
@@ -59,6 +60,7 @@ class EngineDriver:
     def __init__(self, address: str) -> None:
         self.address = address
         self.loop = asyncio.new_event_loop()
+        self.pid = 0
         self.stats: Stats | None = None
         self.answers: dict[str, Answer] = {}
         self.others: list[FromEngine] = []
@@ -91,6 +93,12 @@ class EngineDriver:
         wanted = list(zip(answers, submits, strict=True))
         self.until(lambda: all(a.error or len(a.finish) == s.n for a, s in wanted))
         return answers
+
+    def refresh(self) -> None:
+        """Waits for the state after all that was sent so far."""
+        self.stats = None
+        self.send(Cancel("nobody"))
+        self.until(lambda: self.stats)
 
     def is_quiet(self) -> bool:
         """Nothing runs, waits or holds a block."""
@@ -222,6 +230,8 @@ def engine(engine_config: EngineConfig, tmp_path_factory) -> Iterator[EngineDriv
     try:
         driver.until(lambda: driver.others)
         assert isinstance(driver.others[0], Ready), driver.others[0]
+        driver.pid = process.pid
+        driver.refresh()
         yield driver
     finally:
         driver.call(process.stop(5.0))
