@@ -1,0 +1,150 @@
+"""Loading from a folder: what is ready afterwards, and one clear line for everything else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig
+
+from deltamux.base.load import adopt, load_base
+from deltamux.errors import StartupError
+
+
+def tiny_llama() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=77,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(StartupError) as error:
+        load_base(*arguments)
+    assert "\n" not in error.value.message
+    return error.value.message
+
+
+def test_base_is_frozen_and_described(folder: Path) -> None:
+    base = load_base(str(folder))
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert (base.device.type, base.dtype) == ("cpu", torch.float32)
+    assert (base.vocab_size, base.max_model_len) == (64, 77)
+    assert [layer.kv_heads for layer in base.layers] == [2, 2]
+    assert base.layers[0].key_dim == base.layers[0].value_dim == 8
+    assert "lm_head" in base.structure.sites
+
+
+def test_dtype_is_the_one_asked_for(folder: Path) -> None:
+    assert load_base(str(folder), "cpu", "bfloat16").dtype == torch.bfloat16
+    assert "unknown dtype 'int8'" in refusal(str(folder), "cpu", "int8")
+
+
+def test_weights_are_those_of_the_folder(folder: Path) -> None:
+    base = load_base(str(folder), "cpu", "float32")
+    stored = load_file(folder / "model.safetensors")
+    for name in ("model.layers.1.mlp.up_proj", "lm_head", "model.embed_tokens"):
+        assert torch.equal(base.structure.weight(name), stored[name + ".weight"].float())
+
+
+def test_two_bases_keep_their_attention_apart() -> None:
+    first, second = adopt(tiny_llama().float()), adopt(tiny_llama().float())
+    called: list[str] = []
+
+    def attention_of(name: str):  # type: ignore[no-untyped-def]
+        def attention(module, query, key, value, *_, **__):  # type: ignore[no-untyped-def]
+            called.append(name)
+            return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+        return attention
+
+    first.set_attention(attention_of("first"))
+    second.set_attention(attention_of("second"))
+    first.model(torch.zeros(1, 3, dtype=torch.long), use_cache=False)
+    assert called == ["first", "first"]
+    first.set_plain_attention()
+    first.model(torch.zeros(1, 3, dtype=torch.long), use_cache=False)
+    assert called == ["first", "first"]
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    assert "neither a folder nor a model" in refusal(str(tmp_path / "nothing"))
+
+
+def test_folder_that_is_no_model(tmp_path: Path) -> None:
+    assert "it has no config.json" in refusal(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_architecture"}')
+    assert "no_such_architecture" in refusal(str(tmp_path))
+
+
+def test_broken_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    assert "cannot be loaded" in refusal(str(tmp_path))
+
+
+def test_model_that_is_no_decoder(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    assert refusal(str(tmp_path))
+
+
+def test_incomplete_weights_are_not_filled_with_random_numbers(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    assert "model.layers.0.mlp.up_proj.weight" in refusal(str(folder))
+
+
+def test_weights_of_another_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] = 40
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "cannot be loaded" in refusal(str(folder))
+
+
+def test_truncated_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert "cannot be loaded" in refusal(str(folder))
+
+
+def test_code_of_a_checkpoint_is_never_run(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("raise SystemExit('the code of the checkpoint was run')")
+    assert refusal(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("gpu", "unknown device 'gpu'"), ("meta", "not supported"), ("cuda", "no CUDA device")],
+)
+def test_devices_that_are_not_there(folder: Path, device: str, words: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert words in refusal(str(folder), device)
