@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# Where torch comes from; on a machine without a GPU, https://download.pytorch.org/whl/cpu is smaller.
+TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test check bench protos clean
@@ -15,7 +17,8 @@ install: $(READY)  ## create .venv and install deltamux in it, editable
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt \
+	    $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -28,11 +31,12 @@ serve: install  ## serve MODEL=path-or-hub-id (ARGS='--adapter name=path ...')
 test: install  ## run the tests
 	$(BIN)/python -m pytest
 
-check: install  ## lint, types, import floors, protos
+check: install  ## lint, types, import floors, protos, layout
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_protos.py tests/test_layout.py
 
 bench: install  ## load a running server (ARGS='--target host:port ...')
 	$(BIN)/deltamux bench $(ARGS)

@@ -28,6 +28,8 @@ class EngineConfig:
     # Threads of torch on a CPU; None: as torch decides.
     threads: int | None = None
     seed: int = 0
+    log_format: str = "auto"
+    log_level: str = "info"
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,8 @@ class Serve(Command):
             max_adapter_slots=self.max_adapter_slots,
             threads=self.threads,
             seed=self.seed,
+            log_format=self.log_format,
+            log_level=self.log_level,
         )
 
     def store(self) -> StoreConfig:

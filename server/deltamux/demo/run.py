@@ -6,8 +6,10 @@ import asyncio
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 
 from prometheus_client import Metric
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -40,8 +42,12 @@ def run(prompts: int, seed: int) -> int:
         for text in unseen_inputs(task, prompts, seed)
     ]
     console.print(f"Starting a server with one frozen model and {len(TASKS)} adapters ...")
+    arguments = (*_serve_arguments(), "--device", "cpu")
     try:
-        with Server(*_serve_arguments(), "--device", "cpu") as server:
+        with (
+            TemporaryDirectory() as cache,
+            Server(*arguments, "--adapter-cache-dir", cache) as server,
+        ):
             return _show(console, server, questions)
     except (ServerFailed, ClientError) as error:
         console.print(f"[red]The demo failed:[/] {error}", markup=True, highlight=False)
@@ -86,7 +92,9 @@ def _answers_table(
     answers: Sequence[Answer],
     adapters: dict[str, adapters_pb2.Adapter],
 ) -> Table:
-    table = Table(title="One frozen model, one batch, every row through its own adapter")
+    table = Table(
+        title="One frozen model, one batch, every row through its own adapter", box=box.SIMPLE_HEAD
+    )
     for heading in ("prompt", "adapter", "family", "rank", "answer", ""):
         table.add_column(heading, justify="right" if heading == "rank" else "left")
     for question, answer in zip(questions, answers, strict=True):
@@ -104,9 +112,9 @@ def _answers_table(
 
 
 def _steps_table(histogram: Metric) -> Table:
-    """How many adapters shared a step, from the server's own /metrics."""
-    table = Table(title="deltamux_adapters_per_step", header_style="bold")
-    table.add_column("adapters in the step", justify="right")
+    """From deltamux_adapters_per_step of the server's own /metrics."""
+    table = Table(title="How many adapters shared a step", box=box.SIMPLE_HEAD)
+    table.add_column("adapters", justify="right")
     table.add_column("steps", justify="right")
     below = 0
     for sample in histogram.samples:

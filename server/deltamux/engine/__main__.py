@@ -32,8 +32,8 @@ def main() -> int:
     # The parent decides: it drains first, then sends Shutdown or closes the pipe.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    logs.configure()
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    logs.configure(config.log_format, config.log_level)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     link = EngineEnd(address)
     try:
