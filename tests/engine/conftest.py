@@ -10,7 +10,7 @@ import pytest
 
 from deltamux.engine.sequence import Sequence
 from deltamux.errors import DeltamuxError
-from deltamux.wire.messages import FromEngine, Sampling, Stopping
+from deltamux.wire.messages import FromEngine, Progress, Sampling, StepDone, Stopping, ToEngine
 
 
 class FakeAdapters:
@@ -29,7 +29,7 @@ class FakeAdapters:
         self.device_evictions = self.host_evictions = 0
 
     def acquire(self, digest: str, path: str) -> int | None:
-        if digest in self.broken:
+        if digest in self.broken and digest not in self.device:
             raise self.broken[digest]
         if digest not in self.device and not self._on_host(digest):
             return None
@@ -78,6 +78,37 @@ class FakeAdapters:
             return False
         self.device[digest] = self._free.pop()
         return True
+
+
+class FakeLink:
+    """The engine's end of the socket."""
+
+    def __init__(self) -> None:
+        self.inbox: list[ToEngine] = []
+        self.sent: list[FromEngine] = []
+        self.waits: list[float | None] = []
+
+    def wait(self, timeout: float | None) -> None:
+        self.waits.append(timeout)
+
+    def receive(self) -> list[ToEngine]:
+        messages, self.inbox = self.inbox, []
+        return messages
+
+    def send(self, message: FromEngine) -> None:
+        self.sent.append(message)
+
+    def told(self, kind: type[FromEngine]) -> list[FromEngine]:
+        return [message for message in self.sent if isinstance(message, kind)]
+
+    def progress(self, request_id: str) -> list[Progress]:
+        steps = [progress for done in self.told(StepDone) for progress in done.progress]
+        return [progress for progress in steps if progress.request_id == request_id]
+
+
+@pytest.fixture
+def fake_link() -> type[FakeLink]:
+    return FakeLink
 
 
 @pytest.fixture

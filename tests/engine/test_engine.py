@@ -31,31 +31,6 @@ CONFIG = EngineConfig("", block_size=4, max_num_seqs=8, max_num_batched_tokens=1
 LIMITS = Limits(vocab_size=100, max_model_len=32, kv_cache_tokens=80)
 
 
-class Link:
-    """The engine's end of the socket."""
-
-    def __init__(self):
-        self.inbox, self.sent, self.waits = [], [], []
-
-    def wait(self, timeout):
-        self.waits.append(timeout)
-
-    def receive(self):
-        messages, self.inbox = self.inbox, []
-        return messages
-
-    def send(self, message):
-        self.sent.append(message)
-
-    def told(self, kind):
-        return [message for message in self.sent if isinstance(message, kind)]
-
-    def progress(self, request_id):
-        return [
-            p for done in self.told(StepDone) for p in done.progress if p.request_id == request_id
-        ]
-
-
 class Runner:
     """Each sequence's next token is its length, unless `outcome` decides otherwise."""
 
@@ -71,9 +46,9 @@ class Runner:
 
 
 class Setup:
-    def __init__(self, adapters, num_blocks=20):
+    def __init__(self, link, adapters, num_blocks=20):
         self.now = 100.0
-        self.link, self.runner, self.adapters = Link(), Runner(), adapters
+        self.link, self.runner, self.adapters = link, Runner(), adapters
         self.allocator = BlockAllocator(num_blocks + 1)
         self.scheduler = Scheduler(CONFIG, self.allocator, adapters)
         self.engine = Engine(
@@ -101,8 +76,8 @@ class Setup:
 
 
 @pytest.fixture
-def setup(fake_adapters):
-    return lambda slots=2, load_polls=0: Setup(fake_adapters(slots, load_polls))
+def setup(fake_link, fake_adapters):
+    return lambda slots=2, load_polls=0: Setup(fake_link(), fake_adapters(slots, load_polls))
 
 
 def submit(request_id="r", prompt=(1, 2, 3), max_tokens=3, min_tokens=0, sampling=None, **fields):

@@ -102,7 +102,7 @@ class Engine:
         try:
             return self._runner.run(scheduled)
         except torch.OutOfMemoryError:
-            _log.exception("out of device memory", rows=sum(item.num_tokens for item in scheduled))
+            _log.error("out of device memory", rows=sum(item.num_tokens for item in scheduled))
         largest = max(scheduled, key=lambda item: item.num_tokens).sequence
         self._fail(
             largest.request_id,

@@ -1,0 +1,274 @@
+"""The engine's decisions under seeded faults and a virtual clock; any seed replays."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from zlib import crc32
+
+import pytest
+import torch
+from structlog.testing import capture_logs
+
+from deltamux.config import EngineConfig
+from deltamux.engine.block_allocator import BlockAllocator
+from deltamux.engine.engine import Engine
+from deltamux.engine.sampler import NonFinite, SampledToken
+from deltamux.engine.scheduler import Scheduler
+from deltamux.engine.submission import Limits, Submissions
+from deltamux.errors import InvalidArgument
+from deltamux.wire.messages import Cancel, RequestFailed, Sampling, StepDone, Stopping, Submit
+
+SEEDS = 2000
+FAULTY_STEPS = 30
+# Steps within which everything ends once the faults have stopped.
+QUIET_STEPS = 400
+VOCABULARY = 50
+BLOCK_SIZE = 2
+NUM_BLOCKS = 12
+MAX_MODEL_LEN = 20
+
+
+def next_token(written: list[tuple[str, int]]) -> int:
+    """Stands for the model: a function of every token so far and of the adapter that ran it."""
+    return crc32(repr(written).encode()) % VOCABULARY
+
+
+def solo_run(submit: Submit) -> list[int]:
+    tokens = list(submit.prompt)
+    for _ in range(submit.stopping.max_tokens):
+        tokens.append(next_token([(submit.adapter, token) for token in tokens]))
+        if len(tokens) == MAX_MODEL_LEN:
+            break
+    return tokens[len(submit.prompt) :]
+
+
+class PagedRunner:
+    """Keeps what each place of each block holds, so that a wrong block yields a wrong token."""
+
+    def __init__(self, adapters, chance):
+        self.adapters, self.chance = adapters, chance
+        self.pages: dict[tuple[int, int], tuple[str, int]] = {}
+
+    def run(self, scheduled):
+        if self.chance(0.02):
+            raise torch.OutOfMemoryError
+        for item in scheduled:
+            self._write(item)
+        return [self._sample(item) for item in scheduled if item.samples]
+
+    def _write(self, item):
+        sequence = item.sequence
+        digest = self._digest_in(sequence.slot)
+        for place in range(sequence.num_computed, sequence.num_computed + item.num_tokens):
+            self.pages[self._page(sequence, place)] = (digest, sequence.tokens[place])
+
+    def _sample(self, item):
+        sequence = item.sequence
+        if self.chance(0.01):
+            return NonFinite()
+        places = range(sequence.num_tokens)
+        return SampledToken(next_token([self.pages[self._page(sequence, p)] for p in places]))
+
+    def _page(self, sequence, place):
+        return sequence.blocks[place // BLOCK_SIZE], place % BLOCK_SIZE
+
+    def _digest_in(self, slot):
+        if slot is None:
+            return ""
+        (digest,) = [name for name, place in self.adapters.device.items() if place == slot]
+        return digest
+
+
+class Simulation:
+    """Requests, cancellations, deadlines and failures, drawn from one seed."""
+
+    def __init__(self, seed, link, adapters_type):
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.faulty = True
+        self.link = link
+        self.adapters = adapters_type(slots=2, load_polls=self.random.randrange(4))
+        self.config = EngineConfig(
+            "", block_size=BLOCK_SIZE, max_num_seqs=4, max_num_batched_tokens=7
+        )
+        self.allocator = BlockAllocator(NUM_BLOCKS + 1)
+        self.scheduler = Scheduler(self.config, self.allocator, self.adapters)
+        limits = Limits(VOCABULARY, MAX_MODEL_LEN, NUM_BLOCKS * BLOCK_SIZE)
+        self.engine = Engine(
+            self.link,
+            Submissions(limits, seed),
+            self.scheduler,
+            self.allocator,
+            self.adapters,
+            PagedRunner(self.adapters, self.chance),
+            clock=lambda: self.now,
+        )
+        self.submits: dict[str, Submit] = {}
+        self.cancelled: set[str] = set()
+
+    def chance(self, probability):
+        return self.faulty and self.random.random() < probability
+
+    def run(self):
+        for _ in range(FAULTY_STEPS):
+            self._disturb()
+            self._step()
+        self.faulty = False
+        self.adapters.broken.clear()
+        for _ in range(QUIET_STEPS):
+            if not self.scheduler.running and not self.scheduler.waiting:
+                break
+            self._step()
+        self._check_answers()
+
+    def _disturb(self):
+        if self.chance(0.4):
+            self._submit()
+        if self.submits and self.chance(0.1):
+            request_id = self.random.choice(list(self.submits))
+            self.cancelled.add(request_id)
+            self.link.inbox.append(Cancel(request_id))
+        if self.chance(0.1):
+            self.adapters.broken[self._adapter()] = InvalidArgument("broken")
+        if self.chance(0.2):
+            self.adapters.broken.clear()
+
+    def _adapter(self):
+        return self.random.choice(["a", "b", "c", "d"])
+
+    def _submit(self):
+        draw = self.random
+        submit = Submit(
+            request_id=f"request-{len(self.submits)}",
+            prompt=tuple(draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 12))),
+            sampling=Sampling(),
+            stopping=Stopping(max_tokens=draw.randint(1, 10)),
+            n=draw.choice([1, 1, 3]),
+            priority=draw.choice([0, 0, 1]),
+            adapter=draw.choice(["", self._adapter()]),
+            deadline=draw.choice([None, None, 2.0]),
+        )
+        self.submits[submit.request_id] = submit
+        self.link.inbox.append(submit)
+
+    def _step(self):
+        self.now += self.random.choice([0.01, 0.1, 1.0])
+        before = len(self.link.sent)
+        self.engine.step()
+        self._check_step(self.link.sent[before:])
+
+    def _check_step(self, sent):
+        (done,) = [message for message in sent if isinstance(message, StepDone)]
+        running = self.scheduler.running
+        assert done.stats.step_rows <= self.config.max_num_batched_tokens
+        assert len(running) <= self.config.max_num_seqs
+        held = {block for sequence in running for block in sequence.blocks}
+        assert self.allocator.num_total - self.allocator.num_free == len(held)
+        assert not any(sequence.blocks for sequence in self.scheduler.waiting)
+        leases = Counter(sequence.adapter for sequence in running if sequence.adapter)
+        assert leases == self.adapters.leases
+        assert all(
+            sequence.slot == self.adapters.device.get(sequence.adapter) for sequence in running
+        )
+
+    def _check_answers(self):
+        assert not self.scheduler.running and not self.scheduler.waiting, "never ends"
+        failed = {message.request_id for message in self.link.told(RequestFailed)}
+        for request_id, submit in self.submits.items():
+            tokens: dict[int, list[int]] = {}
+            finished = set()
+            for progress in self.link.progress(request_id):
+                tokens.setdefault(progress.index, []).extend(progress.token_ids)
+                if progress.finish:
+                    finished.add(progress.index)
+            expected = solo_run(submit)
+            assert all(expected[: len(got)] == got for got in tokens.values())
+            if request_id not in failed | self.cancelled:
+                assert finished == set(range(submit.n))
+                assert all(got == expected for got in tokens.values())
+
+
+def simulate(seeds, fake_link, fake_adapters):
+    """Returns what happened in all of them together."""
+    happened = Counter()
+    for seed in seeds:
+        simulation = Simulation(seed, fake_link(), fake_adapters)
+        try:
+            with capture_logs():
+                simulation.run()
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {error!r}") from error
+        happened["preemptions"] += simulation.scheduler.num_preemptions
+        happened["evictions"] += simulation.adapters.device_evictions
+        happened.update(message.reason for message in simulation.link.told(RequestFailed))
+    return happened
+
+
+def test_every_seed_keeps_the_promises(fake_link, fake_adapters):
+    happened = simulate(range(SEEDS), fake_link, fake_adapters)
+    assert happened.keys() == {
+        "preemptions",
+        "evictions",
+        "INVALID_ARGUMENT",
+        "NON_FINITE_OUTPUT",
+        "OUT_OF_MEMORY",
+        "DEADLINE_EXCEEDED",
+    }
+    assert min(happened.values()) > 100
+
+
+def _keeps_a_lease(monkeypatch):
+    cancel = Scheduler.cancel
+
+    def forgetful(self, request_id, indices=()):
+        for sequence in self.running:
+            if sequence.request_id == request_id:
+                sequence.slot = None
+        cancel(self, request_id, indices)
+
+    monkeypatch.setattr(Scheduler, "cancel", forgetful)
+
+
+def _shares_without_a_reference(monkeypatch):
+    monkeypatch.setattr(BlockAllocator, "share", lambda self, blocks: None)
+
+
+def _shares_the_last_block_too(monkeypatch):
+    monkeypatch.setattr(
+        Scheduler, "_num_shareable", lambda self, sequence: -(-sequence.num_prompt // BLOCK_SIZE)
+    )
+
+
+def _keeps_computed_tokens_of_the_preempted(monkeypatch):
+    release = Scheduler._release
+
+    def forgetful(self, sequence):
+        computed = sequence.num_computed
+        release(self, sequence)
+        sequence.num_computed = computed
+
+    start = Scheduler._start
+
+    def stale(self, sequence, now):
+        computed = sequence.num_computed
+        start(self, sequence, now)
+        sequence.num_computed = max(sequence.num_computed, computed)
+
+    monkeypatch.setattr(Scheduler, "_release", forgetful)
+    monkeypatch.setattr(Scheduler, "_start", stale)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        _keeps_a_lease,
+        _shares_without_a_reference,
+        _shares_the_last_block_too,
+        _keeps_computed_tokens_of_the_preempted,
+    ],
+)
+def test_the_simulation_catches_known_mistakes(mutant, monkeypatch, fake_link, fake_adapters):
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError, match="seed"):
+        simulate(range(200), fake_link, fake_adapters)
