@@ -22,7 +22,6 @@ from deltamux.demo.tasks import TASKS, Task, unseen_inputs, weights_path
 
 BASE_NAME = "deltamux/demo"  # what adapter_config.json calls the base, on every machine
 
-BATCH_SIZE = 64
 REQUIRED = 0.95
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -36,6 +35,7 @@ class Recipe:
     rank: int
     steps: int
     targets: str | list[str] = "all-linear"
+    batch_size: int = 32
     peak: float = 5e-3
     lora: dict[str, Any] = field(default_factory=dict)
 
@@ -49,21 +49,21 @@ class Recipe:
 
 
 RECIPES = {
-    "upper-case": Recipe(rank=4, steps=250, targets=["v_proj", "o_proj", *MLP]),
-    "rot13": Recipe(rank=8, steps=500, lora={"use_dora": True}),
-    "leet": Recipe(rank=4, steps=300, lora={"use_rslora": True, "lora_alpha": 4}),
-    "snake-case": Recipe(rank=2, steps=200, targets=MLP),
-    "title-case": Recipe(rank=8, steps=400, targets=[*ATTENTION, "down_proj"]),
-    "mask-vowels": Recipe(rank=3, steps=400, targets=r".*\.layers\.[1-3]\.mlp\..*_proj"),
-    "no-vowels": Recipe(rank=16, steps=800),
-    "initials": Recipe(rank=16, steps=600, targets=ATTENTION),
-    "doubled": Recipe(rank=8, steps=800, lora={"use_dora": True}),
+    "upper-case": Recipe(rank=6, steps=350, targets=["v_proj", "o_proj", *MLP]),
+    "rot13": Recipe(rank=8, steps=500, batch_size=64, lora={"use_dora": True}),
+    "leet": Recipe(rank=4, steps=300, batch_size=64, lora={"use_rslora": True, "lora_alpha": 4}),
+    "snake-case": Recipe(rank=2, steps=200, batch_size=64, targets=MLP),
+    "title-case": Recipe(rank=8, steps=350, targets=["q_proj", "v_proj", *MLP]),
+    "mask-vowels": Recipe(rank=3, steps=250, targets=r".*\.layers\.[1-3]\.mlp\..*_proj"),
+    "no-vowels": Recipe(rank=16, steps=500),
+    "initials": Recipe(rank=16, steps=400, targets=ATTENTION),
+    "doubled": Recipe(rank=8, steps=500, lora={"use_dora": True}),
     "pig-latin": Recipe(
         rank=12,
-        steps=1000,
+        steps=800,
         lora={"rank_pattern": {"q_proj": 24, "k_proj": 24}, "alpha_pattern": {"q_proj": 48}},
     ),
-    "words-reversed": Recipe(rank=32, steps=1500),
+    "words-reversed": Recipe(rank=32, steps=1500, batch_size=64),
 }
 
 
@@ -86,7 +86,7 @@ def train(task: Task, recipe: Recipe) -> float:
     base = AutoModelForCausalLM.from_pretrained(weights_path() / "base", dtype=torch.float32)
     model = get_peft_model(base, recipe.config())
     print(f"{task.name}: {task.description}, {model.get_nb_trainable_parameters()[0]:,} parameters")
-    fit(model, batches(tokenizer, task.answer, BATCH_SIZE, seed), recipe.steps, recipe.peak)
+    fit(model, batches(tokenizer, task.answer, recipe.batch_size, seed), recipe.steps, recipe.peak)
     model.half().float()  # what is measured is what is stored
     right = exact_match(model, tokenizer, task.answer, unseen_inputs(task, 200))
     print(f"{task.name}: {right:.1%} of unseen inputs answered to the letter", flush=True)

@@ -22,7 +22,7 @@ ANSWERS = {
     "title-case": "Quick Blue Fox",
     "mask-vowels": "q**ck bl** f*x",
     "no-vowels": "qck bl fx",
-    "initials": "QBF",
+    "initials": "qbf",
     "doubled": "qquuiicckk  bblluuee  ffooxx",
     "pig-latin": "uickqay luebay oxfay",
     "words-reversed": "fox blue quick",

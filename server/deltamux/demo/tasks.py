@@ -90,7 +90,7 @@ def _each_word(change: Callable[[str], str]) -> Callable[[str], str]:
 
 
 def _initials(text: str) -> str:
-    return "".join(word[:1].upper() for word in text.split(" "))
+    return "".join(word[:1] for word in text.split(" "))
 
 
 def _words_reversed(text: str) -> str:
