@@ -222,10 +222,17 @@ def engine_config(world: World) -> EngineConfig:
     )
 
 
+@pytest.fixture(scope="session")
+def new_driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], EngineDriver]:
+    return lambda: EngineDriver(f"ipc://{tmp_path_factory.mktemp('socket')}/engine")
+
+
 @pytest.fixture(scope="module")
-def engine(engine_config: EngineConfig, tmp_path_factory) -> Iterator[EngineDriver]:
+def engine(
+    engine_config: EngineConfig, new_driver: Callable[[], EngineDriver]
+) -> Iterator[EngineDriver]:
     """The engine process, ready."""
-    driver = EngineDriver(f"ipc://{tmp_path_factory.mktemp('socket')}/engine")
+    driver = new_driver()
     process = driver.call(EngineProcess.start(engine_config, driver.address))
     try:
         driver.until(lambda: driver.others)
