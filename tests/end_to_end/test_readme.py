@@ -1,0 +1,71 @@
+"""The examples of the README do what it says, against the server that it says."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from google.protobuf import json_format
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+
+from deltamux.demo.server import Server
+from deltamux.demo.tasks import weights_path
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    weights, cache = weights_path(), tmp_path_factory.mktemp("cache")
+    with Server(
+        *("--model", str(weights / "base"), "--adapter-dir", str(weights / "adapters")),
+        *("--device", "cpu", "--threads", "1", "--adapter-cache-dir", str(cache)),
+    ) as server:
+        yield server
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_python(server: Server, capsys: pytest.CaptureFixture[str]):
+    (example,) = blocks("python")
+    exec(example.replace("localhost:8000", server.target), {})
+    assert capsys.readouterr().out == "GOOD MORNING\ntbbq zbeavat"
+
+
+def curl(channel: grpc.Channel, method: str, data: str) -> list[dict[str, object]]:
+    """What grpcurl does: asks the server for the schema, then sends JSON by it."""
+    pool = DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
+    service, _, name = method.partition("/")
+    rpc = pool.FindServiceByName(service).FindMethodByName(name)
+    request = json_format.Parse(data, GetMessageClass(rpc.input_type)())
+    call = channel.unary_stream if rpc.server_streaming else channel.unary_unary
+    replies = call(
+        f"/{method}",
+        request_serializer=lambda message: message.SerializeToString(),
+        response_deserializer=GetMessageClass(rpc.output_type).FromString,
+    )(request, timeout=60)
+    every = list(replies) if rpc.server_streaming else [replies]
+    return [json.loads(json_format.MessageToJson(reply)) for reply in every]
+
+
+def test_grpcurl(server: Server):
+    (example,) = blocks("sh")
+    commands = example.replace("\\\n", " ").strip().splitlines()
+    pattern = r"grpcurl -plaintext (?:-d '(.*)' +)?localhost:8000 (\S+)"
+    with grpc.insecure_channel(server.target) as channel:
+        replies = {
+            method: curl(channel, method, data or "{}")
+            for data, method in (re.fullmatch(pattern, command).groups() for command in commands)
+        }
+    generated, listed, health = replies.values()
+    assert "".join(str(reply.get("text", "")) for reply in generated) == "GOOD MORNING"
+    assert {"upper-case", "rot13"} <= {adapter["name"] for adapter in listed[0]["adapters"]}
+    assert health == [{"status": "SERVING"}]
