@@ -27,6 +27,9 @@ from deltamux.adapters.sites import DeviceSites
 from deltamux.base.structure import find_structure
 from deltamux_kernels.segments import Segments
 
+# Threads cost more than they bring at this size, above all when other work shares the cores.
+torch.set_num_threads(1)
+
 CPU = torch.device("cpu")
 SLOTS = 6
 
