@@ -123,9 +123,9 @@ def drive(cache: AdapterCache, loader: Loader) -> list[FromEngine]:
 class LocalEngine:
     """The engine's adapter cache on this very loop, as the catalog sees it."""
 
-    def __init__(self, cache: AdapterCache, loader: Loader) -> None:
+    def __init__(self, cache: AdapterCache, loader: Loader, catalog: Catalog | None = None) -> None:
         self.cache = cache
-        self.catalog: Catalog | None = None
+        self.catalog = catalog
         self.events: list[FromEngine] = []
         self._loader = loader
         self._answers: dict[str, deque[asyncio.Future[FromEngine]]] = {}
@@ -155,6 +155,11 @@ class LocalEngine:
                         self.catalog.failed(event)
                     if waiting := self._answers.get(event.digest):
                         waiting.popleft().set_result(event)
+
+    def replace(self, cache: AdapterCache, loader: Loader) -> None:
+        """As when the engine has died and another one was started."""
+        self.close()
+        self.__init__(cache, loader, self.catalog)
 
     def close(self) -> None:
         asyncio.get_running_loop().remove_reader(self._loader.fileno())
