@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -191,32 +189,6 @@ def test_what_is_out_of_range_is_refused_and_the_others_go_on(setup, fields, rea
     assert (failed.request_id, failed.code, failed.reason) == ("bad", "INVALID_ARGUMENT", reason)
     assert served.link.progress("good")[0].finish == "length"
     assert served.is_empty()
-
-
-def test_what_the_cache_can_never_hold_is_refused():
-    submissions = Submissions(replace(LIMITS, kv_cache_tokens=8), seed=0)
-    assert submissions.sequences(submit(prompt=range(6), max_tokens=3), 0.0, "")
-    with pytest.raises(InvalidArgument, match="need 9 tokens of KV cache; there are 8"):
-        submissions.sequences(submit(prompt=range(6), max_tokens=4), 0.0, "")
-
-
-def test_stop_tokens_outside_the_vocabulary_never_reach_the_sampler():
-    stopping = Stopping(max_tokens=3, min_tokens=2, stop_token_ids=(9, 100, 50256, -1))
-    outside = Submit("r", (1, 2), Sampling(), stopping)
-    (sequence,) = Submissions(LIMITS, seed=0).sequences(outside, 0.0, "")
-    assert sequence.stopping.stop_token_ids == (9,)
-
-
-def test_requests_without_a_seed_get_different_ones_repeatably():
-    def seeds():
-        submissions = Submissions(LIMITS, seed=3)
-        unseeded = submit(sampling=Sampling(temperature=1.0))
-        return [submissions.sequences(unseeded, 0.0, "")[0].sampling.seed for _ in range(3)]
-
-    assert len(set(seeds())) == 3
-    assert seeds() == seeds()
-    (kept,) = Submissions(LIMITS, seed=3).sequences(submit(sampling=Sampling(seed=5)), 0.0, "")
-    assert kept.sampling.seed == 5
 
 
 def test_a_deadline_ends_a_request_running_or_waiting(setup):

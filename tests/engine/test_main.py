@@ -1,0 +1,57 @@
+import pytest
+from structlog.testing import capture_logs
+
+from deltamux.config import EngineConfig
+from deltamux.engine import __main__ as process
+from deltamux.errors import StartupError
+from deltamux.wire.messages import Ready, StartupFailed
+
+READY = Ready("m", "cpu", "float32", "torch", 8, 8, 8, 4, 2, ("lora",))
+
+
+class Engine:
+    def __init__(self, error=None):
+        self.error = error
+
+    def run(self):
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def serve(monkeypatch, fake_link):
+    """Runs a process whose engine is built by `build`; returns its exit code and its words."""
+
+    def run(build):
+        monkeypatch.setattr(process, "build_engine", build)
+        link = fake_link()
+        with capture_logs() as logs:
+            code = process._serve(EngineConfig("m"), link)
+        return code, link.sent, [entry["event"] for entry in logs]
+
+    return run
+
+
+def test_ready_then_the_loop_until_shutdown(serve):
+    assert serve(lambda config, link: (Engine(), READY)) == (0, [READY], [])
+
+
+def test_a_known_obstacle_is_told_in_its_own_words(serve):
+    def build(config, link):
+        raise StartupError("no such model")
+
+    assert serve(build) == (1, [StartupFailed("no such model")], [])
+
+
+def test_an_unknown_obstacle_is_told_in_one_line_and_logged(serve):
+    def build(config, link):
+        raise ValueError("first line\nsecond line")
+
+    message = "the engine cannot start: ValueError: first line"
+    assert serve(build) == (1, [StartupFailed(message)], ["the engine cannot start"])
+
+
+def test_an_error_of_the_loop_ends_the_process(serve):
+    engine = Engine(RuntimeError("device lost"))
+    code, sent, logs = serve(lambda config, link: (engine, READY))
+    assert (code, sent, logs) == (1, [READY], ["the engine has failed"])

@@ -1,0 +1,49 @@
+from dataclasses import replace
+
+import pytest
+
+from deltamux.engine.submission import Limits, Submissions
+from deltamux.errors import InvalidArgument
+from deltamux.wire.messages import Sampling, Stopping, Submit
+
+LIMITS = Limits(vocab_size=100, max_model_len=32, kv_cache_tokens=80)
+
+
+def submit(prompt=(1, 2, 3), max_tokens=3, sampling=None, **fields):
+    return Submit("r", tuple(prompt), sampling or Sampling(), Stopping(max_tokens), **fields)
+
+
+def test_choices_differ_in_their_index_alone_and_follow_the_first():
+    request = submit(n=3, adapter="a", adapter_path="/a", priority=2, deadline=1.5)
+    first, *others = Submissions(LIMITS, seed=0).sequences(request, 10.0, "host")
+    assert [other.index for other in others] == [1, 2]
+    assert all(other.leader is first for other in others) and first.leader is None
+    assert (first.arrival, first.deadline, first.tier) == (10.0, 11.5, "host")
+    assert (first.adapter, first.adapter_path, first.priority) == ("a", "/a", 2)
+    assert first.tokens == others[0].tokens and first.tokens is not others[0].tokens
+
+
+def test_what_the_cache_can_never_hold_is_refused():
+    submissions = Submissions(replace(LIMITS, kv_cache_tokens=8), seed=0)
+    assert submissions.sequences(submit(prompt=range(6), max_tokens=3), 0.0, "")
+    with pytest.raises(InvalidArgument, match="need 9 tokens of KV cache; there are 8"):
+        submissions.sequences(submit(prompt=range(6), max_tokens=4), 0.0, "")
+
+
+def test_stop_tokens_outside_the_vocabulary_never_reach_the_sampler():
+    stopping = Stopping(max_tokens=3, min_tokens=2, stop_token_ids=(9, 100, 50256, -1))
+    outside = Submit("r", (1, 2), Sampling(), stopping)
+    (sequence,) = Submissions(LIMITS, seed=0).sequences(outside, 0.0, "")
+    assert sequence.stopping.stop_token_ids == (9,)
+
+
+def test_requests_without_a_seed_get_different_ones_repeatably():
+    def seeds():
+        submissions = Submissions(LIMITS, seed=3)
+        unseeded = submit(sampling=Sampling(temperature=1.0))
+        return [submissions.sequences(unseeded, 0.0, "")[0].sampling.seed for _ in range(3)]
+
+    assert len(set(seeds())) == 3
+    assert seeds() == seeds()
+    (kept,) = Submissions(LIMITS, seed=3).sequences(submit(sampling=Sampling(seed=5)), 0.0, "")
+    assert kept.sampling.seed == 5
