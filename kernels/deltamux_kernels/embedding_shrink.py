@@ -61,6 +61,7 @@ def embedding_shrink_triton(
         BLOCK_T=TILE_ROWS,
         BLOCK_J=BLOCK_J,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return h
 

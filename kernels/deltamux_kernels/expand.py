@@ -93,6 +93,7 @@ def expand_triton(
         BLOCK_J=BLOCK_J,
         BLOCK_N=BLOCK_N,
         num_warps=4,
+        enable_fp_fusion=True,
         num_stages=2,
     )
 

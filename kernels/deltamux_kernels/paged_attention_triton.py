@@ -29,8 +29,8 @@ def paged_attention_triton(
     query = query if query.stride(2) == 1 else query.contiguous()
     out = query.new_empty(tokens, heads, value_dim)
     group = triton.next_power_of_2(heads // kv_heads)
-    wide = max(key_dim, value_dim) > 128
-    rows = DECODE_ROWS if max(batch.query_lens) == 1 else PREFILL_ROWS // (2 if wide else 1)
+    dim, decoding = max(key_dim, value_dim), max(batch.query_lens) == 1
+    rows = DECODE_ROWS if decoding else PREFILL_ROWS if dim <= 128 else PREFILL_ROWS // 2
     tile = max(1, rows // group)
     tiles = batch.query_tiles(tile)
     _paged_attention_kernel[(tiles.shape[0], kv_heads)](
@@ -58,13 +58,15 @@ def paged_attention_triton(
         TILE=tile,
         # A tile of one query and few heads is filled up to the least matrix instruction.
         ROWS=max(DECODE_ROWS, tile * group),
-        KEYS=32 if wide else 64,
+        KEYS=64 if dim <= 128 else 32,
         BLOCK_SIZE=block_size,
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
         KEY_BLOCK=max(16, triton.next_power_of_2(key_dim)),
         VALUE_BLOCK=max(16, triton.next_power_of_2(value_dim)),
-        num_warps=4 if rows <= DECODE_ROWS or not wide else 8,
+        # Four warps spill registers on sm_80 at 128 dimensions.
+        num_warps=4 if decoding or dim <= 64 else 8,
+        enable_fp_fusion=True,
         num_stages=2,
     )
     return out

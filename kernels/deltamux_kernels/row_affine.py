@@ -66,6 +66,7 @@ def row_affine_triton(
         BLOCK_T=TILE_ROWS,
         BLOCK_N=BLOCK_N,
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 

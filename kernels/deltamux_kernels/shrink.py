@@ -79,6 +79,7 @@ def shrink_triton(x: torch.Tensor, a: PackedMatrices, segments: Segments) -> tor
         BLOCK_J=BLOCK_J,
         BLOCK_K=BLOCK_K,
         num_warps=4,
+        enable_fp_fusion=True,
         num_stages=3,
     )
     return h

@@ -70,6 +70,7 @@ def write_kv_triton(
         VALUE_DIM=value_dim,
         BLOCK=triton.next_power_of_2(heads * max(key_dim, value_dim)),
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 

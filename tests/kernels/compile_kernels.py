@@ -1,0 +1,140 @@
+"""Compiles every Triton kernel for a GPU that need not exist, as its launcher launches it.
+
+    python tests/kernels/compile_kernels.py 90 bfloat16
+
+prints one JSON line per kernel: name, registers, spills (bytes) and shared memory (bytes). The
+launchers run on the CPU with real tensors; only the launch itself becomes a compilation, so what is
+compiled is what the launcher asks for.
+"""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from deltamux_kernels import AttentionBatch, Columns, PackedMatrices, Segments
+from deltamux_kernels.embedding_shrink import embedding_shrink_triton
+from deltamux_kernels.expand import expand_triton
+from deltamux_kernels.paged_attention_triton import paged_attention_triton
+from deltamux_kernels.row_affine import row_affine_triton
+from deltamux_kernels.scoring import Scoring
+from deltamux_kernels.shrink import shrink_triton
+from deltamux_kernels.write_kv import write_kv_triton
+
+CPU = torch.device("cpu")
+WIDTH = 2048
+
+
+class AbsentGPU:
+    """The part of a Triton driver that a compilation asks."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@contextlib.contextmanager
+def launches_compile(found: Callable[[str, str, Any], None]) -> Iterator[None]:
+    """Every launch compiles instead, and hands over name, ptxas's log and the kernel."""
+    run = JITFunction.run
+
+    def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found(self.fn.__name__.strip("_"), log.getvalue(), kernel)
+
+    JITFunction.run = compiled
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+def usage(log: str, kernel: Any) -> dict[str, int]:
+    """Registers, spills and shared memory; kept beside Triton's cache, which keeps no log."""
+    kept = Path(triton.knobs.cache.dir, f"usage_{kernel.hash}.json")
+    if log:
+        registers = re.search(r"Used (\d+) registers", log)
+        spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+        assert registers and spills, f"no report from ptxas: {log}"
+        report = {
+            "registers": int(registers[1]),
+            "spills": sum(map(int, spills)),
+            "shared": kernel.metadata.shared,
+        }
+        kept.write_text(json.dumps(report))
+    found: dict[str, int] = json.loads(kept.read_text())
+    return found
+
+
+def low_rank(dtype: torch.dtype, rows: int) -> None:
+    """Each op on packed matrices, in a step of `rows` rows."""
+    arena = torch.zeros(64 * WIDTH, dtype=dtype)
+    packed = PackedMatrices(arena, slots=2, width=WIDTH)
+    packed.write(0, 0, torch.zeros(17, WIDTH))
+    scale = PackedMatrices(arena, slots=2, width=WIDTH)
+    scale.write(0, 0, torch.zeros(1, WIDTH))
+    segments = Segments.build([(0, 0, rows)], CPU)
+    x = torch.zeros(rows, WIDTH, dtype=dtype)
+    h = shrink_triton(x, packed, segments)
+    expand_triton(x, h, packed, Columns(2, CPU), segments)
+    embedding_shrink_triton(torch.zeros(rows, dtype=torch.int64), packed, segments)
+    row_affine_triton(x, x[0], scale, segments)
+    row_affine_triton(x, None, scale, segments)
+
+
+def attention(dtype: torch.dtype, dim: int, queries: int, scoring: Scoring) -> None:
+    """Two sequences of `queries` rows with 8 query heads on 2 KV heads."""
+    cache = torch.zeros(8, 16, 2, dim, dtype=dtype)
+    query = torch.zeros(2 * queries, 8, dim, dtype=dtype)
+    key = torch.zeros(2 * queries, 2, dim, dtype=dtype)
+    batch = AttentionBatch(
+        (queries, queries),
+        (queries, queries),
+        torch.zeros(3, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32),
+        torch.zeros(2, 4, dtype=torch.int32),
+    )
+    write_kv_triton(key, key, cache, cache, torch.zeros(2 * queries, dtype=torch.int64))
+    paged_attention_triton(query, cache, cache, batch, scoring)
+
+
+def main(capability: int, dtype: torch.dtype) -> None:
+    triton.runtime.driver.set_active(AbsentGPU(capability))
+    triton.knobs.nvidia.dump_ptxas_log = True
+    seen: set[str] = set()
+
+    def found(name: str, log: str, kernel: Any) -> None:
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            print(json.dumps({"kernel": name} | usage(log, kernel)), flush=True)
+
+    plain = Scoring(0.1, None, None, None)
+    everything = Scoring(0.1, 1024, 30.0, torch.zeros(8, dtype=dtype))
+    with launches_compile(found):
+        for rows in (16, 512):
+            low_rank(dtype, rows)
+        for dim, scoring in ((64, everything), (128, plain), (256, plain)):
+            for queries in (1, 64):
+                attention(dtype, dim, queries, scoring)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]))
