@@ -23,8 +23,6 @@ from deltamux.wire.messages import Logprob, Sampling, TokenLogprobs
 
 # Below it, logits divided by the temperature would leave the range of float32.
 _GREEDY_TEMPERATURE = 1e-5
-# How many of the likeliest tokens to sort before the whole vocabulary is sorted.
-_NUCLEUS_WIDTHS = (256, 4096)
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def uniform(seed: int, choice: int, place: int) -> float:
 
 def _choose(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     """Tokens [S], int64."""
-    tokens = logits.argmax(-1)
+    tokens = _argmax(logits)
     drawn = [row for row, sequence in enumerate(sequences) if not _is_greedy(sequence.sampling)]
     if len(drawn) == len(sequences):
         return _draw(logits, sequences)
@@ -85,12 +83,48 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
 
 
 def filter_scores(logits: Tensor, samplings: Rows[Sampling]) -> Tensor:
-    """Logits [S, V] over their temperatures, with -inf where a row's filters exclude a token."""
+    """Logits [S, V] over their temperatures, with -inf where a row's filters exclude a token.
+
+    Each filter comes down to a border that a score must reach, so that equal scores share a fate.
+    """
     scores = logits / _column([sampling.temperature for sampling in samplings], logits)
-    _limit_top_k(scores, [sampling.top_k for sampling in samplings])
-    _limit_top_p(scores, [sampling.top_p for sampling in samplings])
-    _limit_min_p(scores, [sampling.min_p for sampling in samplings])
+    borders = []
+    if any(sampling.top_k or sampling.top_p < 1 for sampling in samplings):
+        borders.append(_sorted_border(scores, samplings))
+    if any(sampling.min_p for sampling in samplings):
+        ratios = _column([sampling.min_p for sampling in samplings], logits)
+        borders.append(scores.amax(-1, keepdim=True) + ratios.log())
+    for border in borders:
+        scores.masked_fill_(scores < border, float("-inf"))
     return scores
+
+
+def _sorted_border(scores: Tensor, samplings: Rows[Sampling]) -> Tensor:
+    """The smallest score [S, 1] that both top_k and top_p let through."""
+    vocabulary = scores.shape[1]
+    ascending = _ascending(scores)
+    excluded = [vocabulary - min(s.top_k or vocabulary, vocabulary) for s in samplings]
+    border = ascending.gather(1, to_device(np.array(excluded), scores.device)[:, None])
+    ascending = ascending.masked_fill(ascending < border, float("-inf"))
+    # The tail that may go has at most this mass; a top_p of 1 keeps even what has none.
+    tail = _column([1 - s.top_p if s.top_p < 1 else -1.0 for s in samplings], scores)
+    outside = ascending.softmax(-1).cumsum(-1) <= tail
+    last = outside.sum(-1, keepdim=True).clamp_max_(vocabulary - 1)
+    return ascending.gather(1, last).maximum(border)
+
+
+def _ascending(scores: Tensor) -> Tensor:
+    """Sorted along the vocabulary; on a CPU NumPy takes a tenth of torch's time."""
+    if scores.device.type == "cpu":
+        return torch.from_numpy(np.sort(scores.numpy(), axis=-1))
+    return scores.sort(-1).values
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """Along the vocabulary; on a CPU NumPy takes a tenth of torch's time."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.argmax(-1)
 
 
 def _uniform_of(sequence: Sequence) -> float:
@@ -102,61 +136,6 @@ def _uniform_of(sequence: Sequence) -> float:
 def _column(numbers: list[float], like: Tensor) -> Tensor:
     dtype = np.float64 if like.dtype == torch.float64 else np.float32
     return to_device(np.array(numbers, dtype=dtype), like.device)[:, None]
-
-
-def _limit_top_k(scores: Tensor, limits: list[int]) -> None:
-    """Keeps the k largest scores of a row, and all that equal the k-th; k 0 keeps all."""
-    vocabulary = scores.shape[1]
-    rows = [row for row, limit in enumerate(limits) if 0 < limit < vocabulary]
-    if not rows:
-        return
-    index = to_device(np.array(rows), scores.device)
-    chosen = scores[index]
-    largest = chosen.topk(max(limits[row] for row in rows)).values
-    last = to_device(np.array([limits[row] - 1 for row in rows]), scores.device)
-    scores[index] = _drop_below(chosen, largest.gather(1, last[:, None]))
-
-
-def _limit_top_p(scores: Tensor, masses: list[float]) -> None:
-    """Keeps the likeliest tokens of a row until they reach mass p, and ties of the last."""
-    rows = [row for row, mass in enumerate(masses) if mass < 1]
-    if not rows:
-        return
-    index = to_device(np.array(rows), scores.device)
-    chosen = scores[index]
-    mass = _column([masses[row] for row in rows], scores)
-    scores[index] = _drop_below(chosen, _nucleus_border(chosen, mass))
-
-
-def _nucleus_border(scores: Tensor, mass: Tensor) -> Tensor:
-    """The smallest score [R, 1] that belongs to the nucleus of each row."""
-    normaliser = scores.logsumexp(-1, keepdim=True)
-    for width in (*_nucleus_widths(scores), scores.shape[1]):
-        largest = scores.topk(width).values
-        probabilities = (largest - normaliser).exp()
-        cumulative = probabilities.cumsum(-1)
-        if width == scores.shape[1] or bool((cumulative[:, -1:] >= mass).all()):
-            break
-    inside = cumulative - probabilities < mass
-    return largest.gather(1, inside.sum(-1, keepdim=True).sub_(1).clamp_min_(0))
-
-
-def _nucleus_widths(scores: Tensor) -> tuple[int, ...]:
-    """A GPU sorts all at once: to look whether a part suffices would wait for it."""
-    if scores.device.type != "cpu":
-        return ()
-    return tuple(width for width in _NUCLEUS_WIDTHS if width < scores.shape[1])
-
-
-def _limit_min_p(scores: Tensor, ratios: list[float]) -> None:
-    """Keeps tokens at least min_p times as likely as the likeliest one."""
-    if any(ratios):
-        border = scores.amax(-1, keepdim=True) + _column(ratios, scores).log()
-        scores.copy_(_drop_below(scores, border))
-
-
-def _drop_below(scores: Tensor, border: Tensor) -> Tensor:
-    return scores.masked_fill(scores < border, float("-inf"))
 
 
 def _logprobs(
