@@ -26,7 +26,8 @@ class FrontendEnd:
         await self._socket.send(self._encoder.encode(message))
 
     async def receive(self) -> FromEngine:
-        return self._decoder.decode(await self._socket.recv())
+        message: FromEngine = self._decoder.decode(await self._socket.recv())
+        return message
 
     def close(self) -> None:
         self._socket.close()
