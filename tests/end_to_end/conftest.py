@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +16,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltamux.config import EngineConfig
+from deltamux.engine.build import build_engine
 from deltamux.launch.engine_process import EngineProcess
 from deltamux.store.content import content_digest
-from deltamux.wire.channel import FrontendEnd
+from deltamux.wire.channel import EngineEnd, FrontendEnd
 from deltamux.wire.messages import (
     Cancel,
     FirstToken,
@@ -24,6 +27,7 @@ from deltamux.wire.messages import (
     Ready,
     RequestFailed,
     Sampling,
+    Shutdown,
     Stats,
     StepDone,
     Stopping,
@@ -243,6 +247,32 @@ def engine(
     finally:
         driver.call(process.stop(5.0))
         driver.close()
+
+
+@pytest.fixture(scope="session")
+def engine_in_thread(
+    new_driver: Callable[[], EngineDriver],
+) -> Callable[[EngineConfig], AbstractContextManager[EngineDriver]]:
+    """The engine in a thread of the test's own process, which may then hold what it leans on."""
+
+    def serve(address: str, config: EngineConfig) -> None:
+        link = EngineEnd(address)
+        engine, _ = build_engine(config, link)
+        engine.run()
+        link.close()
+
+    @contextmanager
+    def run(config: EngineConfig) -> Iterator[EngineDriver]:
+        driver = new_driver()
+        thread = threading.Thread(target=serve, args=(driver.address, config))
+        thread.start()
+        driver.refresh()
+        yield driver
+        driver.send(Shutdown())
+        thread.join()
+        driver.close()
+
+    return run
 
 
 @pytest.fixture

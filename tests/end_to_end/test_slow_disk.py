@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 
 from deltamux.engine import build
-from deltamux.wire.channel import EngineEnd
-from deltamux.wire.messages import Shutdown
 
 
 class Disk:
@@ -35,24 +32,10 @@ def disk(world, monkeypatch) -> Disk:
 
 
 @pytest.fixture
-def engine_here(disk, new_driver, engine_config) -> Iterator[object]:
-    """The engine in a thread of this process, so that the test holds its disk."""
-    driver = new_driver()
-
-    def serve() -> None:
-        link = EngineEnd(driver.address)
-        engine, _ = build.build_engine(engine_config, link)
-        engine.run()
-        link.close()
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    driver.refresh()
-    yield driver
-    disk.answers.set()
-    driver.send(Shutdown())
-    thread.join()
-    driver.close()
+def engine_here(disk, engine_config, engine_in_thread):
+    with engine_in_thread(engine_config) as driver:
+        yield driver
+        disk.answers.set()
 
 
 def test_no_stream_waits_for_the_disk(engine_here, disk, world, submit):

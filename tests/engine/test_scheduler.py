@@ -160,6 +160,17 @@ def test_a_missing_adapter_delays_no_other_request(setup, new_sequence):
     engine.steps_until(engine.is_empty)
 
 
+def test_a_missing_adapter_is_asked_for_once_a_step_and_waited_for_by_all(setup, new_sequence):
+    engine = setup(load_polls=3)
+    asked, acquire = [], engine.adapters.acquire
+    engine.adapters.acquire = lambda digest, path: asked.append(digest) or acquire(digest, path)
+    sequences = [new_sequence(adapter="cold") for _ in range(3)]
+    engine.add(*sequences)
+    engine.step()
+    assert asked == ["cold"]
+    assert [sequence.adapter_missed for sequence in sequences] == [pytest.approx(0.1)] * 3
+
+
 def test_a_broken_adapter_is_told_and_takes_nothing(setup, new_sequence):
     engine = setup()
     error = InvalidArgument("broken")

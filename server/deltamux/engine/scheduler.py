@@ -36,6 +36,13 @@ class Plan:
     budget: int
     scheduled: list[Scheduled] = field(default_factory=list)
     failed: dict[str, DeltamuxError] = field(default_factory=dict)
+    # Adapters that cannot be had in this step, whoever asks.
+    absent: set[str] = field(default_factory=set)
+    # Adapters that sequences behind a blocked one may join; None: any.
+    joinable: set[str] | None = None
+
+    def may_join(self, adapter: str) -> bool:
+        return self.joinable is None or not adapter or adapter in self.joinable
 
     def add(self, sequence: Sequence) -> None:
         """Spends the budget on as many of the sequence's uncomputed tokens as it allows."""
@@ -123,21 +130,23 @@ class Scheduler:
 
     def _admit(self, plan: Plan, now: float) -> None:
         """Blocks are given in the queue's order; a missing adapter only delays its own requests."""
-        joinable: set[str] | None = None
         for sequence in list(self.waiting):
             if not plan.budget or len(self.running) >= self._max_running:
                 return
-            if self._awaits_leader(sequence):
+            if self._awaits_leader(sequence) or not plan.may_join(sequence.adapter):
                 continue
-            if joinable is not None and sequence.adapter and sequence.adapter not in joinable:
+            if sequence.adapter in plan.absent:
+                sequence.miss_adapter(now)
                 continue
             if not self._fits(sequence):
                 return
-            if self._acquire(sequence, plan, now):
+            if self._acquire(sequence, plan):
                 self._start(sequence, now)
                 plan.add(sequence)
-            elif joinable is None and self._slots.blocked(sequence.adapter):
-                joinable = self._drain.joinable(sequence, self.running, now)
+                continue
+            sequence.miss_adapter(now)
+            if plan.joinable is None and self._slots.blocked(sequence.adapter):
+                plan.joinable = self._drain.joinable(sequence, self.running, now)
 
     def _fits(self, sequence: Sequence) -> bool:
         """Room for all its tokens, and for one more block of each running sequence.
@@ -147,7 +156,7 @@ class Scheduler:
         missing = self._num_blocks(sequence) - len(self._shared_blocks(sequence))
         return missing + len(self.running) <= self._allocator.num_free
 
-    def _acquire(self, sequence: Sequence, plan: Plan, now: float) -> bool:
+    def _acquire(self, sequence: Sequence, plan: Plan) -> bool:
         """Takes the lease on the sequence's adapter; the base needs none."""
         if not sequence.adapter:
             return True
@@ -156,8 +165,8 @@ class Scheduler:
         except DeltamuxError as error:
             plan.failed[sequence.request_id] = error
             return False
-        if sequence.slot is None and sequence.adapter_missed is None:
-            sequence.adapter_missed = now
+        if sequence.slot is None:
+            plan.absent.add(sequence.adapter)
         return sequence.slot is not None
 
     def _start(self, sequence: Sequence, now: float) -> None:

@@ -53,6 +53,11 @@ class Sequence:
         """1 while decoding; more during prefill and after preemption."""
         return len(self.tokens) - self.num_computed
 
+    def miss_adapter(self, now: float) -> None:
+        """Remembers since when it is the adapter that holds the sequence up."""
+        if self.adapter_missed is None:
+            self.adapter_missed = now
+
 
 @dataclass(frozen=True)
 class Scheduled:
