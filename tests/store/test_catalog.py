@@ -58,11 +58,8 @@ async def test_a_registered_adapter_is_read_at_its_first_request(store, files):
 
 async def test_500_first_requests_cause_one_ingest_and_one_load(store, files, monkeypatch):
     store.catalog.register("a", str(files.write("a", seed=1)))
-    ingests = []
-    ingest = store.disk.ingest
-    monkeypatch.setattr(
-        store.disk, "ingest", lambda source: ingests.append(source) or ingest(source)
-    )
+    ingest = Mock(wraps=store.disk.ingest)
+    monkeypatch.setattr(store.disk, "ingest", ingest)
 
     leases = await asyncio.gather(*(store.catalog.resolve("a") for _ in range(500)))
     await asyncio.gather(*(served(store, lease) for lease in leases))
