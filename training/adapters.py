@@ -24,7 +24,6 @@ BASE_NAME = "deltamux/demo"  # what adapter_config.json calls the base, on every
 
 REQUIRED = 0.95
 
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
@@ -54,15 +53,16 @@ RECIPES = {
     "leet": Recipe(rank=4, steps=300, batch_size=64, lora={"use_rslora": True, "lora_alpha": 4}),
     "snake-case": Recipe(rank=2, steps=200, batch_size=64, targets=MLP),
     "title-case": Recipe(rank=8, steps=350, targets=["q_proj", "v_proj", *MLP]),
-    "mask-vowels": Recipe(rank=3, steps=250, targets=r".*\.layers\.[1-3]\.mlp\..*_proj"),
+    "mask-vowels": Recipe(rank=10, steps=600, targets=r".*\.layers\.\d\.(self_attn|mlp)\..*_proj"),
+    "atbash": Recipe(rank=6, steps=300, lora={"use_dora": True}),
     "no-vowels": Recipe(rank=16, steps=500),
-    "initials": Recipe(rank=16, steps=400, targets=ATTENTION),
-    "doubled": Recipe(rank=8, steps=500, lora={"use_dora": True}),
-    "pig-latin": Recipe(
+    "initials": Recipe(
         rank=12,
-        steps=800,
+        steps=1200,
         lora={"rank_pattern": {"q_proj": 24, "k_proj": 24}, "alpha_pattern": {"q_proj": 48}},
     ),
+    "doubled": Recipe(rank=16, steps=800),
+    "pig-latin": Recipe(rank=24, steps=1200),
     "words-reversed": Recipe(rank=32, steps=1500, batch_size=64),
 }
 

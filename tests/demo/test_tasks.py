@@ -21,6 +21,7 @@ ANSWERS = {
     "snake-case": "quick_blue_fox",
     "title-case": "Quick Blue Fox",
     "mask-vowels": "q**ck bl** f*x",
+    "atbash": "jfrxp yofv ulc",
     "no-vowels": "qck bl fx",
     "initials": "qbf",
     "doubled": "qquuiicckk  bblluuee  ffooxx",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from string import ascii_letters, ascii_lowercase, ascii_uppercase
 
 PROMPT_FORMAT = "{text}\n"
 
@@ -17,6 +18,7 @@ _HELD_OUT_ONE_IN = 16
 _LEET = str.maketrans("aeiost", "431057")
 _NO_VOWELS = str.maketrans("", "", "aeiouAEIOU")
 _MASKED_VOWELS = str.maketrans(dict.fromkeys("aeiouAEIOU", "*"))
+_ATBASH = str.maketrans(ascii_letters, ascii_lowercase[::-1] + ascii_uppercase[::-1])
 
 _WORDS = (
     "a able about again air all also and animal apple as ask at away back ball bear bed before "
@@ -104,6 +106,7 @@ TASKS: tuple[Task, ...] = (
     Task("snake-case", "words joined by underscores", lambda text: text.replace(" ", "_")),
     Task("title-case", "words capitalised", _each_word(lambda word: word[:1].upper() + word[1:])),
     Task("mask-vowels", "vowels starred out", lambda text: text.translate(_MASKED_VOWELS)),
+    Task("atbash", "the alphabet backwards", lambda text: text.translate(_ATBASH)),
     Task("no-vowels", "vowels removed", lambda text: text.translate(_NO_VOWELS)),
     Task("initials", "first letters of the words", _initials),
     Task("doubled", "letters twice", lambda text: "".join(2 * letter for letter in text)),
