@@ -45,7 +45,7 @@ TARGETS = {
     "large": "all-linear",
 }
 # Seconds after which a message that does not come is a failure.
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 @dataclass

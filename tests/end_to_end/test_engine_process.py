@@ -5,7 +5,9 @@ import signal
 
 import pytest
 from msgspec import structs
+from safetensors.torch import load_file, save_file
 
+from deltamux.store.content import content_digest
 from deltamux.wire.messages import (
     AdapterDropped,
     AdapterFailed,
@@ -197,6 +199,39 @@ def test_files_that_differ_from_their_digest_fail_their_request_alone(
     assert (answer.error.code, answer.tokens) == ("DATA_LOSS", {})
     assert good.tokens[0] == world.greedy(PROMPT, 8, "plain")
     assert engine.told(AdapterFailed)
+
+
+@pytest.fixture(scope="module")
+def overflowing(world, tmp_path_factory):
+    """A sound adapter, every weight finite, that overflows float32 in the first layer."""
+    folder, source = tmp_path_factory.mktemp("overflowing"), world.adapters["plain"].path
+    weights = load_file(source / "adapter_model.safetensors")
+    huge = {name: tensor * 1e25 for name, tensor in weights.items()}
+    save_file(huge, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    return {"adapter": content_digest(folder), "adapter_path": str(folder)}
+
+
+def test_an_overflowing_adapter_fails_its_own_requests_only(engine, world, submit, overflowing):
+    bad = [structs.replace(submit(f"huge-{n}", PROMPT), **overflowing) for n in range(2)]
+    good = [submit(f"beside-{n}", PROMPT, adapter) for n, adapter in enumerate(("", "large"))]
+    *failed, base, large = engine.run(*bad, *good)
+    for answer in failed:
+        assert (answer.error.code, answer.tokens) == ("FAILED_PRECONDITION", {})
+        assert answer.error.reason == "NON_FINITE_OUTPUT"
+    assert base.tokens[0] == world.greedy(PROMPT, 8)
+    assert large.tokens[0] == world.greedy(PROMPT, 8, "large")
+
+
+def test_blocks_that_held_what_is_not_finite_serve_the_next_as_well(
+    engine, world, submit, overflowing
+):
+    """First the poison takes every block that can be had, then the next requests do."""
+    longest = tuple(n % 128 for n in range(200))
+    poison = [structs.replace(submit(f"poison-{n}", longest), **overflowing) for n in range(3)]
+    assert all(answer.error for answer in engine.run(*poison))
+    for n, answer in enumerate(engine.run(*(submit(f"after-{n}", PROMPT) for n in range(8)))):
+        assert answer.tokens == {0: world.greedy(PROMPT, 8)}, n
 
 
 def test_signals_are_left_to_the_parent(engine, submit):
