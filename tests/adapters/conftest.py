@@ -125,16 +125,22 @@ class Served:
         self.sites.write(slot, adapter)
         return adapter
 
-    def logits(self, ids: Tensor, slots: Sequence[int | None]) -> Tensor:
+    def logits(self, ids: Tensor, slots: Sequence[int | None], last_only: bool = False) -> Tensor:
         """Logits of `ids` [sequences, tokens], each sequence with the adapter of its slot."""
-        length = ids.shape[1]
-        spans = [(s, i * length, (i + 1) * length) for i, s in enumerate(slots) if s is not None]
-        segments = Segments.build(spans, CPU)
-        self.rows.set(segments, segments)
+        tokens = _segments(slots, ids.shape[1])
+        self.rows.set(tokens, _segments(slots, 1) if last_only else tokens)
         with torch.no_grad():
-            positions = torch.arange(length).expand(ids.shape)
-            logits: Tensor = self.model(ids, position_ids=positions, use_cache=False).logits
+            positions = torch.arange(ids.shape[1]).expand(ids.shape)
+            output = self.model(
+                ids, position_ids=positions, use_cache=False, logits_to_keep=int(last_only)
+            )
+            logits: Tensor = output.logits
             return logits
+
+
+def _segments(slots: Sequence[int | None], rows: int) -> Segments:
+    spans = [(s, i * rows, (i + 1) * rows) for i, s in enumerate(slots) if s is not None]
+    return Segments.build(spans, CPU)
 
 
 @pytest.fixture(scope="session")

@@ -53,14 +53,18 @@ def test_a_reused_slot_keeps_nothing_of_its_former_adapter(
     assert served.sites.used_bytes == 0
 
 
-def test_a_released_slot_is_the_base_again(folders: list[Path], serve: Make, ids: Tensor) -> None:
+def test_a_released_slot_is_the_base_again(
+    folders: list[Path], serve: Make, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served = serve("llama")
     plain = served.logits(ids, [None] * 5)
     for slot, folder in enumerate(folders):
         served.load(slot, folder)
     for slot in range(len(folders)):
         served.sites.release(slot)
+    adapted = count_calls(monkeypatch, sites_module.Site, "_adapt")
     assert torch.equal(served.logits(ids, [0, 1, 2, 3, 4]), plain)
+    assert not adapted
 
 
 def test_rows_are_independent_of_their_neighbours(
@@ -71,6 +75,16 @@ def test_rows_are_independent_of_their_neighbours(
         served.load(slot, folder)
     alone = served.logits(ids, [None, 1, None, None, None])[1]
     assert torch.equal(served.logits(ids, [0, 1, 2, 3, 4])[1], alone)
+
+
+def test_the_language_head_reads_the_sampled_rows(
+    folders: list[Path], serve: Make, ids: Tensor
+) -> None:
+    served = serve("llama")
+    served.load(0, folders[2])
+    slots = [None, 0, None, 0, 0]
+    every, last = served.logits(ids, slots), served.logits(ids, slots, last_only=True)
+    torch.testing.assert_close(last[:, 0], every[:, -1], atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_takes_what_was_announced(folders: list[Path], serve: Make) -> None:
