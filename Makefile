@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# Where torch comes from; on a machine without a GPU, https://download.pytorch.org/whl/cpu is smaller.
-TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test check bench protos clean
@@ -17,8 +15,7 @@ install: $(READY)  ## create .venv and install deltamux in it, editable
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt \
-	    $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
