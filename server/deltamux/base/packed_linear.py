@@ -1,8 +1,9 @@
 """Linear layers whose weights are laid out for the CPU's matrix kernels once, when they are loaded.
 
-Measured on two cores of an AVX2 machine for a step of 16 rows through a Llama of hidden size 768:
-64 ms instead of 83 ms in its linear layers. Besides, a row's result no longer depends on how many
-rows stand beside it: the usual product takes another path for one to three rows.
+Measured on one core of an AVX2 machine, in the linear layers of a Llama of hidden size 768: 64 ms
+instead of 83 ms for 16 rows, from 2 rows on about 1.3 times faster, but for one row alone a fifth
+slower. In return a row's result does not depend on how many rows stand beside it: the plain product
+takes another path for one to three rows.
 """
 
 from __future__ import annotations
