@@ -19,12 +19,12 @@ from deltamux.adapters.rows import Rows
 from deltamux.base.load import adopt
 from deltamux.engine.batch import StepBatch
 from deltamux.engine.kv_cache import KVCache
-from deltamux.engine.rehearsal import rehearse
+from deltamux.engine.rehearsal import rehearse, trial_sequence
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sampler import SampledToken
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.errors import StartupError
-from deltamux.wire.messages import Sampling, Stopping
+from deltamux.wire.messages import Sampling
 
 VOCABULARY, WINDOW, BLOCK = 96, 8, 4
 PROMPT_LENGTHS, NEW_TOKENS, TOKENS_PER_STEP = (23, 5, 14, 1), 8, 11
@@ -121,7 +121,7 @@ def generate(runner: RecordingRunner, prompts: list[list[int]]) -> list[Sequence
     runner.seen = {}
     free = list(range(1, 64))
     random.Random(0).shuffle(free)
-    waiting = [sequence_of(index, prompt) for index, prompt in enumerate(prompts)]
+    waiting = [trial_sequence(i, prompt, [], Sampling()) for i, prompt in enumerate(prompts)]
     sequences, running, step = list(waiting), [], 0
     while waiting or running:
         if waiting and step % 2 == 0:
@@ -146,22 +146,6 @@ def generate(runner: RecordingRunner, prompts: list[list[int]]) -> list[Sequence
                 free += sequence.blocks
         step += 1
     return sequences
-
-
-def sequence_of(index: int, prompt: list[int]) -> Sequence:
-    return Sequence(
-        request_id="request",
-        index=index,
-        tokens=list(prompt),
-        num_prompt=len(prompt),
-        sampling=Sampling(),
-        stopping=Stopping(max_tokens=NEW_TOKENS),
-        priority=0,
-        arrival=0.0,
-        deadline=None,
-        adapter="",
-        adapter_path="",
-    )
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
