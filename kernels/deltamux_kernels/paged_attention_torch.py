@@ -15,7 +15,11 @@ from deltamux_kernels.scoring import Scoring
 
 # A group of decoding sequences is padded to its longest; one that is shorter than this share of
 # it opens the next group.
-LEAST_FILL = 0.75
+LEAST_FILL = 0.85
+# Keys and values that a group gathers at most, unless one sequence alone has more: beyond this
+# they fall out of the core's own cache before they are read. Of 1, 2, 4 and 16 sequences of 192
+# tokens (384 KiB each) groups of 4 were fastest; at 1000 tokens (2 MiB) groups of 1 or 2.
+GROUP_BYTES = 3 * 2**19
 
 Plan = TypeVar("Plan")
 
@@ -24,9 +28,9 @@ Plan = TypeVar("Plan")
 class DecodeGroup:
     """Sequences of about one length with one query row each, attended as one padded batch."""
 
-    rows: torch.Tensor  # int64 [n], their query rows
+    rows: slice | torch.Tensor  # their n query rows; a slice where they are neighbours
     blocks: torch.Tensor  # int32 [n * m], the blocks that they see
-    mask: torch.Tensor  # [n, 1, 1, m * block_size], 0 or -inf
+    mask: torch.Tensor | None  # [n, 1, 1, m * block_size], 0 or -inf; None: nothing is hidden
     unseen: torch.Tensor  # int64, gathered positions that the mask hides
 
 
@@ -41,7 +45,7 @@ def paged_attention_torch(
 ) -> torch.Tensor:
     """`paged_attention`: decoding sequences in padded groups, the others one by one."""
     out = query.new_empty(*query.shape[:2], value_cache.shape[-1])
-    for group in _decode_groups(batch, scoring.window, key_cache.shape[1], query.dtype):
+    for group in _decode_groups(batch, scoring.window, key_cache, value_cache):
         out[group.rows] = _decode(query[group.rows], key_cache, value_cache, group, scoring)
     for b, length in enumerate(batch.query_lens):
         if length <= 1:
@@ -71,25 +75,37 @@ def _once(batch: AttentionBatch, key: tuple[object, ...], make: Callable[[], Pla
 
 
 def _decode_groups(
-    batch: AttentionBatch, window: int | None, block_size: int, dtype: torch.dtype
+    batch: AttentionBatch,
+    window: int | None,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
 ) -> list[DecodeGroup]:
-    def make() -> list[DecodeGroup]:
-        seen = {
-            b: min(context, window or context)
-            for b, (length, context) in enumerate(
-                zip(batch.query_lens, batch.context_lens, strict=True)
-            )
-            if length == 1
-        }
-        groups: list[list[int]] = []
-        for b in sorted(seen, key=lambda b: -seen[b]):
-            if groups and seen[b] >= LEAST_FILL * seen[groups[-1][0]]:
-                groups[-1].append(b)
-            else:
-                groups.append([b])
-        return [_decode_group(batch, group, window, block_size, dtype) for group in groups]
+    block_size, kv_heads, key_dim = key_cache.shape[1:]
+    token = kv_heads * (key_dim + value_cache.shape[3]) * key_cache.element_size()
+    dtype = key_cache.dtype
 
-    return _once(batch, ("decode", window, block_size, dtype), make)
+    def make() -> list[DecodeGroup]:
+        groups = _similar(batch, window, GROUP_BYTES // token)
+        return [_decode_group(batch, sorted(g), window, block_size, dtype) for g in groups]
+
+    return _once(batch, ("decode", window, block_size, token, dtype), make)
+
+
+def _similar(batch: AttentionBatch, window: int | None, tokens: int) -> list[list[int]]:
+    """Decoding sequences, longest first, in groups of about one length and `tokens` at most."""
+    seen = {
+        b: min(context, window or context)
+        for b, context in enumerate(batch.context_lens)
+        if batch.query_lens[b] == 1
+    }
+    groups: list[list[int]] = []
+    for b in sorted(seen, key=lambda b: -seen[b]):
+        longest = seen[groups[-1][0]] if groups else 0
+        if seen[b] >= LEAST_FILL * longest > 0 and (len(groups[-1]) + 1) * longest <= tokens:
+            groups[-1].append(b)
+        else:
+            groups.append([b])
+    return groups
 
 
 def _decode_group(
@@ -115,11 +131,17 @@ def _decode_group(
     blocks = blocks.masked_fill(hidden.view(len(members), count, block_size).all(-1), 0)
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
     return DecodeGroup(
-        rows=torch.tensor([batch.starts[b] for b in members], device=device),
+        rows=_rows([batch.starts[b] for b in members], device),
         blocks=blocks.flatten(),
-        mask=mask[:, None, None, :],
+        mask=mask[:, None, None, :] if hidden.any() else None,
         unseen=hidden.flatten().nonzero().flatten(),
     )
+
+
+def _rows(rows: list[int], device: torch.device) -> slice | torch.Tensor:
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)
 
 
 def _decode(
@@ -152,7 +174,7 @@ def _decode(
 def _seen(cache: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
     """The group's pages; what no sequence may see is zero, since 0 weight times NaN is NaN."""
     pages = cache.index_select(0, group.blocks).flatten(0, 1)
-    return pages.index_fill_(0, group.unseen, 0)
+    return pages if group.mask is None else pages.index_fill_(0, group.unseen, 0)
 
 
 def _gather(
@@ -223,7 +245,7 @@ def _weigh(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None,
     scoring: Scoring,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -234,7 +256,8 @@ def _weigh(
     scores = torch.matmul(queries.float(), keys.float().transpose(-1, -2)).mul_(scoring.scale)
     if scoring.softcap is not None:
         scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
-    scores += mask
+    if mask is not None:
+        scores += mask
     if sinks is None:
         weights = scores.softmax(-1)
     else:

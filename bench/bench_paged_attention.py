@@ -1,0 +1,146 @@
+"""Times the decode attention of one step on the CPU against other ways to do the same.
+
+Every arm runs the 12 layers of the 125 M model in turn, so that keys and values are cold in the
+cache as they are while serving. Arms are interleaved, and the figure is the median of CPU time,
+which a busy machine distorts least.
+
+    python bench/bench_paged_attention.py --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from deltamux_kernels import AttentionBatch, paged_attention
+
+LAYERS, HEADS, KV_HEADS, DIM, BLOCK_SIZE = 12, 12, 4, 64, 16
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's pages and, for the arm without pages, the same in a row."""
+
+    key_cache: torch.Tensor  # [blocks, BLOCK_SIZE, KV_HEADS, DIM]
+    value_cache: torch.Tensor
+    keys: torch.Tensor  # [B, KV_HEADS, context, DIM]
+    values: torch.Tensor
+
+
+def pages(batch: AttentionBatch) -> list[torch.Tensor]:
+    return [
+        table[: -(-context // BLOCK_SIZE)]
+        for table, context in zip(batch.block_tables, batch.context_lens, strict=True)
+    ]
+
+
+def deltamux(query: torch.Tensor, layer: Layer, batch: AttentionBatch) -> torch.Tensor:
+    return paged_attention(query, layer.key_cache, layer.value_cache, batch, scale=DIM**-0.5)
+
+
+def one_by_one(query: torch.Tensor, layer: Layer, batch: AttentionBatch) -> torch.Tensor:
+    """A gather and an attention for each sequence."""
+    rows = []
+    for q, blocks, context in zip(query, pages(batch), batch.context_lens, strict=True):
+        keys, values = (
+            cache.index_select(0, blocks).flatten(0, 1)[:context].transpose(0, 1)[None]
+            for cache in (layer.key_cache, layer.value_cache)
+        )
+        grouped = q.view(1, KV_HEADS, -1, DIM)
+        rows.append(scaled_dot_product_attention(grouped, keys, values))
+    return torch.cat(rows).view(len(rows), HEADS, DIM)
+
+
+def repeated_kv(query: torch.Tensor, layer: Layer, batch: AttentionBatch) -> torch.Tensor:
+    """Dense keys and values without pages, repeated for every query head."""
+    keys, values = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (layer.keys, layer.values))
+    return scaled_dot_product_attention(query[:, :, None], keys, values)[:, :, 0]
+
+
+ARMS: dict[str, Callable[[torch.Tensor, Layer, AttentionBatch], torch.Tensor]] = {
+    "deltamux": deltamux,
+    "one_by_one": one_by_one,
+    "repeated_kv_without_pages": repeated_kv,
+}
+
+
+def step(contexts: list[int]) -> tuple[list[Layer], AttentionBatch, torch.Tensor]:
+    """Twelve layers of shuffled pages for one decode step."""
+    sequences, columns = len(contexts), -(-max(contexts) // BLOCK_SIZE)
+    blocks = sequences * columns
+    shape = (blocks, BLOCK_SIZE, KV_HEADS, DIM)
+    dense = (sequences, KV_HEADS, max(contexts), DIM)
+    layers = [
+        Layer(torch.randn(shape), torch.randn(shape), torch.randn(dense), torch.randn(dense))
+        for _ in range(LAYERS)
+    ]
+    batch = AttentionBatch(
+        (1,) * sequences,
+        tuple(contexts),
+        torch.arange(sequences + 1, dtype=torch.int32),
+        torch.tensor(contexts, dtype=torch.int32),
+        torch.randperm(blocks).view(sequences, columns).int(),
+    )
+    return layers, batch, torch.randn(sequences, HEADS, DIM)
+
+
+def measure(name: str, contexts: list[int], repeats: int) -> dict[str, object]:
+    """Median milliseconds of each arm over all layers."""
+    layers, batch, query = step(contexts)
+    # Dense tensors have one length, so the arm without pages stands beside equal contexts only.
+    arms = [arm for arm in ARMS if len(set(contexts)) == 1 or arm != "repeated_kv_without_pages"]
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(repeats + 1):
+        for arm, samples in seconds.items():
+            batch.plans.clear()  # every step plans once
+            start = time.process_time()
+            for layer in layers:
+                ARMS[arm](query, layer, batch)
+            samples.append(time.process_time() - start)
+    medians = {arm: 1e3 * statistics.median(samples[1:]) for arm, samples in seconds.items()}
+    return {
+        "case": name,
+        "median_cpu_ms": {arm: round(value, 2) for arm, value in medians.items()},
+        "over_deltamux": {
+            arm: round(value / medians["deltamux"], 2) for arm, value in medians.items()
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=15)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        cases = [
+            measure("16 sequences of 192", [192] * 16, arguments.repeats),
+            measure("16 sequences of 16 to 376", list(range(16, 385, 24)), arguments.repeats),
+            measure("1 sequence of 192", [192], arguments.repeats),
+        ]
+    report = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": arguments.threads,
+        "cases": cases,
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
