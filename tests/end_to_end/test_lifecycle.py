@@ -154,26 +154,36 @@ def test_engine_that_dies_is_replaced_and_a_parent_that_dies_takes_it_along(argu
         assert eventually(lambda: not alive(second_engine))
 
 
-def test_sigterm_drains(arguments, environment, tmp_path):
-    """What fits into the grace completes, the rest is told, nothing is left behind."""
+def test_sigterm_lets_running_calls_end(arguments, environment, tmp_path):
     with (
-        Server(*arguments, "--drain-grace", "3", environment=environment) as server,
+        Server(*arguments, "--drain-grace", "3600", environment=environment) as server,
         Client(server.target, timeout=PATIENCE) as client,
         grpc.insecure_channel(server.target) as channel,
     ):
         engine = engine_pid(server)
         health = statuses(channel)
         assert next(health) == health_pb2.HealthCheckResponse.SERVING
-        short = generate_request("short\n", max_tokens=100)
-        short.stopping.ignore_eos = True
-        fits, lasts = Running(server, short), Running(server, endless(TASK.name))
+        request = generate_request("takes a while\n", max_tokens=300)
+        request.stopping.ignore_eos = True
+        running = [Running(server, request) for _ in range(2)]
         server.process.send_signal(signal.SIGTERM)
         assert next(health) == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(ClientError) as refused:
             client.generate(generate_request("too late\n"))
         assert (refused.value.code, refused.value.reason) == ("UNAVAILABLE", "DRAINING")
-        assert fits.ended() is None
-        assert lasts.ended().code == "UNAVAILABLE"
+        assert [request.ended() for request in running] == [None, None]
+        assert server.process.wait(PATIENCE) == 0
+        assert not alive(engine)
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_sigterm_ends_what_does_not_fit_into_the_grace(arguments, environment, tmp_path):
+    with Server(*arguments, "--drain-grace", "0", environment=environment) as server:
+        engine = engine_pid(server)
+        running = Running(server, endless(TASK.name))
+        server.process.send_signal(signal.SIGTERM)
+        error = running.ended()
+        assert (error.code, error.reason) == ("UNAVAILABLE", "DRAINING")
         assert server.process.wait(PATIENCE) == 0
         assert not alive(engine)
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -187,7 +197,7 @@ def test_second_signal_means_now(arguments, environment, tmp_path):
         assert eventually(lambda: bool(server.events("draining")))
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(PATIENCE) == 130
-        assert running.ended() is not None
+        assert running.ended().code == "UNAVAILABLE"
         assert not alive(engine)
     assert list((tmp_path / "tmp").iterdir()) == []
 

@@ -71,29 +71,25 @@ class _Server:
                 await self._drain()
         except asyncio.CancelledError:
             log.warning("stopped by a second signal")
+            self._engine.fail_all(_shutting_down())
             self._supervisor.kill()
             raise KeyboardInterrupt from None
         finally:
             await self._go_down()
 
     async def _come_up(self) -> None:
-        # 1. The engine starts; it takes longest.
-        engine = asyncio.create_task(self._supervisor.start())
-        try:
-            # 2. Meanwhile the ports open, and health says NOT_SERVING.
-            self._servers = await self._listen()
-            # 3. The engine is ready, or says why not.
-            await engine
-        finally:
-            engine.cancel()
-        # 4. The adapters get their names.
+        # 1. The engine starts, which takes long; meanwhile the ports open, with health NOT_SERVING.
+        await asyncio.gather(self._supervisor.start(), self._listen())
+        # 2. The adapters get their names.
         await self._store.open()
-        # 5. Health says SERVING.
+        # 3. From here on, an engine that dies is replaced.
         self._watch = asyncio.create_task(self._supervisor.keep_alive())
+        # 4. Health says SERVING.
+        assert self._servers is not None
         await self._servers.health.set_serving(True)
         self._log_serving(self._servers)
 
-    async def _listen(self) -> Servers:
+    async def _listen(self) -> None:
         frontend = self._frontend
         tokenizer = await asyncio.to_thread(Tokenizer.load, frontend.model)
         defaults = GenerationDefaults.load(frontend.model, tokenizer.end_of_sequence)
@@ -103,11 +99,10 @@ class _Server:
             except OSError as error:
                 address = f"{frontend.host}:{frontend.metrics_port}"
                 raise StartupError(f"cannot listen on {address}: {error.strerror}") from error
-        servers = await build_servers(
+        self._servers = await build_servers(
             frontend, self._engine, self._store.catalog, tokenizer, defaults, self._metrics
         )
-        await servers.start()
-        return servers
+        await self._servers.start()
 
     def _log_serving(self, servers: Servers) -> None:
         log.info(
@@ -142,12 +137,13 @@ class _Server:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._engine.wait_idle(), grace)
         # 4. The rest are UNAVAILABLE too.
-        self._engine.fail_all(Unavailable("the server is shutting down", reason="DRAINING"))
+        self._engine.fail_all(_shutting_down())
 
     async def _go_down(self) -> None:
         if self._watch is not None:
             self._watch.cancel()
-            await asyncio.wait({self._watch})
+            with contextlib.suppress(asyncio.CancelledError, StartupError):
+                await self._watch
         # 5. The ports close, once the last answers are out.
         if self._servers is not None:
             await self._servers.stop(LAST_ANSWERS)
@@ -181,3 +177,7 @@ class _Server:
         elif not self._ordered_to_stop:
             self._ordered_to_stop = True
             life.cancel()
+
+
+def _shutting_down() -> Unavailable:
+    return Unavailable("the server is shutting down", reason="DRAINING")
