@@ -24,6 +24,7 @@ from deltamux.errors import (
     Unavailable,
     from_code,
 )
+from deltamux.frontend.adapter_commands import AdapterCommands
 from deltamux.frontend.request_stream import RequestStream
 from deltamux.metrics import Metrics
 from deltamux.wire.channel import FrontendEnd
@@ -52,8 +53,6 @@ log = structlog.get_logger("deltamux.frontend")
 RETRY_WHEN_FULL = 1.0
 RETRY_WHEN_NOT_READY = 2.0
 
-AdapterReply = AdapterLoaded | AdapterFailed | AdapterDropped
-
 
 class EngineClient:
     """Outlives the engine processes: `attach` for each new one, `fail_all` when one has died."""
@@ -73,7 +72,7 @@ class EngineClient:
         self._idle = asyncio.Event()
         self._idle.set()
         self._outbox: asyncio.Queue[ToEngine] = asyncio.Queue()
-        self._replies: dict[str, asyncio.Future[AdapterReply | DeltamuxError]] = {}
+        self._commands = AdapterCommands(self._command)
         self._ready: asyncio.Future[Ready | StartupError] | None = None
         self._end: FrontendEnd | None = None
         self._tasks: tuple[asyncio.Task[None], ...] = ()
@@ -114,8 +113,7 @@ class EngineClient:
         self._metrics.engine_lost()
         for stream in tuple(self._streams.values()):
             stream.failed_in_engine(error)
-        for digest in tuple(self._replies):
-            self._resolve(digest, error)
+        self._commands.fail_all(error)
 
     def start_draining(self) -> None:
         """Refuses new requests from now on; those that run go on."""
@@ -164,11 +162,7 @@ class EngineClient:
                 retry_after=_jittered(RETRY_WHEN_NOT_READY),
             )
         if self.info is None:
-            raise Unavailable(
-                "the engine is starting",
-                reason="ENGINE_NOT_READY",
-                retry_after=_jittered(RETRY_WHEN_NOT_READY),
-            )
+            raise _not_ready()
         return self.info
 
     @property
@@ -191,38 +185,20 @@ class EngineClient:
 
     async def load(self, digest: str, path: str, to_device: bool, pinned: bool) -> AdapterInfo:
         """Brings an adapter to the host, or on to the device; raises as the load failed."""
-        return _info(await self._ask(digest, LoadAdapter(digest, path, to_device, pinned)))
+        return await self._commands.load(LoadAdapter(digest, path, to_device, pinned))
 
     async def pin(self, digest: str, path: str, pinned: bool) -> AdapterInfo:
         """Sets an adapter's pin on the device."""
-        return _info(await self._ask(digest, PinAdapter(digest, path, pinned)))
+        return await self._commands.load(PinAdapter(digest, path, pinned))
 
     async def drop(self, digest: str) -> None:
         """Returns when no sequence uses the adapter and its memory is free."""
-        await self._ask(digest, DropAdapter(digest))
+        await self._commands.drop(DropAdapter(digest))
 
-    async def _ask(self, digest: str, message: ToEngine) -> AdapterReply:
-        """One command per digest at a time, so that a reply names its command by the digest.
-
-        A caller that gives up leaves its command running; the next one waits for its reply.
-        """
-        while earlier := self._replies.get(digest):
-            await asyncio.wait({earlier})
+    def _command(self, message: ToEngine) -> None:
         if self.info is None:
-            raise Unavailable("the engine is starting", reason="ENGINE_NOT_READY", retry_after=1.0)
-        reply: asyncio.Future[AdapterReply | DeltamuxError] = (
-            asyncio.get_running_loop().create_future()
-        )
-        self._replies[digest] = reply
+            raise _not_ready()
         self.send(message)
-        outcome = await asyncio.shield(reply)
-        if isinstance(outcome, DeltamuxError):
-            raise outcome
-        return outcome
-
-    def _resolve(self, digest: str, outcome: AdapterReply | DeltamuxError) -> None:
-        if reply := self._replies.pop(digest, None):
-            reply.set_result(outcome)
 
     # -- the tasks --------------------------------------------------------------------------
 
@@ -246,10 +222,10 @@ class EngineClient:
                 self.on_adapter_moved(message)
             case AdapterFailed(digest=digest, reason=reason):
                 self._metrics.load_failed(reason)
-                self._resolve(digest, message)
+                self._commands.resolve(digest, message)
                 self.on_adapter_failed(message)
             case AdapterLoaded(digest=digest) | AdapterDropped(digest=digest):
-                self._resolve(digest, message)
+                self._commands.resolve(digest, message)
             case Ready() | StartupFailed():
                 self._started(message)
 
@@ -280,14 +256,12 @@ async def _write(end: FrontendEnd, outbox: asyncio.Queue[ToEngine]) -> None:
         await end.send(await outbox.get())
 
 
-def _info(reply: AdapterReply) -> AdapterInfo:
-    match reply:
-        case AdapterLoaded(info=info):
-            return info
-        case AdapterFailed():
-            raise from_code(reply.code, reply.reason, reply.message)
-        case _:
-            raise Internal("the engine answered a load with a drop")
+def _not_ready() -> Unavailable:
+    return Unavailable(
+        "the engine is starting",
+        reason="ENGINE_NOT_READY",
+        retry_after=_jittered(RETRY_WHEN_NOT_READY),
+    )
 
 
 def _jittered(seconds: float) -> float:
