@@ -75,7 +75,13 @@ def oracle() -> Oracle:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     cache = tmp_path_factory.mktemp("cache")
     named = [f"--adapter={folder.name}={folder}" for folder in ADAPTERS]
-    arguments = ["--device=cpu", "--threads=1", "--max-model-len=128", f"--adapter-cache-dir={cache}", *named]
+    arguments = [
+        "--device=cpu",
+        "--threads=1",
+        "--max-model-len=128",
+        f"--adapter-cache-dir={cache}",
+        *named,
+    ]
     with Server(f"--model={BASE}", *arguments) as running:
         yield running
 
@@ -226,7 +232,9 @@ async def test_stops_end_an_answer(calls, oracle) -> None:
 
 
 async def test_an_answer_may_fill_the_context(calls) -> None:
-    context = (await calls.control.GetServerInfo(control_pb2.GetServerInfoRequest())).max_context_tokens
+    context = (
+        await calls.control.GetServerInfo(control_pb2.GetServerInfoRequest())
+    ).max_context_tokens
     request = request_of(max_tokens=context - 2, stopping={"ignore_eos": True})
     request.token_ids.ids.extend([1, 50])
     messages = await calls.collect(request)
