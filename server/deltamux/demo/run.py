@@ -65,6 +65,7 @@ def _show(console: Console, server: Server, questions: Sequence[Question]) -> in
     seconds = time.perf_counter() - started
     with Client(server.target) as client:
         adapters = {adapter.name: adapter for adapter in client.list_adapters()}
+    console.print("\nOne frozen model, one batch, every row through its own adapter:\n")
     console.print(_answers_table(questions, answers, adapters))
     right = sum(a.text == q.expected for q, a in zip(questions, answers, strict=True))
     tokens = sum(answer.completion_tokens for answer in answers)
@@ -72,6 +73,7 @@ def _show(console: Console, server: Server, questions: Sequence[Question]) -> in
         f"\n{right} of {len(questions)} answers right; {len(questions)} concurrent requests, "
         f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)\n"
     )
+    console.print("How many adapters shared a step, from /metrics:\n")
     console.print(_steps_table(server.metrics()["deltamux_adapters_per_step"]))
     console.print(_what_next(), highlight=False, markup=False, soft_wrap=True)
     return 0 if right == len(questions) else 1
@@ -92,9 +94,7 @@ def _answers_table(
     answers: Sequence[Answer],
     adapters: dict[str, adapters_pb2.Adapter],
 ) -> Table:
-    table = Table(
-        title="One frozen model, one batch, every row through its own adapter", box=box.SIMPLE_HEAD
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for heading in ("prompt", "adapter", "family", "rank", "answer", ""):
         table.add_column(heading, justify="right" if heading == "rank" else "left")
     for question, answer in zip(questions, answers, strict=True):
@@ -113,7 +113,7 @@ def _answers_table(
 
 def _steps_table(histogram: Metric) -> Table:
     """From deltamux_adapters_per_step of the server's own /metrics."""
-    table = Table(title="How many adapters shared a step", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("adapters", justify="right")
     table.add_column("steps", justify="right")
     below = 0
