@@ -75,6 +75,8 @@ async def test_500_first_requests_cause_one_ingest_and_one_load(store, files, mo
 async def test_a_failing_source_is_read_once_a_while(store, files, monkeypatch):
     now = 0.0
     monkeypatch.setattr(store.catalog, "_clock", lambda: now)
+    ingest = Mock(wraps=store.disk.ingest)
+    monkeypatch.setattr(store.disk, "ingest", ingest)
     folder = files.write("a", seed=1)
     (folder / WEIGHTS).write_bytes(b"<html>")
     store.catalog.register("a", str(folder))
@@ -83,6 +85,7 @@ async def test_a_failing_source_is_read_once_a_while(store, files, monkeypatch):
     )
     kinds = Counter(type(outcome) for outcome in outcomes)
     assert kinds == {FailedPrecondition: 100}, "the request is not what is wrong"
+    assert ingest.call_count == 1
     files.write("a", seed=1)
     with pytest.raises(FailedPrecondition):
         await store.catalog.resolve("a")
@@ -211,8 +214,19 @@ async def test_swapping_back_revives_a_version_that_is_still_leased(store, files
     back = await store.catalog.load("a", str(source))
     assert (back.facts.version, back.facts.live) == (old.version, True)
     old.release()
+    await store.until(lambda: len(store.catalog.page(10)[0]) == 1)
+    assert store.catalog.page(10)[0][0].version == old.version
     lease = await store.catalog.resolve("a")
     torch.testing.assert_close(await served(store, lease), files.delta(1), atol=1e-6, rtol=0)
+
+
+async def test_a_new_name_whose_adapter_is_unfit_stays_unknown(store, files):
+    source = files.write("a", seed=1)
+    (source / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 3}')
+    with pytest.raises(DeltamuxError):
+        await store.catalog.load("a", str(source))
+    with pytest.raises(NotFound):
+        store.catalog.get("a")
 
 
 async def test_unload_returns_when_the_last_lease_ends(store, files):
