@@ -68,3 +68,15 @@ def test_console_can_be_asked_for(capsys):
     logs.configure("console")
     structlog.get_logger("deltamux").info("shown", answer=42)
     assert "answer=42" in capsys.readouterr().err
+
+
+def test_a_console_traceback_shows_no_variables(capsys):
+    logs.configure("console")
+    prompt = "what a client asked"
+    try:
+        raise ValueError(len(prompt))
+    except ValueError:
+        structlog.get_logger("deltamux").exception("failed")
+    shown = capsys.readouterr().err
+    assert "ValueError: 19" in shown
+    assert prompt not in shown.replace(f'prompt = "{prompt}"', "")

@@ -46,5 +46,6 @@ def _renderers(log_format: str) -> list[Processor]:
     if log_format == "console" or (log_format == "auto" and sys.stderr.isatty()):
         # The default formatter shows local variables, and with them prompts.
         plain = structlog.dev.plain_traceback
-        return [structlog.dev.ConsoleRenderer(sys.stderr.isatty(), exception_formatter=plain)]
+        colors = sys.stderr.isatty()
+        return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
     return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
