@@ -27,8 +27,11 @@ def name(path: Path) -> str:
 
 
 def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Without Triton kernels, whose loop over tiles is one function by nature."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not any(
+            "triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list
+        ):
             yield node
 
 

@@ -25,10 +25,11 @@ from typing import Any, Protocol
 
 import grpc
 import model
+from workload import MODES, NEW_TOKENS, Cell, adapter_name
+
 from deltamux.v1 import control_pb2, control_pb2_grpc
 from deltamux.v1 import inference_pb2 as pb
 from deltamux.v1 import inference_pb2_grpc as rpc
-from workload import MODES, NEW_TOKENS, Cell, adapter_name
 
 HERE = Path(__file__).parent
 PORT = 50717

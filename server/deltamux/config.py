@@ -1,4 +1,4 @@
-"""One frozen dataclass a role; the command line fills them, nothing else reads flags or environment."""
+"""One frozen dataclass a role; only the command line, which fills them, reads flags."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from deltamux.bench import plot
 from deltamux.bench.driver import Outcome
 from deltamux.bench.report import Objective, summarize

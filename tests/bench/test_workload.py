@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from deltamux.bench.workload import Lengths, Workload, arrivals, popularity
 
 ADAPTERS = tuple(f"a{i}" for i in range(10))

@@ -1,4 +1,4 @@
-"""The private socket between the processes: an asyncio end for the front end, a blocking one for the engine."""
+"""The private socket: an asyncio end for the front end, a blocking one for the engine."""
 
 from __future__ import annotations
 

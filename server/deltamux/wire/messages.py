@@ -59,7 +59,7 @@ class Cancel(ToEngine, frozen=True, tag=True):
 
 
 class LoadAdapter(ToEngine, frozen=True, tag=True):
-    """Brings an adapter to the host, or on to the device; answered by AdapterLoaded or AdapterFailed."""
+    """Brings an adapter to host or device; answered by AdapterLoaded or AdapterFailed."""
 
     digest: str
     path: str
