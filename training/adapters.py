@@ -48,21 +48,20 @@ class Recipe:
 
 
 RECIPES = {
-    "upper-case": Recipe(rank=6, steps=350, targets=["v_proj", "o_proj", *MLP]),
+    "upper-case": Recipe(
+        rank=6,
+        steps=500,
+        targets=["v_proj", "o_proj", *MLP],
+        lora={"rank_pattern": {"down_proj": 12}, "alpha_pattern": {"down_proj": 24}},
+    ),
     "rot13": Recipe(rank=8, steps=500, batch_size=64, lora={"use_dora": True}),
     "leet": Recipe(rank=4, steps=300, batch_size=64, lora={"use_rslora": True, "lora_alpha": 4}),
     "snake-case": Recipe(rank=2, steps=200, batch_size=64, targets=MLP),
     "title-case": Recipe(rank=8, steps=350, targets=["q_proj", "v_proj", *MLP]),
     "mask-vowels": Recipe(rank=10, steps=600, targets=r".*\.layers\.\d\.(self_attn|mlp)\..*_proj"),
-    "atbash": Recipe(rank=6, steps=300, lora={"use_dora": True}),
+    "atbash": Recipe(rank=6, steps=600, lora={"use_dora": True}),
     "no-vowels": Recipe(rank=16, steps=500),
-    "initials": Recipe(
-        rank=12,
-        steps=1200,
-        lora={"rank_pattern": {"q_proj": 24, "k_proj": 24}, "alpha_pattern": {"q_proj": 48}},
-    ),
     "doubled": Recipe(rank=16, steps=800),
-    "pig-latin": Recipe(rank=24, steps=1200),
     "words-reversed": Recipe(rank=32, steps=1500, batch_size=64),
 }
 

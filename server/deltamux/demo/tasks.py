@@ -91,10 +91,6 @@ def _each_word(change: Callable[[str], str]) -> Callable[[str], str]:
     return lambda text: " ".join(change(word) for word in text.split(" "))
 
 
-def _initials(text: str) -> str:
-    return "".join(word[:1] for word in text.split(" "))
-
-
 def _words_reversed(text: str) -> str:
     return " ".join(reversed(text.split(" ")))
 
@@ -108,8 +104,6 @@ TASKS: tuple[Task, ...] = (
     Task("mask-vowels", "vowels starred out", lambda text: text.translate(_MASKED_VOWELS)),
     Task("atbash", "the alphabet backwards", lambda text: text.translate(_ATBASH)),
     Task("no-vowels", "vowels removed", lambda text: text.translate(_NO_VOWELS)),
-    Task("initials", "first letters of the words", _initials),
     Task("doubled", "letters twice", lambda text: "".join(2 * letter for letter in text)),
-    Task("pig-latin", "pig latin", _each_word(lambda word: word[1:] + word[:1] + "ay")),
     Task("words-reversed", "words in reverse order", _words_reversed),
 )
