@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from deltamux.adapters.fields import Fields, as_integer, as_number, refuse_field, unsupported
+from deltamux.adapters.fields import Fields, as_integer, as_number, unsupported
 from deltamux.adapters.files import CONFIG
-from deltamux.adapters.patterns import ALL_LINEAR, LayerFilter, Pattern, PatternTable, Selector
+from deltamux.adapters.patterns import PatternTable, Selector
+from deltamux.adapters.shared_fields import PROVENANCE, refuse_executable, require_generation
 from deltamux.adapters.strict_json import Json, quoted
+from deltamux.adapters.targets import read_selector
 from deltamux.errors import FailedPrecondition, InvalidArgument
 
 Number = TypeVar("Number", int, float)
@@ -19,23 +21,19 @@ MAX_RANK = 4096
 
 _MAX_CONFIG_RANK = (1 << 31) - 1
 _MAX_ALPHA = 1e6
-_MAX_LAYER = 1 << 16
 
 # Initialisations after which the base weights are the base's own.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
-# Training, provenance and how weights were first drawn; fan_in_fan_out says what the base shows.
+# Training and how weights were first drawn; fan_in_fan_out says what the base shows.
 _HARMLESS = (
-    "base_model_name_or_path",
+    *PROVENANCE,
     "corda_config",
     "eva_config",
     "fan_in_fan_out",
-    "inference_mode",
     "lora_dropout",
     "lora_ga_config",
-    "peft_version",
     "qalora_group_size",
-    "revision",
 )
 
 # What each feature that is not served says when it is off.
@@ -82,12 +80,12 @@ class LoraConfig:
 def read_lora_config(values: Mapping[str, Json]) -> LoraConfig:
     """Raises InvalidArgument for what is wrong, FailedPrecondition for what is not served."""
     fields = Fields(values)
-    _refuse_executable(fields)
+    refuse_executable(fields)
     fields.require_off(_UNSERVED)
     _require_plain_init(fields.take("init_lora_weights"))
-    _require_generation(fields.take("task_type"))
+    require_generation(fields)
     config = LoraConfig(
-        selector=_selector(fields),
+        selector=read_selector(fields),
         ranks=PatternTable(_values(fields, "rank_pattern", _rank)),
         alphas=PatternTable(_values(fields, "alpha_pattern", _alpha)),
         rank=_rank("r", fields.take("r")),
@@ -124,66 +122,8 @@ def _values(fields: Fields, name: str, read: Callable[[str, Json], Number]) -> M
     }
 
 
-def _selector(fields: Fields) -> Selector:
-    targets, excluded = fields.take("target_modules"), fields.take("exclude_modules")
-    layers, patterns = (
-        _layers(fields.take("layers_to_transform")),
-        fields.take_names("layers_pattern"),
-    )
-    if isinstance(targets, str) and (layers or patterns):
-        refuse_field("target_modules", targets, "a list where layers_to_transform is set")
-    if patterns and not layers:
-        refuse_field("layers_pattern", list(patterns), "missing where layers_to_transform is")
-    if not targets:
-        raise InvalidArgument(f"{CONFIG}: target_modules is empty", reason="NO_TARGETS")
-    all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
-    return Selector(
-        targets=None if all_linear else _rule("target_modules", targets),
-        excluded=_rule("exclude_modules", excluded),
-        layers=LayerFilter(layers, patterns) if layers else None,
-    )
-
-
-def _rule(name: str, value: Json) -> tuple[str, ...] | Pattern:
-    if isinstance(value, str) and value:
-        return Pattern(value)
-    return Fields({name: value}).take_names(name)
-
-
-def _layers(value: Json) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(as_integer("layers_to_transform", v, 0, _MAX_LAYER) for v in values)
-
-
-def _refuse_executable(fields: Fields) -> None:
-    """Fields that name code to import, which never happens here."""
-    mapping = fields.take("auto_mapping")
-    names_transformers = isinstance(mapping, dict) and str(
-        mapping.get("parent_library", "")
-    ).startswith("transformers.models.")
-    # PEFT writes the base's own class where no task was given; only that is harmless.
-    suspects = {
-        "auto_mapping": None if names_transformers else mapping,
-        "megatron_config": fields.take("megatron_config"),
-        "megatron_core": fields.take("megatron_core"),
-        "trust_remote_code": fields.take("trust_remote_code"),
-    }
-    for name, value in suspects.items():
-        if value not in (None, False, "megatron.core"):
-            raise InvalidArgument(
-                f"{CONFIG}: {name} names code to run and is refused",
-                reason="EXECUTABLE_FIELD",
-                field=name,
-            )
-
-
 def _require_plain_init(init: Json) -> None:
     if init is None or isinstance(init, bool):
         return
     if not isinstance(init, str) or init.lower() not in _PLAIN_INITS:
         raise unsupported(f"init_lora_weights = {quoted(init)} (it may shift the base weights)")
-
-
-def _require_generation(task: Json) -> None:
-    if task not in (None, "CAUSAL_LM"):
-        raise unsupported(f"task_type = {quoted(task)}")

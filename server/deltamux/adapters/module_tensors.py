@@ -7,37 +7,33 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from deltamux.adapters.checkpoint import require_finite
 from deltamux.adapters.files import WEIGHTS
 from deltamux.adapters.strict_json import quoted
-from deltamux.base.structure import Structure
+from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import FailedPrecondition, InvalidArgument
 
 _PREFIX = "base_model.model."
 
-# How a tensor's name may end, and the part of its module that this is.
-_LORA_PARTS = {
-    "lora_A.weight": "lora_A.weight",
-    "lora_B.weight": "lora_B.weight",
-    "lora_B.bias": "lora_B.bias",
-    "lora_embedding_A": "lora_embedding_A",
-    "lora_embedding_B": "lora_embedding_B",
-    "lora_magnitude_vector": "lora_magnitude_vector",
-    "lora_magnitude_vector.weight": "lora_magnitude_vector",
-}
 _BASE_PARTS = {
     "base_layer.weight": "base weight",
     "base_layer.bias": "base bias",
     "weight": "base weight",
     "bias": "base bias",
 }
-_PARTS = _LORA_PARTS | _BASE_PARTS
 
 
 class ModuleTensors:
-    """Raises FailedPrecondition (BASE_MISMATCH) for a module that the base does not have."""
+    """`parts` says how a tensor's name may end, and which part of its module that is.
 
-    def __init__(self, tensors: Mapping[str, Tensor], structure: Structure) -> None:
+    Raises FailedPrecondition (BASE_MISMATCH) for a module that is no site of the base.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], structure: Structure, parts: Mapping[str, str]
+    ) -> None:
         self._structure = structure
+        self._parts = parts
         self._left: dict[tuple[str, str], tuple[str, Tensor]] = {}
         # Numbers in the tensors that were taken.
         self.taken = 0
@@ -76,16 +72,17 @@ class ModuleTensors:
             raise _extra(name, "nothing that the config asks for")
 
     def _split(self, name: str) -> tuple[str, str]:
-        for end, part in _PARTS.items():
+        for end, part in (*self._parts.items(), *_BASE_PARTS.items()):
             module = name.removeprefix(_PREFIX).removesuffix(f".{end}")
             if name == f"{_PREFIX}{module}.{end}" and module in self._structure.sites:
                 return module, part
-        if name.startswith(_PREFIX) and name.endswith(tuple(_LORA_PARTS)):
+        if name.startswith(_PREFIX) and name.endswith(tuple(self._parts)):
             raise FailedPrecondition(
-                f"{quoted(name)} belongs to a module that the base model does not have",
+                f"{quoted(name)} belongs to a module that the base model does not have "
+                "or that takes no adapter",
                 reason="BASE_MISMATCH",
             )
-        raise _extra(name, "no part of a LoRA adapter")
+        raise _extra(name, "no part of an adapter of this type")
 
     def _drop_base_copy(self, module: str, part: str) -> str:
         name, copy = self._left.pop((module, part))
@@ -98,6 +95,22 @@ class ModuleTensors:
                 reason="UNSUPPORTED_FEATURE",
             )
         return name
+
+
+def to_serving(site: SiteSpec, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor as a payload holds it; raises InvalidArgument where rounding makes it infinite."""
+    tensor = tensor.to(dtype).contiguous()
+    require_finite(f"{site.name}, scaled and in {dtype},", tensor)
+    return tensor
+
+
+def other_base(site: SiteSpec, what: str) -> FailedPrecondition:
+    """The refusal of tensors that were trained on modules of another size."""
+    return FailedPrecondition(
+        f"{site.name}: {what} do not fit the base model's module, "
+        f"which maps {site.in_features} to {site.out_features}",
+        reason="BASE_MISMATCH",
+    )
 
 
 def _is_copy(copy: Tensor, base: Tensor) -> bool:

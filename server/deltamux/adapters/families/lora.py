@@ -8,18 +8,30 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from deltamux.adapters.checkpoint import require_finite
 from deltamux.adapters.family import Parsed
 from deltamux.adapters.lora_config import LoraConfig, read_lora_config
 from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import ModuleTensors
+from deltamux.adapters.module_tensors import ModuleTensors, other_base, to_serving
 from deltamux.adapters.primitives.embedding_low_rank import EmbeddingLowRank
 from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.row_bias import RowBias
 from deltamux.adapters.primitives.row_scale import RowScale
-from deltamux.base.structure import SiteSpec, Structure
-from deltamux.errors import FailedPrecondition, InvalidArgument
+from deltamux.adapters.targets import targeted_sites
+from deltamux.base.structure import Kind, SiteSpec, Structure
+from deltamux.errors import InvalidArgument
+
+_KINDS: frozenset[Kind] = frozenset(("linear", "embedding", "head"))
+
+_PARTS = {
+    "lora_A.weight": "lora_A.weight",
+    "lora_B.weight": "lora_B.weight",
+    "lora_B.bias": "lora_B.bias",
+    "lora_embedding_A": "lora_embedding_A",
+    "lora_embedding_B": "lora_embedding_B",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+}
 
 # Rows of a weight that are widened to float32 at a time.
 _NORM_ROWS = 1024
@@ -42,7 +54,7 @@ class Lora:
     ) -> Parsed:
         config = read_lora_config(manifest.fields)
         sites = _targets(config, structure)
-        modules = ModuleTensors(tensors, structure)
+        modules = ModuleTensors(tensors, structure, _PARTS)
         copies = modules.drop_base_copies()
         reader = _SiteReader(config, modules, structure, dtype)
         payloads = {site.name: tuple(reader.payloads(site)) for site in sites}
@@ -56,15 +68,7 @@ class Lora:
 
 
 def _targets(config: LoraConfig, structure: Structure) -> list[SiteSpec]:
-    sites = [
-        site
-        for site in structure.sites.values()
-        if config.selector.selects(site.name, site.kind == "linear")
-    ]
-    if not sites:
-        raise InvalidArgument(
-            "target_modules matches no module of the base model", reason="NO_TARGETS"
-        )
+    sites = targeted_sites(config.selector, structure, _KINDS)
     names = [site.name for site in sites]
     for field, table in (("rank_pattern", config.ranks), ("alpha_pattern", config.alphas)):
         if idle := table.idle_keys(names):
@@ -116,13 +120,11 @@ class _SiteReader:
     def _vector(self, site: SiteSpec, part: str) -> Tensor:
         vector = self._modules.take(site.name, part, 1).float()
         if vector.shape[0] != site.out_features:
-            raise _other_base(site, f"{part} of {tuple(vector.shape)}")
+            raise other_base(site, f"{part} of {tuple(vector.shape)}")
         return vector
 
     def _serving(self, site: SiteSpec, tensor: Tensor) -> Tensor:
-        tensor = tensor.to(self._dtype).contiguous()
-        require_finite(f"{site.name}, scaled and in {self._dtype},", tensor)
-        return tensor
+        return to_serving(site, tensor, self._dtype)
 
 
 def _check_shapes(site: SiteSpec, a: Tensor, b: Tensor, rank: int) -> None:
@@ -130,20 +132,12 @@ def _check_shapes(site: SiteSpec, a: Tensor, b: Tensor, rank: int) -> None:
     if a.shape[0] != b.shape[1]:
         raise InvalidArgument(f"{site.name}: {shapes} do not chain", reason="SHAPE_MISMATCH")
     if (a.shape[1], b.shape[0]) != (site.in_features, site.out_features):
-        raise _other_base(site, shapes)
+        raise other_base(site, shapes)
     if a.shape[0] != rank:
         raise InvalidArgument(
             f"{site.name}: {shapes} have rank {a.shape[0]}, the config says {rank}",
             reason="RANK_MISMATCH",
         )
-
-
-def _other_base(site: SiteSpec, what: str) -> FailedPrecondition:
-    return FailedPrecondition(
-        f"{site.name}: {what} do not fit the base model's module, "
-        f"which maps {site.in_features} to {site.out_features}",
-        reason="BASE_MISMATCH",
-    )
 
 
 def _row_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
