@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from deltamux.adapters.primitives.embedding_low_rank import EmbeddingLowRank, EmbeddingLowRankBank
+from deltamux.adapters.primitives.input_scale import InputScale, InputScaleBank
 from deltamux.adapters.primitives.low_rank import LowRank, LowRankBank, SharedInput
-from deltamux.adapters.primitives.payload import Bank, Payload
+from deltamux.adapters.primitives.payload import InputBank, OutputBank, Payload
 from deltamux.adapters.primitives.row_bias import RowBias, RowBiasBank
-from deltamux.adapters.primitives.row_scale import RowScale, RowScaleBank
+from deltamux.adapters.primitives.row_scale import OutputScale, RowScale, RowScaleBank
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux_kernels.expand import Columns
 from deltamux_kernels.packed import PackedMatrices
@@ -20,9 +21,8 @@ from deltamux_kernels.packed import PackedMatrices
 class SiteBanks:
     """The banks of one site, in the order in which they act."""
 
-    banks: dict[type[Payload], Bank]
-    # Slots with a payload here or at a site that reads the same input.
-    slots: set[int]
+    outputs: dict[type[Payload], OutputBank]
+    inputs: dict[type[Payload], InputBank] = field(default_factory=dict)
 
 
 class BankFactory:
@@ -45,23 +45,24 @@ class BankFactory:
 
     def _embedding(self, spec: SiteSpec) -> SiteBanks:
         a, b = self._store(spec.in_features), self._store(spec.out_features)
-        banks: dict[type[Payload], Bank] = {
+        banks: dict[type[Payload], OutputBank] = {
             EmbeddingLowRank: EmbeddingLowRankBank(a, b, self._columns()),
             RowScale: RowScaleBank(self._store(spec.out_features), None),
         }
-        return SiteBanks(banks, set())
+        return SiteBanks(banks)
 
     def _linear(self, spec: SiteSpec) -> SiteBanks:
         shared = self._shared_input(spec)
         last = spec.group is None or spec.order == self._last_order[spec.group]
         bias = self._structure.bias(spec.name)
         b = self._store(spec.out_features)
-        banks: dict[type[Payload], Bank] = {
+        banks: dict[type[Payload], OutputBank] = {
             LowRank: LowRankBank(shared, last, b, self._columns()),
             RowBias: RowBiasBank(self._store(spec.out_features)),
             RowScale: RowScaleBank(self._store(spec.out_features), bias),
+            OutputScale: RowScaleBank(self._store(spec.out_features), None),
         }
-        return SiteBanks(banks, shared.slots)
+        return SiteBanks(banks, {InputScale: InputScaleBank(self._store(spec.in_features))})
 
     def _shared_input(self, spec: SiteSpec) -> SharedInput:
         if spec.group is None:

@@ -57,14 +57,14 @@ class ModuleTensors:
         self.taken += tensor.numel()
         return tensor
 
-    def drop_base_copies(self) -> list[str]:
-        """Forgets copies of base parameters, after making sure of it; returns their names.
+    def drop_base_copies(self) -> tuple[str, ...]:
+        """Forgets copies of base parameters, after making sure of it; returns a note on each.
 
         PEFT saves them beside adapters of embeddings. Raises FailedPrecondition
         (UNSUPPORTED_FEATURE) for one that was changed or trained.
         """
         keys = [key for key in self._left if key[1] in _BASE_PARTS.values()]
-        return [self._drop_base_copy(*key) for key in keys]
+        return tuple(f"copy of the base left out: {self._drop_base_copy(*key)}" for key in keys)
 
     def require_none_left(self) -> None:
         """Raises InvalidArgument (EXTRA_TENSORS) if a tensor was not taken."""

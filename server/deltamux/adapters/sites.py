@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.arena import ArenaAllocator
 from deltamux.adapters.banks import BankFactory, SiteBanks
-from deltamux.adapters.primitives.payload import Bank
+from deltamux.adapters.primitives.low_rank import LowRankBank
+from deltamux.adapters.primitives.payload import Bank, Payload
 from deltamux.adapters.rows import Rows
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
 
 
 class Site(nn.Module):
-    """A module of the base with the banks that act on its output, row by row.
+    """A module of the base with the banks that act on its input and output, row by row.
 
     There is no active adapter: the rows of the step alone say what is added where.
     """
@@ -27,8 +29,12 @@ class Site(nn.Module):
     def __init__(self, base: nn.Module, spec: SiteSpec, banks: SiteBanks, rows: Rows) -> None:
         super().__init__()
         self.base = base
-        self.banks = banks.banks
-        self.slots = banks.slots
+        self.spec = spec
+        self.banks: dict[type[Payload], Bank] = {**banks.inputs, **banks.outputs}
+        # Slots with a payload here, or a product with the input that this site shares.
+        self.slots: set[int] = set()
+        self._inputs = tuple(banks.inputs.values())
+        self._outputs = tuple(banks.outputs.values())
         self._rows = rows
         self._width = spec.out_features
         self._sampled = spec.kind == "head"
@@ -43,16 +49,24 @@ class Site(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        if not self.slots.isdisjoint(self._rows.slots):
-            self._adapt(x, y.view(-1, self._width))
-        return y
+        if self.slots.isdisjoint(self._rows.slots):
+            y: Tensor = self.base(x)
+            return y
+        return self._adapt(x)
 
-    def _adapt(self, x: Tensor, y: Tensor) -> None:
+    def _adapt(self, x: Tensor) -> Tensor:
+        slots = self._rows.slots
         segments = self._rows.sampled if self._sampled else self._rows.tokens
-        for bank in self.banks.values():
-            if not bank.slots.isdisjoint(self._rows.slots):
-                bank.after(x, y, segments)
+        given = x
+        for bank in self._inputs:
+            if not bank.slots.isdisjoint(slots):
+                given = bank.before(given, segments)
+        y: Tensor = self.base(given)
+        rows = y.view(-1, self._width)
+        for output in self._outputs:
+            if not output.slots.isdisjoint(slots):
+                output.after(x, rows, segments)
+        return y
 
 
 @dataclass(eq=False)
@@ -77,7 +91,7 @@ class _Layout:
     """Where an adapter's tensors belong, as long as it is in a slot."""
 
     stacks: dict[PackedMatrices, _Stack] = field(default_factory=dict)
-    placements: list[tuple[Site, Bank, list[int]]] = field(default_factory=list)
+    placements: list[tuple[list[Site], Bank, list[int]]] = field(default_factory=list)
 
 
 class DeviceSites:
@@ -105,6 +119,9 @@ class DeviceSites:
             spec.name: _install(model, spec, factory.banks(spec), rows)
             for spec in structure.sites.values()
         }
+        self._groups: defaultdict[int | None, list[Site]] = defaultdict(list)
+        for site in self._sites.values():
+            self._groups[site.spec.group].append(site)
         self._layouts: dict[int, _Layout] = {}
         self._device = device
         self._stream = None
@@ -147,16 +164,18 @@ class DeviceSites:
                 stack.matrices.clear()
             for _, bank, first_rows in layout.placements:
                 bank.placed(slot, first_rows)
-        for site, bank, _ in layout.placements:
+        for sites, bank, _ in layout.placements:
             bank.slots.add(slot)
-            site.slots.add(slot)
+            for site in sites:
+                site.slots.add(slot)
 
     def release(self, slot: int) -> None:
         """Empties the slot, written or not; no step that uses it may be under way."""
         layout = self._layouts.pop(slot)
-        for site, bank, _ in layout.placements:
+        for sites, bank, _ in layout.placements:
             bank.slots.discard(slot)
-            site.slots.discard(slot)
+            for site in sites:
+                site.slots.discard(slot)
         for store in layout.stacks:
             store.clear(slot)
         self._free(layout.stacks.values())
@@ -169,8 +188,15 @@ class DeviceSites:
                 bank = site.banks[type(payload)]
                 pieces = bank.pieces(payload)
                 rows = [layout.stacks.setdefault(store, _Stack()).add(m) for store, m in pieces]
-                layout.placements.append((site, bank, rows))
+                layout.placements.append((self._acting(site, bank), bank, rows))
         return layout
+
+    def _acting(self, site: Site, bank: Bank) -> list[Site]:
+        """The sites that have to act where a bank has something."""
+        group = site.spec.group
+        if group is None or not isinstance(bank, LowRankBank):
+            return [site]
+        return self._groups[group]
 
     def _free(self, stacks: Iterable[_Stack]) -> None:
         for stack in stacks:

@@ -55,7 +55,7 @@ class Lora:
         config = read_lora_config(manifest.fields)
         sites = _targets(config, structure)
         modules = ModuleTensors(tensors, structure, _PARTS)
-        copies = modules.drop_base_copies()
+        notes = modules.drop_base_copies()
         reader = _SiteReader(config, modules, structure, dtype)
         payloads = {site.name: tuple(reader.payloads(site)) for site in sites}
         modules.require_none_left()
@@ -63,7 +63,7 @@ class Lora:
             payloads,
             rank=max(config.rank_of(site.name) for site in sites),
             parameters=modules.taken,
-            notes=tuple(f"copy of the base left out: {name}" for name in copies),
+            notes=notes,
         )
 
 

@@ -34,7 +34,7 @@ class SharedInput:
 
     def __init__(self, a: PackedMatrices, width: int) -> None:
         self.a = a
-        # Shared by the sites of the group, so that all of them act in a step or none does.
+        # Slots with a product at any site of the group: all of its banks act in a step, or none.
         self.slots: set[int] = set()
         self._width = width
         # Holding the input keeps its identity from being taken over by another tensor.

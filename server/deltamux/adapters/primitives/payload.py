@@ -35,6 +35,18 @@ class Bank(Protocol):
         """Tells where in its store's stack each of the pieces begins."""
         ...
 
+
+class InputBank(Bank, Protocol):
+    """A bank that acts before the module does."""
+
+    def before(self, x: Tensor, segments: Segments) -> Tensor:
+        """What the module is given in place of `x` [..., in], which stays as it is."""
+        ...
+
+
+class OutputBank(Bank, Protocol):
+    """A bank that acts on what the module gives."""
+
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         """Changes the module's output `y` [rows, out] in place; `x` is the input it was given."""
         ...

@@ -1,4 +1,5 @@
-"""Row scale: y = (y - bias) * g + bias, one vector an adapter (DoRA's magnitude over row norm)."""
+"""Scales of the output, one vector an adapter: around the bias (DoRA's magnitude over row norm), or
+of the whole (IA3)."""
 
 from __future__ import annotations
 
@@ -23,15 +24,26 @@ class RowScale:
         return (self.scale,)
 
 
+@dataclass(frozen=True, eq=False)
+class OutputScale:
+    """`scale` [out]; the base module's bias is scaled too."""
+
+    scale: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.scale,)
+
+
 class RowScaleBank:
-    """One row of `out` numbers a slot; runs after everything that adds to the output."""
+    """One row of `out` numbers a slot: y = (y - bias) * g + bias, `bias` None for zero."""
 
     def __init__(self, scales: PackedMatrices, bias: Tensor | None) -> None:
         self.slots: set[int] = set()
         self._scales = scales
         self._bias = bias
 
-    def pieces(self, payload: RowScale) -> Sequence[tuple[PackedMatrices, Tensor]]:
+    def pieces(self, payload: RowScale | OutputScale) -> Sequence[tuple[PackedMatrices, Tensor]]:
         return ((self._scales, payload.scale[None]),)
 
     def placed(self, slot: int, first_rows: Sequence[int]) -> None:

@@ -1,0 +1,46 @@
+"""Input scale: the module is given x * g, one vector an adapter (IA3's feed-forward modules)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.row_affine import row_affine
+from deltamux_kernels.segments import Segments
+
+
+@dataclass(frozen=True, eq=False)
+class InputScale:
+    """`scale` [in]."""
+
+    scale: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.scale,)
+
+
+class InputScaleBank:
+    """One row of `in` numbers a slot.
+
+    Siblings that read the same input still see the unscaled one, so a product that they share
+    stays theirs.
+    """
+
+    def __init__(self, scales: PackedMatrices) -> None:
+        self.slots: set[int] = set()
+        self._scales = scales
+
+    def pieces(self, payload: InputScale) -> Sequence[tuple[PackedMatrices, Tensor]]:
+        return ((self._scales, payload.scale[None]),)
+
+    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
+        """Nothing to keep: a scale is alone in its store."""
+
+    def before(self, x: Tensor, segments: Segments) -> Tensor:
+        scaled = x.clone()
+        row_affine(scaled.view(-1, self._scales.width), None, self._scales, segments)
+        return scaled
