@@ -166,6 +166,25 @@ def save(base: Callable[[str], PreTrainedModel], tmp_path_factory: Any) -> Calla
 
 
 @pytest.fixture(scope="session")
+def tune(base: Callable[[str], PreTrainedModel], tmp_path_factory: Any) -> Callable[..., Path]:
+    """tune(name, config, seed) -> the folder of an adapter whose trained parts were all moved."""
+
+    def tune(name: str, config: peft.PeftConfig, seed: int = 0) -> Path:
+        torch.manual_seed(seed)
+        folder = tmp_path_factory.mktemp("adapter")
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(copy.deepcopy(base(name)), copy.deepcopy(config))
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+            model.save_pretrained(folder)
+        return folder
+
+    return tune
+
+
+@pytest.fixture(scope="session")
 def reference(base: Callable[[str], PreTrainedModel]) -> Callable[[str, Path, Tensor], Tensor]:
     """reference(name, folder, ids) -> PEFT's logits for that adapter alone."""
     return lambda name, folder, ids: peft_logits(base(name), folder, ids)

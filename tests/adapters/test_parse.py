@@ -207,7 +207,7 @@ def test_wrong_tensors_are_refused_by_name(
             {"alpha_pattern": {"k_proj": 3}}, "INVALID_ARGUMENT", "BAD_FIELD", id="BI-40 alpha"
         ),
         pytest.param(
-            {"peft_type": "IA3"}, "FAILED_PRECONDITION", "UNSUPPORTED_TYPE", id="BI-36 IA3"
+            {"peft_type": "XLORA"}, "FAILED_PRECONDITION", "UNSUPPORTED_TYPE", id="BI-36 X-LoRA"
         ),
         pytest.param(
             {"peft_type": "PROMPT_TUNING"},

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -180,3 +181,14 @@ def test_the_base_parameters_stay_reachable(serve: Make) -> None:
     assert torch.equal(site.bias, original.bias)
     assert served.model.get_submodule("model.layers.0.self_attn.o_proj").bias is not None
     assert serve("llama").model.get_submodule("model.layers.0.self_attn.q_proj").bias is None
+
+
+def test_an_adapter_without_a_product_wakes_no_sibling(
+    serve: Make, tune: Make, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve("llama")
+    config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    served.load(0, tune("llama", config))
+    adapted = count_calls(monkeypatch, sites_module.Site, "_adapt")
+    served.logits(ids, [0] * 5)
+    assert len(adapted) == 2

@@ -1,6 +1,7 @@
 """The families that are served, in the order in which they are asked."""
 
+from deltamux.adapters.families.ia3 import Ia3
 from deltamux.adapters.families.lora import Lora
 from deltamux.adapters.family import Family
 
-FAMILIES: tuple[Family, ...] = (Lora(),)
+FAMILIES: tuple[Family, ...] = (Lora(), Ia3())
