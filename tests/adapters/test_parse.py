@@ -145,8 +145,8 @@ def poisoned(value: float) -> Callable[[Tensor], Tensor]:
         ),
         pytest.param(
             added("base_model.model.model.norm.weight", 32),
-            "INVALID_ARGUMENT",
-            "EXTRA_TENSORS",
+            "FAILED_PRECONDITION",
+            "UNSUPPORTED_FEATURE",
             "norm",
             id="BI-20 a trained norm",
         ),

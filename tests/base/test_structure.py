@@ -57,14 +57,14 @@ def test_sites_come_in_call_order_with_embedding_first_and_head_last(
     sites = list(find_structure(llama).sites.values())
     assert (sites[0].name, sites[0].kind) == ("model.embed_tokens", "embedding")
     assert (sites[-1].name, sites[-1].kind) == ("lm_head", "head")
-    assert {site.kind for site in sites[1:-1]} == {"linear"}
-    assert len(sites) == 2 + 2 * 7
+    assert {site.kind for site in sites[1:-1]} == {"linear", "norm"}
+    assert len(sites) == 2 + 2 * 9 + 1
 
 
 def test_shapes_are_those_of_the_product(llama: torch.nn.Module) -> None:
     structure = find_structure(llama)
     for name, site in structure.sites.items():
-        if site.kind != "embedding":
+        if site.kind in ("linear", "head"):
             assert structure.weight(name).shape == (site.out_features, site.in_features)
             rows = torch.randn(3, site.in_features)
             assert llama.get_submodule(name)(rows).shape == (3, site.out_features)
@@ -93,6 +93,27 @@ def test_embedding_reports_rows_width_and_scale() -> None:
     assert (site.in_features, site.out_features) == structure.weight(site.name).shape == (64, 32)
     assert site.embed_scale == pytest.approx(32**0.5)
     assert structure.bias(site.name) is None
+
+
+def test_norms_of_token_rows_are_sites_and_those_of_queries_and_keys_are_not() -> None:
+    model = build(
+        transformers.Qwen3Config(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=16)
+    )
+    structure = find_structure(model)
+    norms = [site for site in structure.sites.values() if site.kind == "norm"]
+    assert {site.name.rpartition(".")[2] for site in norms} == {
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+    }
+    assert all(structure.weight(site.name).shape == (site.out_features,) for site in norms)
+    assert {(site.in_features, site.group) for site in norms} == {(32, None)}
+
+
+def test_two_norms_of_one_input_share_no_product() -> None:
+    config = transformers.GPTNeoXConfig(**SMALL, intermediate_size=48, use_parallel_residual=True)
+    sites = find_structure(build(config)).sites.values()
+    assert all(site.group is None for site in sites if site.kind == "norm")
 
 
 def test_embedding_that_takes_more_than_ids_is_no_site() -> None:

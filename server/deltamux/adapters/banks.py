@@ -9,6 +9,7 @@ from torch import Tensor
 from deltamux.adapters.primitives.embedding_low_rank import EmbeddingLowRank, EmbeddingLowRankBank
 from deltamux.adapters.primitives.input_scale import InputScale, InputScaleBank
 from deltamux.adapters.primitives.low_rank import LowRank, LowRankBank, SharedInput
+from deltamux.adapters.primitives.norm_parameters import NormParameters, NormParametersBank
 from deltamux.adapters.primitives.payload import InputBank, OutputBank, Payload
 from deltamux.adapters.primitives.row_bias import RowBias, RowBiasBank
 from deltamux.adapters.primitives.row_scale import OutputScale, RowScale, RowScaleBank
@@ -41,7 +42,14 @@ class BankFactory:
 
     def banks(self, spec: SiteSpec) -> SiteBanks:
         """Empty banks for all primitives that a site of this kind can have."""
-        return self._embedding(spec) if spec.kind == "embedding" else self._linear(spec)
+        if spec.kind == "embedding":
+            return self._embedding(spec)
+        return self._norm(spec) if spec.kind == "norm" else self._linear(spec)
+
+    def _norm(self, spec: SiteSpec) -> SiteBanks:
+        norm = self._structure.module(spec.name)
+        parameters = self._store(spec.out_features)
+        return SiteBanks({NormParameters: NormParametersBank(norm, parameters)})
 
     def _embedding(self, spec: SiteSpec) -> SiteBanks:
         a, b = self._store(spec.in_features), self._store(spec.out_features)

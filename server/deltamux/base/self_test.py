@@ -59,7 +59,11 @@ def _affordable_length(base: Base) -> int:
 
 def _work_of_a_token(base: Base) -> int:
     """Roughly: packed layers are no parameters, and experts are no sites."""
-    sites = sum(site.in_features * site.out_features for site in base.structure.sites.values())
+    sites = sum(
+        site.in_features * site.out_features
+        for site in base.structure.sites.values()
+        if site.kind != "norm"
+    )
     others = sum(int(parameter.numel()) for parameter in base.model.parameters())
     return sites + others
 

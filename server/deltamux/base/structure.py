@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-Kind = Literal["linear", "embedding", "head"]
+Kind = Literal["linear", "embedding", "head", "norm"]
 
 # A prime, so that no axis of heads or experts is mistaken for the token axis.
 _TRACE_TOKENS = 11
@@ -24,7 +24,8 @@ class SiteSpec:
     """A module that adapters may change: it maps each token row to one row.
 
     Sites that read the same input tensor (query, key, value; gate, up) carry the same `group`, and
-    `order` is the place of their call in it. `in_features` of an embedding is its number of rows.
+    `order` is the place of their call in it. `in_features` of an embedding is its number of rows, of
+    a norm the width of its rows.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Structure:
         self._modules = dict(modules)
 
     def weight(self, name: str) -> Tensor:
-        """Weight of a site, [out, in]; of an embedding [in, out]. To be read only."""
+        """Weight of a site, [out, in]; of an embedding [in, out]; of a norm [out]. Read only."""
         weight = self._modules[name].weight
         assert isinstance(weight, Tensor)
         return weight.T if self.sites[name].conv1d else weight
@@ -55,13 +56,17 @@ class Structure:
         bias = getattr(self._modules[name], "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
+    def module(self, name: str) -> nn.Module:
+        """The base's own module of a site. Read only."""
+        return self._modules[name]
+
 
 def find_structure(model: PreTrainedModel) -> Structure:
     """Runs one short forward of a transformers decoder and returns its sites.
 
     A linear module is a site when it was called once per token; the rows that a mixture of experts
     sends to one expert are not. Embeddings are sites when they take nothing but token or position
-    ids.
+    ids, norms when they scale whole token rows; the norms of queries and keys do not.
     """
     calls = _trace(model)
     head = model.get_output_embeddings()
@@ -113,7 +118,7 @@ def _watching(
     handles = [
         module.register_forward_pre_hook(hook(name), with_kwargs=True)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+        if isinstance(module, nn.Linear | Conv1D | nn.Embedding) or _is_norm(module)
     ]
     try:
         yield
@@ -129,12 +134,20 @@ def _reads_token_rows(module: nn.Module, args: tuple[Any, ...]) -> bool:
     return rows.numel() == _TRACE_TOKENS
 
 
+def _is_norm(module: nn.Module) -> bool:
+    """A module whose only parameters are a weight, and perhaps a bias, for each feature."""
+    parameters = dict(module.named_parameters())
+    if not parameters.keys() <= {"weight", "bias"} or any(module.children()):
+        return False
+    return "weight" in parameters and all(p.ndim == 1 for p in parameters.values())
+
+
 def _groups(calls: list[_Call]) -> dict[str, tuple[int, int]]:
     """Name of each linear that shares its input with a sibling -> (group, place of its call)."""
     keys = {
         call.name: (call.name.rpartition(".")[0], id(call.input))
         for call in calls
-        if not isinstance(call.module, nn.Embedding)
+        if isinstance(call.module, nn.Linear | Conv1D)
     }
     sizes = Counter(keys.values())
     numbers = {key: number for number, key in enumerate(k for k in sizes if sizes[k] > 1)}
@@ -157,6 +170,8 @@ def _site(call: _Call, head: nn.Module | None, group: int | None, order: int) ->
         return SiteSpec(
             call.name, "embedding", rows, width, embed_scale=None if scale is None else float(scale)
         )
+    if _is_norm(call.module):
+        return SiteSpec(call.name, "norm", weight.shape[0], weight.shape[0])
     conv1d = isinstance(call.module, Conv1D)
     fan_in, fan_out = weight.shape if conv1d else reversed(weight.shape)
     kind: Kind = "head" if call.module is head else "linear"

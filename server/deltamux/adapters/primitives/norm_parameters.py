@@ -1,0 +1,55 @@
+"""Norm parameters: the adapter's own weight and bias in place of the norm's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.segments import Segments
+
+
+@dataclass(frozen=True, eq=False)
+class NormParameters:
+    """`weight` [width] and, for a norm that has one, `bias` [width], as the module reads them."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+class NormParametersBank:
+    """A copy of the norm a slot, which shares all but its parameters with the base's own.
+
+    So whatever a norm computes (Gemma adds 1 to its weight) is computed by its own code.
+    """
+
+    def __init__(self, norm: nn.Module, parameters: PackedMatrices) -> None:
+        self.slots: set[int] = set()
+        self._norm = norm
+        self._parameters = parameters
+        self._norms: dict[int, nn.Module] = {}
+
+    def pieces(self, payload: NormParameters) -> Sequence[tuple[PackedMatrices, Tensor]]:
+        return tuple((self._parameters, tensor[None]) for tensor in payload.tensors)
+
+    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
+        rows = self._parameters.views[slot]
+        assert rows is not None
+        norm = copy.copy(self._norm)
+        norm._parameters = dict(zip(("weight", "bias"), rows, strict=False))
+        self._norms[slot] = norm
+
+    def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        inputs = segments.pieces(x.reshape(y.shape))
+        for (slot, _, _), given, rows in zip(
+            segments.spans, inputs, segments.pieces(y), strict=True
+        ):
+            if self._parameters.views[slot] is not None:
+                rows.copy_(self._norms[slot](given))
