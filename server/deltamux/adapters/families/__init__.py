@@ -1,7 +1,8 @@
 """The families that are served, in the order in which they are asked."""
 
 from deltamux.adapters.families.ia3 import Ia3
+from deltamux.adapters.families.ln_tuning import LnTuning
 from deltamux.adapters.families.lora import Lora
 from deltamux.adapters.family import Family
 
-FAMILIES: tuple[Family, ...] = (Lora(), Ia3())
+FAMILIES: tuple[Family, ...] = (Lora(), Ia3(), LnTuning())

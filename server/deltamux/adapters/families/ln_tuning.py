@@ -1,0 +1,59 @@
+"""LN tuning in PEFT's format: norms with a weight and a bias of the adapter's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from deltamux.adapters.family import Parsed
+from deltamux.adapters.fields import Fields
+from deltamux.adapters.manifest import Manifest
+from deltamux.adapters.module_tensors import ModuleTensors
+from deltamux.adapters.norm_tensors import take_norm
+from deltamux.adapters.patterns import Selector
+from deltamux.adapters.shared_fields import PROVENANCE, refuse_executable, require_generation
+from deltamux.adapters.strict_json import Json
+from deltamux.adapters.targets import read_selector, targeted_sites
+from deltamux.base.structure import Kind, Structure
+
+_KINDS: frozenset[Kind] = frozenset(("norm",))
+
+_WEIGHT, _BIAS = "ln_tuning_layers.weight", "ln_tuning_layers.bias"
+
+
+class LnTuning:
+    """PEFT copies any module that is named; only copies of norms are served."""
+
+    name = "ln_tuning"
+
+    def claims(self, manifest: Manifest) -> bool:
+        return manifest.peft_type == "LN_TUNING"
+
+    def parse(
+        self,
+        manifest: Manifest,
+        tensors: Mapping[str, Tensor],
+        structure: Structure,
+        dtype: torch.dtype,
+    ) -> Parsed:
+        selector = _read_selector(manifest.fields)
+        modules = ModuleTensors(tensors, structure, {_WEIGHT: _WEIGHT, _BIAS: _BIAS})
+        payloads = {
+            site.name: (take_norm(site, modules, structure, (_WEIGHT, _BIAS), dtype),)
+            for site in targeted_sites(selector, structure, _KINDS)
+        }
+        modules.require_none_left()
+        return Parsed(payloads, rank=0, parameters=modules.taken)
+
+
+def _read_selector(values: Mapping[str, Json]) -> Selector:
+    fields = Fields(values)
+    refuse_executable(fields)
+    require_generation(fields)
+    fields.require_off({"modules_to_save": None})
+    selector = read_selector(fields)
+    fields.discard(PROVENANCE)
+    fields.require_none_left()
+    return selector
