@@ -111,6 +111,8 @@ def test_inits_that_leave_the_base_alone_are_plain_lora(init: Any) -> None:
         ("layers_to_transform", -1, "INVALID_ARGUMENT", "BAD_FIELD"),
         ("layers_pattern", "h", "INVALID_ARGUMENT", "BAD_FIELD"),
         ("use_dora", "yes", "INVALID_ARGUMENT", "BAD_FIELD"),
+        ("bias", "boft_only", "INVALID_ARGUMENT", "BAD_FIELD"),
+        ("bias", True, "INVALID_ARGUMENT", "BAD_FIELD"),
         ("use_rslora", 1, "INVALID_ARGUMENT", "BAD_FIELD"),
         pytest.param("r", MAX_RANK + 1, "FAILED_PRECONDITION", "RANK_TOO_LARGE", id="BI-22"),
         *(
@@ -120,7 +122,6 @@ def test_inits_that_leave_the_base_alone_are_plain_lora(init: Any) -> None:
             for field, value in {
                 "alora_invocation_tokens": [1, 2],
                 "arrow_config": {"top_k": 3},
-                "bias": "all",
                 "ensure_weight_tying": True,
                 "kasa_config": {"beta": 1e-4},
                 "layer_replication": [[0, 1]],

@@ -49,7 +49,11 @@ class BankFactory:
     def _norm(self, spec: SiteSpec) -> SiteBanks:
         norm = self._structure.module(spec.name)
         parameters = self._store(spec.out_features)
-        return SiteBanks({NormParameters: NormParametersBank(norm, parameters)})
+        banks: dict[type[Payload], OutputBank] = {
+            NormParameters: NormParametersBank(norm, parameters),
+            RowBias: RowBiasBank(self._store(spec.out_features)),
+        }
+        return SiteBanks(banks)
 
     def _embedding(self, spec: SiteSpec) -> SiteBanks:
         a, b = self._store(spec.in_features), self._store(spec.out_features)
@@ -66,8 +70,8 @@ class BankFactory:
         b = self._store(spec.out_features)
         banks: dict[type[Payload], OutputBank] = {
             LowRank: LowRankBank(shared, last, b, self._columns()),
-            RowBias: RowBiasBank(self._store(spec.out_features)),
             RowScale: RowScaleBank(self._store(spec.out_features), bias),
+            RowBias: RowBiasBank(self._store(spec.out_features)),
             OutputScale: RowScaleBank(self._store(spec.out_features), None),
         }
         return SiteBanks(banks, {InputScale: InputScaleBank(self._store(spec.in_features))})

@@ -13,6 +13,7 @@ from deltamux.adapters.patterns import PatternTable, Selector
 from deltamux.adapters.shared_fields import PROVENANCE, refuse_executable, require_generation
 from deltamux.adapters.strict_json import Json, quoted
 from deltamux.adapters.targets import read_selector
+from deltamux.adapters.trained_biases import Trained, read_trained_biases
 from deltamux.errors import FailedPrecondition, InvalidArgument
 
 Number = TypeVar("Number", int, float)
@@ -40,7 +41,6 @@ _HARMLESS = (
 _UNSERVED: Mapping[str, Json] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
-    "bias": "none",
     "ensure_weight_tying": False,
     "kasa_config": None,
     "layer_replication": None,
@@ -67,6 +67,7 @@ class LoraConfig:
     rank_stabilized: bool
     dora: bool
     bias: bool
+    trained_biases: Trained
 
     def rank_of(self, module: str) -> int:
         return self.ranks.get(module, self.rank)
@@ -93,6 +94,7 @@ def read_lora_config(values: Mapping[str, Json]) -> LoraConfig:
         rank_stabilized=fields.take_bool("use_rslora"),
         dora=fields.take_bool("use_dora"),
         bias=fields.take_bool("lora_bias"),
+        trained_biases=read_trained_biases(fields.take("bias"), "lora_only"),
     )
     fields.discard(_HARMLESS)
     fields.require_none_left()

@@ -24,8 +24,8 @@ class SiteSpec:
     """A module that adapters may change: it maps each token row to one row.
 
     Sites that read the same input tensor (query, key, value; gate, up) carry the same `group`, and
-    `order` is the place of their call in it. `in_features` of an embedding is its number of rows, of
-    a norm the width of its rows.
+    `order` is the place of their call in it. An embedding has as many `in_features` as rows,
+    a norm as many as its rows are wide.
     """
 
     name: str

@@ -1,5 +1,5 @@
-"""LoRA in PEFT's format: y += s (x A^T) B, with rsLoRA, DoRA and lora_bias, at any linear
-module, the language head and embeddings."""
+"""LoRA in PEFT's format: y += s (x A^T) B, with rsLoRA, DoRA, lora_bias and trained biases, at any
+linear module, the language head and embeddings."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.row_bias import RowBias
 from deltamux.adapters.primitives.row_scale import RowScale
 from deltamux.adapters.targets import targeted_sites
+from deltamux.adapters.trained_biases import take_bias_shifts
 from deltamux.base.structure import Kind, SiteSpec, Structure
 from deltamux.errors import InvalidArgument
 
@@ -55,9 +56,14 @@ class Lora:
         config = read_lora_config(manifest.fields)
         sites = _targets(config, structure)
         modules = ModuleTensors(tensors, structure, _PARTS)
+        shifts = take_bias_shifts(config.trained_biases, sites, modules, structure)
         notes = modules.drop_base_copies()
         reader = _SiteReader(config, modules, structure, dtype)
-        payloads = {site.name: tuple(reader.payloads(site)) for site in sites}
+        payloads = {
+            site.name: tuple(reader.payloads(site, shifts.pop(site.name, None))) for site in sites
+        }
+        for name, shift in shifts.items():
+            payloads[name] = (RowBias(to_serving(structure.sites[name], shift, dtype)),)
         modules.require_none_left()
         return Parsed(
             payloads,
@@ -88,7 +94,7 @@ class _SiteReader:
         self._structure = structure
         self._dtype = dtype
 
-    def payloads(self, site: SiteSpec) -> Iterator[Payload]:
+    def payloads(self, site: SiteSpec, bias_shift: Tensor | None) -> Iterator[Payload]:
         if site.kind == "embedding":
             parts = ("lora_embedding_A", "lora_embedding_B")
             low_rank: type[EmbeddingLowRank] | type[LowRank] = EmbeddingLowRank
@@ -100,16 +106,18 @@ class _SiteReader:
         b = b * self._config.scale_of(site.name)
         output_b = b if site.embed_scale is None else b * site.embed_scale
         yield low_rank(self._serving(site, a), self._serving(site, output_b.T))
-        if self._config.bias:
-            yield self._bias(site)
         if self._config.dora:
             yield self._magnitude(site, a, b)
+        biases = [] if bias_shift is None else [bias_shift]
+        if self._config.bias:
+            biases.append(self._bias(site))
+        if biases:
+            yield RowBias(self._serving(site, torch.stack(biases).sum(0)))
 
-    def _bias(self, site: SiteSpec) -> RowBias:
+    def _bias(self, site: SiteSpec) -> Tensor:
         if site.kind == "embedding":
             raise InvalidArgument(f"lora_bias does not apply to the embedding {site.name}")
-        bias = self._vector(site, "lora_B.bias") * self._config.scale_of(site.name)
-        return RowBias(self._serving(site, bias))
+        return self._vector(site, "lora_B.bias") * self._config.scale_of(site.name)
 
     def _magnitude(self, site: SiteSpec, a: Tensor, b: Tensor) -> RowScale:
         weight = self._structure.weight(site.name)

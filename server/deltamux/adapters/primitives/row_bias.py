@@ -1,4 +1,4 @@
-"""Row bias: y += c, one vector an adapter (the bias that PEFT's lora_bias adds)."""
+"""Row bias: y += c, one vector an adapter (PEFT's lora_bias, trained biases less the base's)."""
 
 from __future__ import annotations
 
