@@ -8,6 +8,7 @@ from deltamux_kernels.paged_attention import paged_attention
 from deltamux_kernels.row_affine import row_affine
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.shrink import Shrunk, shrink
+from deltamux_kernels.sparse_delta import SparseMatrices, sparse_delta
 from deltamux_kernels.write_kv import write_kv
 
 __all__ = [
@@ -17,10 +18,12 @@ __all__ = [
     "PackedMatrices",
     "Segments",
     "Shrunk",
+    "SparseMatrices",
     "embedding_shrink",
     "expand",
     "paged_attention",
     "row_affine",
     "shrink",
+    "sparse_delta",
     "write_kv",
 ]

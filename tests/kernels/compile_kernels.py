@@ -21,13 +21,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from deltamux_kernels import AttentionBatch, Columns, PackedMatrices, Segments
+from deltamux_kernels import AttentionBatch, Columns, PackedMatrices, Segments, SparseMatrices
 from deltamux_kernels.embedding_shrink import embedding_shrink_triton
 from deltamux_kernels.expand import expand_triton
 from deltamux_kernels.paged_attention_triton import paged_attention_triton
 from deltamux_kernels.row_affine import row_affine_triton
 from deltamux_kernels.scoring import Scoring
 from deltamux_kernels.shrink import shrink_triton
+from deltamux_kernels.sparse_delta import sparse_delta_triton
 from deltamux_kernels.write_kv import write_kv_triton
 
 CPU = torch.device("cpu")
@@ -98,6 +99,10 @@ def low_rank(dtype: torch.dtype, rows: int) -> None:
     embedding_shrink_triton(torch.zeros(rows, dtype=torch.int64), packed, segments)
     row_affine_triton(x, x[0], scale, segments)
     row_affine_triton(x, None, scale, segments)
+    sparse = SparseMatrices(arena, 2, WIDTH, WIDTH)
+    for part in (sparse.values, sparse.columns, sparse.starts):
+        part.write(0, 0, torch.zeros(WIDTH, 1))
+    sparse_delta_triton(x, x, sparse, segments)
 
 
 def attention(dtype: torch.dtype, dim: int, queries: int, scoring: Scoring) -> None:

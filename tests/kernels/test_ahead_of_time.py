@@ -13,6 +13,7 @@ KERNELS = {
     "expand_kernel",
     "embedding_shrink_kernel",
     "row_affine_kernel",
+    "sparse_delta_kernel",
     "write_kv_kernel",
     "paged_attention_kernel",
 }

@@ -13,9 +13,11 @@ from deltamux.adapters.primitives.norm_parameters import NormParameters, NormPar
 from deltamux.adapters.primitives.payload import InputBank, OutputBank, Payload
 from deltamux.adapters.primitives.row_bias import RowBias, RowBiasBank
 from deltamux.adapters.primitives.row_scale import OutputScale, RowScale, RowScaleBank
+from deltamux.adapters.primitives.sparse_delta import SparseDelta, SparseDeltaBank
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux_kernels.expand import Columns
 from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.sparse_delta import SparseMatrices
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +72,7 @@ class BankFactory:
         b = self._store(spec.out_features)
         banks: dict[type[Payload], OutputBank] = {
             LowRank: LowRankBank(shared, last, b, self._columns()),
+            SparseDelta: SparseDeltaBank(self._sparse(spec)),
             RowScale: RowScaleBank(self._store(spec.out_features), bias),
             RowBias: RowBiasBank(self._store(spec.out_features)),
             OutputScale: RowScaleBank(self._store(spec.out_features), None),
@@ -86,6 +89,9 @@ class BankFactory:
 
     def _store(self, width: int) -> PackedMatrices:
         return PackedMatrices(self._arena, self._slots, width)
+
+    def _sparse(self, spec: SiteSpec) -> SparseMatrices:
+        return SparseMatrices(self._arena, self._slots, spec.out_features, spec.in_features)
 
     def _columns(self) -> Columns:
         return Columns(self._slots, self._arena.device)
