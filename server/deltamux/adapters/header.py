@@ -19,7 +19,8 @@ MAX_TENSORS = 16_384
 
 _MAX_DIMENSIONS = 8
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,512}")
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+# The integers are places in a matrix, never weights.
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
 
 # How files begin that are often found under the name of a safetensors file.
 _IMPOSTORS = (

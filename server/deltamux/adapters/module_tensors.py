@@ -24,13 +24,18 @@ _BASE_PARTS = {
 
 
 class ModuleTensors:
-    """`parts` says how a tensor's name may end, and which part of its module that is.
+    """`parts` says how a tensor's name may end, and which part of its module that is; those in
+    `integers` hold places, all others weights.
 
     Raises FailedPrecondition (BASE_MISMATCH) for a module that is no site of the base.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], structure: Structure, parts: Mapping[str, str]
+        self,
+        tensors: Mapping[str, Tensor],
+        structure: Structure,
+        parts: Mapping[str, str],
+        integers: tuple[str, ...] = (),
     ) -> None:
         self._structure = structure
         self._parts = parts
@@ -41,6 +46,9 @@ class ModuleTensors:
             key = self._split(name)
             if key in self._left:
                 raise _extra(name, f"the same as {quoted(self._left[key][0])}")
+            if tensor.is_floating_point() == (key[1] in integers):
+                message = f"{WEIGHTS}: {quoted(name)} has dtype {tensor.dtype}"
+                raise InvalidArgument(message, reason="MALFORMED_WEIGHTS")
             self._left[key] = (name, tensor)
 
     def take(self, module: str, part: str, dimensions: int) -> Tensor:

@@ -1,0 +1,92 @@
+"""SHiRA in PEFT's format: a few numbers of each weight matrix, trained where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltamux.adapters.family import Parsed
+from deltamux.adapters.fields import Fields, as_integer
+from deltamux.adapters.manifest import Manifest
+from deltamux.adapters.module_tensors import ModuleTensors, other_base, to_serving
+from deltamux.adapters.patterns import Selector
+from deltamux.adapters.primitives.sparse_delta import SparseDelta
+from deltamux.adapters.shared_fields import PROVENANCE, refuse_executable, require_generation
+from deltamux.adapters.strict_json import Json
+from deltamux.adapters.targets import read_selector, targeted_sites
+from deltamux.base.structure import Kind, SiteSpec, Structure
+from deltamux.errors import InvalidArgument
+
+_KINDS: frozenset[Kind] = frozenset(("linear", "head"))
+
+_VALUES, _INDICES = "shira_weight", "shira_indices"
+
+# How places and numbers were first drawn; both are in the file.
+_HARMLESS = (*PROVENANCE, "fan_in_fan_out", "init_weights", "mask_type", "random_seed")
+
+_MAX_RANK = (1 << 31) - 1
+
+
+class Shira:
+    """A module of n inputs and m outputs has r (m + n) numbers, as many as LoRA of rank r."""
+
+    name = "shira"
+
+    def claims(self, manifest: Manifest) -> bool:
+        return manifest.peft_type == "SHIRA"
+
+    def parse(
+        self,
+        manifest: Manifest,
+        tensors: Mapping[str, Tensor],
+        structure: Structure,
+        dtype: torch.dtype,
+    ) -> Parsed:
+        config = _read_config(manifest.fields)
+        parts = {part: part for part in (_VALUES, _INDICES)}
+        modules = ModuleTensors(tensors, structure, parts, integers=(_INDICES,))
+        notes = modules.drop_base_copies()
+        payloads = {
+            site.name: (_payload(site, modules, config.rank, dtype),)
+            for site in targeted_sites(config.selector, structure, _KINDS)
+        }
+        modules.require_none_left()
+        numbers = sum(payload.values.numel() for (payload,) in payloads.values())
+        return Parsed(payloads, rank=0, parameters=numbers, notes=notes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Config:
+    selector: Selector
+    rank: int
+
+
+def _read_config(values: Mapping[str, Json]) -> _Config:
+    fields = Fields(values)
+    refuse_executable(fields)
+    require_generation(fields)
+    fields.require_off({"modules_to_save": None})
+    rank = as_integer("r", fields.take("r"), 1, _MAX_RANK)
+    config = _Config(read_selector(fields), rank)
+    fields.discard(_HARMLESS)
+    fields.require_none_left()
+    return config
+
+
+def _payload(site: SiteSpec, modules: ModuleTensors, rank: int, dtype: torch.dtype) -> SparseDelta:
+    values = modules.take(site.name, _VALUES, 1)
+    indices = modules.take(site.name, _INDICES, 2)
+    expected = rank * (site.in_features + site.out_features)
+    if values.shape[0] != expected or indices.shape != (2, expected):
+        raise InvalidArgument(
+            f"{site.name}: {_VALUES} of {tuple(values.shape)} and {_INDICES} of "
+            f"{tuple(indices.shape)}, where r = {rank} makes {expected} numbers",
+            reason="RANK_MISMATCH",
+        )
+    rows, columns = indices.long()
+    if indices.min() < 0 or rows.max() >= site.out_features or columns.max() >= site.in_features:
+        raise other_base(site, f"{_INDICES} up to ({rows.max()}, {columns.max()})")
+    return SparseDelta.of(rows, columns, to_serving(site, values, dtype), site.out_features)
