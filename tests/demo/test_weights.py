@@ -14,7 +14,7 @@ from deltamux.demo.tasks import TASKS, Task, prompt, unseen_inputs, weights_path
 BASE = weights_path() / "base"
 ADAPTERS = weights_path() / "adapters"
 
-UNSEEN = 120
+UNSEEN = 300
 REQUIRED = 0.95
 LARGEST = 8_000_000  # bytes
 
