@@ -3,6 +3,7 @@
 from deltamux_kernels.attention_batch import AttentionBatch
 from deltamux_kernels.embedding_shrink import embedding_shrink
 from deltamux_kernels.expand import Columns, expand
+from deltamux_kernels.grouped_dense import grouped_dense
 from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
 from deltamux_kernels.paged_attention import paged_attention
 from deltamux_kernels.row_affine import row_affine
@@ -21,6 +22,7 @@ __all__ = [
     "SparseMatrices",
     "embedding_shrink",
     "expand",
+    "grouped_dense",
     "paged_attention",
     "row_affine",
     "shrink",

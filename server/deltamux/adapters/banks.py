@@ -6,6 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from deltamux.adapters.primitives.dense import (
+    Dense,
+    DenseBank,
+    DenseEmbedding,
+    DenseEmbeddingBank,
+)
 from deltamux.adapters.primitives.embedding_low_rank import EmbeddingLowRank, EmbeddingLowRankBank
 from deltamux.adapters.primitives.input_scale import InputScale, InputScaleBank
 from deltamux.adapters.primitives.low_rank import LowRank, LowRankBank, SharedInput
@@ -60,6 +66,7 @@ class BankFactory:
     def _embedding(self, spec: SiteSpec) -> SiteBanks:
         a, b = self._store(spec.in_features), self._store(spec.out_features)
         banks: dict[type[Payload], OutputBank] = {
+            DenseEmbedding: DenseEmbeddingBank(self._store(spec.out_features)),
             EmbeddingLowRank: EmbeddingLowRankBank(a, b, self._columns()),
             RowScale: RowScaleBank(self._store(spec.out_features), None),
         }
@@ -71,6 +78,7 @@ class BankFactory:
         bias = self._structure.bias(spec.name)
         b = self._store(spec.out_features)
         banks: dict[type[Payload], OutputBank] = {
+            Dense: DenseBank(self._store(spec.in_features), self._store(spec.out_features)),
             LowRank: LowRankBank(shared, last, b, self._columns()),
             SparseDelta: SparseDeltaBank(self._sparse(spec)),
             RowScale: RowScaleBank(self._store(spec.out_features), bias),

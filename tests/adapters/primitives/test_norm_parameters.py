@@ -19,7 +19,7 @@ def test_each_row_is_normed_with_the_parameters_of_its_own_slot(
     bank = NormParametersBank(norm, PackedMatrices(arena, 4, 9))
     payload = NormParameters(torch.randn(9), torch.randn(9))
     ((store, weight), (_, bias)) = bank.pieces(payload)
-    store.write(0, 64, torch.cat((weight, bias)))
+    store.write(0, 9 * 64, torch.cat((weight, bias)))
     bank.placed(0, [0, 1])
     x = torch.randn(2, 5, 9)
     y = norm(x).view(10, 9)

@@ -1,0 +1,131 @@
+"""x times a dense W transposed in place of the base's product, each row with its own slot's W."""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch
+
+from deltamux_kernels._triton import tl, triton
+from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.segments import TILE_ROWS, Segments
+
+BLOCK_N = 64
+BLOCK_K = 64
+
+
+def grouped_dense(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weights: PackedMatrices,
+    biases: PackedMatrices,
+    segments: Segments,
+) -> None:
+    """y[t, n] = sum_k x[t, k] W_s[n, k] + b_s[n], in place, s = slot of row t.
+
+    y [T, N]; x [T, K]; W_s [N, K]; b_s [1, N], or none for zero. Rows whose slot has no W keep
+    their bits.
+    """
+    if y.device.type == "cuda":
+        grouped_dense_triton(y, x, weights, biases, segments)
+    else:
+        grouped_dense_torch(y, x, weights, biases, segments)
+
+
+def grouped_dense_torch(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weights: PackedMatrices,
+    biases: PackedMatrices,
+    segments: Segments,
+) -> None:
+    """`grouped_dense` in plain torch; half types are computed as torch's linear layers do."""
+    pieces = zip(segments.spans, segments.pieces(x), segments.pieces(y), strict=True)
+    for (slot, _, _), given, rows in pieces:
+        weight, bias = weights.views[slot], biases.views[slot]
+        if weight is not None:
+            rows.copy_(torch.nn.functional.linear(given, weight, None if bias is None else bias[0]))
+
+
+def grouped_dense_triton(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weights: PackedMatrices,
+    biases: PackedMatrices,
+    segments: Segments,
+) -> None:
+    """`grouped_dense` in one launch: a program per (tile of rows, block of N)."""
+    if not weights.most_rows(segments.slots):
+        return
+    x = x if x.stride(1) == 1 else x.contiguous()
+    _grouped_dense_kernel[(segments.tiles.shape[0], -(-biases.width // BLOCK_N))](
+        y,
+        x,
+        weights.arena,
+        weights.offsets,
+        biases.offsets,
+        weights.rows,
+        biases.rows,
+        segments.tiles,
+        weights.width,
+        biases.width,
+        y.stride(0),
+        y.stride(1),
+        x.stride(0),
+        BLOCK_T=TILE_ROWS,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        num_warps=4,
+        enable_fp_fusion=True,
+        num_stages=3,
+    )
+
+
+@triton.jit
+@no_type_check
+def _grouped_dense_kernel(
+    y,
+    x,
+    arena,
+    weight_offsets,
+    bias_offsets,
+    weight_rows,
+    bias_rows,
+    tiles,
+    in_width,
+    out_width,
+    y_row,
+    y_column,
+    x_row,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tile, block = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(tiles + tile * 3)
+    start = tl.load(tiles + tile * 3 + 1)
+    count = tl.load(tiles + tile * 3 + 2)
+    if tl.load(weight_rows + slot) == 0:
+        return
+    i, n = tl.arange(0, BLOCK_T), block * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_i, live_n = i < count, n < out_width
+    t = (start + i).to(tl.int64)
+    weight = arena + tl.multiple_of(tl.load(weight_offsets + slot), 64)
+    total = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    for k0 in range(0, in_width, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        live_k = k < in_width
+        rows = tl.load(
+            x + t[:, None] * x_row + k[None, :], mask=live_i[:, None] & live_k[None, :], other=0.0
+        )
+        columns = tl.load(
+            weight + n.to(tl.int64)[None, :] * in_width + k[:, None],
+            mask=live_k[:, None] & live_n[None, :],
+            other=0.0,
+        )
+        total = tl.dot(rows, columns, total, input_precision="ieee")
+    bias = arena + tl.load(bias_offsets + slot)
+    biased = n < out_width * tl.load(bias_rows + slot)
+    total += tl.load(bias + n, mask=biased, other=0.0).to(tl.float32)[None, :]
+    target = y + t[:, None] * y_row + n[None, :] * y_column
+    tl.store(target, total.to(y.dtype.element_ty), mask=live_i[:, None] & live_n[None, :])

@@ -1,0 +1,77 @@
+"""Dense replacement: the adapter's own weight matrix or embedding table in place of the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deltamux_kernels.grouped_dense import grouped_dense
+from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.segments import Segments
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """`weight` [out, in] and, where the module has one, `bias` [out]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+class DenseBank:
+    """A weight matrix a slot; the rows of the slot get its product, whatever the base gave them."""
+
+    def __init__(self, weights: PackedMatrices, biases: PackedMatrices) -> None:
+        self.slots: set[int] = set()
+        self._weights = weights
+        self._biases = biases
+
+    def pieces(self, payload: Dense) -> Sequence[tuple[PackedMatrices, Tensor]]:
+        weight = (self._weights, payload.weight)
+        return (weight,) if payload.bias is None else (weight, (self._biases, payload.bias[None]))
+
+    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
+        """Nothing to keep: weight and bias are alone in their stores."""
+
+    def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        grouped_dense(y, x.reshape(y.shape[0], -1), self._weights, self._biases, segments)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseEmbedding:
+    """`table` [vocabulary, out]; the base's scale of its embeddings is folded in."""
+
+    table: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.table,)
+
+
+class DenseEmbeddingBank:
+    """An embedding table a slot."""
+
+    def __init__(self, tables: PackedMatrices) -> None:
+        self.slots: set[int] = set()
+        self._tables = tables
+
+    def pieces(self, payload: DenseEmbedding) -> Sequence[tuple[PackedMatrices, Tensor]]:
+        return ((self._tables, payload.table),)
+
+    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
+        """Nothing to keep: a table is alone in its store."""
+
+    def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        pieces = zip(
+            segments.spans, segments.pieces(x.reshape(-1)), segments.pieces(y), strict=True
+        )
+        for (slot, _, _), ids, rows in pieces:
+            table = self._tables.views[slot]
+            if table is not None:
+                rows.copy_(table.index_select(0, ids))

@@ -1,0 +1,67 @@
+"""Replaced dense products against float64, and rows whose slot replaces nothing."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from deltamux_kernels import ALIGNMENT, PackedMatrices, Segments
+from deltamux_kernels.grouped_dense import grouped_dense_torch, grouped_dense_triton
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (70, 33), (64, 130)])
+def test_rows_are_replaced_by_the_product_of_their_own_slot(
+    inputs: int,
+    outputs: int,
+    form: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    pack_in_one: Callable[..., tuple[PackedMatrices, PackedMatrices]],
+) -> None:
+    torch.manual_seed(inputs)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape) / inputs**0.5).to(dtype).to(device)
+
+    weights = [normal(outputs, inputs), None, normal(outputs, inputs)]
+    biases = [normal(1, outputs), None, None]
+    x, before = normal(25, inputs), normal(25, outputs)
+    segments = Segments.build([(2, 1, 19), (1, 19, 21), (0, 22, 23)], device)
+    expected = before.double()
+    for slot, start, end in segments.spans:
+        if (weight := weights[slot]) is not None:
+            expected[start:end] = x[start:end].double() @ weight.double().T
+            if (bias := biases[slot]) is not None:
+                expected[start:end] += bias.double()
+    y = before.clone()
+    packed = pack_in_one(weights, biases)
+    (grouped_dense_torch if form == "torch" else grouped_dense_triton)(y, x, *packed, segments)
+    untouched = [0, 19, 20, 21, 23, 24]
+    assert torch.equal(y[untouched], before[untouched])
+    assert ((y - expected).abs() <= 8 * torch.finfo(dtype).eps * (1 + expected.abs())).all()
+
+
+@pytest.fixture
+def pack_in_one(
+    dtype: torch.dtype, device: torch.device
+) -> Callable[..., tuple[PackedMatrices, PackedMatrices]]:
+    """pack_in_one(weights, biases): both in one arena, as all stores of a model are."""
+
+    def packed(
+        *stores: list[torch.Tensor | None],
+    ) -> tuple[PackedMatrices, ...]:
+        arena = torch.full((1 << 16,), torch.nan, dtype=dtype, device=device)
+        end, results = 1, []
+        for matrices in stores:
+            width = next(matrix.shape[1] for matrix in matrices if matrix is not None)
+            extent = math.lcm(ALIGNMENT, width)
+            results.append(PackedMatrices(arena, len(matrices), width))
+            for slot, matrix in enumerate(matrices):
+                if matrix is not None:
+                    offset = -(-end // extent) * extent
+                    results[-1].write(slot, offset, matrix)
+                    end = offset + matrix.numel() + 1
+        return tuple(results)
+
+    return packed
