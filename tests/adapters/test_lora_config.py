@@ -126,7 +126,6 @@ def test_inits_that_leave_the_base_alone_are_plain_lora(init: Any) -> None:
                 "kasa_config": {"beta": 1e-4},
                 "layer_replication": [[0, 1]],
                 "loftq_config": {"loftq_bits": 4},
-                "modules_to_save": ["score"],
                 "monteclora_config": {"x": 1},
                 "target_parameters": ["experts.down_proj"],
                 "task_type": "SEQ_CLS",

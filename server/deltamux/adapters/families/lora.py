@@ -17,6 +17,7 @@ from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.row_bias import RowBias
 from deltamux.adapters.primitives.row_scale import RowScale
+from deltamux.adapters.saved_modules import saved_sites, take_saved
 from deltamux.adapters.targets import targeted_sites
 from deltamux.adapters.trained_biases import take_bias_shifts
 from deltamux.base.structure import Kind, SiteSpec, Structure
@@ -54,8 +55,10 @@ class Lora:
         dtype: torch.dtype,
     ) -> Parsed:
         config = read_lora_config(manifest.fields)
-        sites = _targets(config, structure)
+        saved = saved_sites(config.saved_modules, structure)
+        sites = [site for site in _targets(config, structure) if site.name not in saved]
         modules = ModuleTensors(tensors, structure, _PARTS)
+        replaced = take_saved(saved.values(), modules, structure, dtype)
         shifts = take_bias_shifts(config.trained_biases, sites, modules, structure)
         notes = modules.drop_base_copies()
         reader = _SiteReader(config, modules, structure, dtype)
@@ -66,8 +69,8 @@ class Lora:
             payloads[name] = (RowBias(to_serving(structure.sites[name], shift, dtype)),)
         modules.require_none_left()
         return Parsed(
-            payloads,
-            rank=max(config.rank_of(site.name) for site in sites),
+            payloads | replaced,
+            rank=max((config.rank_of(site.name) for site in sites), default=0),
             parameters=modules.taken,
             notes=notes,
         )

@@ -1,0 +1,90 @@
+"""modules_to_save beside LoRA against PEFT, mixed with plain LoRA and rows without adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+from deltamux.adapters.saved_modules import saved_sites
+from deltamux.errors import DeltamuxError
+
+Make = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "saved"),
+    [
+        ("llama", ["q_proj", "v_proj"], ["lm_head"]),
+        ("llama", ["q_proj", "v_proj"], ["embed_tokens", "norm", "k_proj"]),
+        ("llama_bias", ["o_proj"], ["mlp"]),
+        ("llama", "all-linear", ["up_proj"]),
+        ("llama_tied", ["q_proj"], ["embed_tokens"]),
+        ("llama_tied", ["q_proj"], ["lm_head"]),
+        ("gemma3", ["q_proj"], ["embed_tokens", "post_attention_layernorm"]),
+        ("gpt2", ["c_attn"], ["ln_f", "c_fc", "wpe"]),
+    ],
+)
+def test_whole_modules_beside_lora(
+    name: str,
+    targets: list[str] | str,
+    saved: list[str],
+    tune: Make,
+    save: Make,
+    serve: Make,
+    reference: Make,
+    ids: Tensor,
+) -> None:
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, modules_to_save=saved)
+    folders = [tune(name, config, 1), save(name, r=4, target_modules=targets), tune(name, config)]
+    served = serve(name)
+    for slot, folder in enumerate(folders):
+        served.load(slot, folder)
+    mixed = served.logits(ids[:4], [None, 0, 1, 2])
+    plain = served.logits(ids[:4], [None] * 4)
+    assert torch.equal(mixed[0], plain[0])
+    for row, folder in enumerate(folders, start=1):
+        expected = reference(name, folder, ids[row : row + 1])[0]
+        assert (expected - plain[row]).abs().max() > 0.1
+        torch.testing.assert_close(mixed[row], expected, atol=3e-5, rtol=1e-5)
+
+
+def test_names_end_a_modules_path_or_that_of_a_module_around_it(serve: Make) -> None:
+    structure = serve("llama").structure
+    mlp = saved_sites(["1.mlp"], structure)
+    assert [name.rpartition(".")[2] for name in mlp] == ["gate_proj", "up_proj", "down_proj"]
+    assert list(saved_sites(["head"], structure)) == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda head: head[:-1], "BASE_MISMATCH"),
+        (lambda head: torch.cat((head, head[:3])), "BASE_MISMATCH"),
+        (lambda head: head[0], "SHAPE_MISMATCH"),
+        (None, "MISSING_TENSORS"),
+    ],
+)
+def test_wrong_modules_are_refused(
+    change: Callable[[Tensor], Tensor] | None, reason: str, save: Make, serve: Make, rewrite: Make
+) -> None:
+    name = "base_model.model.lm_head.weight"
+
+    def changed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        head = tensors.pop(name)
+        return tensors if change is None else {**tensors, name: change(head)}
+
+    folder = save("llama", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(DeltamuxError) as caught:
+        serve("llama").parse(rewrite(folder, changed))
+    assert caught.value.reason == reason
+
+
+def test_a_name_that_means_no_site_is_refused(serve: Make) -> None:
+    with pytest.raises(DeltamuxError, match="score") as caught:
+        saved_sites(["lm_head", "score"], serve("llama").structure)
+    assert caught.value.reason == "UNSUPPORTED_FEATURE"
