@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
@@ -55,7 +56,8 @@ class Site:
             for n in outputs
         ]
         slots, device = len(ranks), torch.device("cpu")
-        elements = sum(rank * (width + n) + 2 * ALIGNMENT for rank in ranks for n in outputs)
+        step = math.lcm(ALIGNMENT, width, *outputs)
+        elements = sum(rank * (width + n) + 2 * step for rank in ranks for n in outputs)
         arena, self._end = torch.empty(elements), 0
         self.a = PackedMatrices(arena, slots, width)
         self.b = [PackedMatrices(arena, slots, n) for n in outputs]
@@ -71,8 +73,9 @@ class Site:
         ]
 
     def _write(self, packed: PackedMatrices, slot: int, matrix: torch.Tensor) -> None:
+        self._end = -(-self._end // packed.alignment) * packed.alignment
         packed.write(slot, self._end, matrix)
-        self._end += -(-matrix.numel() // ALIGNMENT) * ALIGNMENT
+        self._end += matrix.numel()
 
 
 def _padded(matrices: list[torch.Tensor]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -15,6 +16,8 @@ class PackedMatrices:
     """One row-major matrix [rows, width] per slot, for one site; a slot may have none.
 
     All sites share one flat `arena`; a matrix takes `rows * width` of its elements and no padding.
+    It begins at a multiple of `alignment` elements: on a CPU that is a whole number of rows, so
+    that the arena reads as one `table` [any, width] of rows.
     `offsets` (int64 [slots], elements) and `rows` (int32 [slots], 0 = no matrix) live on the
     arena's device for the Triton forms; `views` holds the same matrices for the torch forms.
     """
@@ -22,30 +25,35 @@ class PackedMatrices:
     def __init__(self, arena: torch.Tensor, slots: int, width: int) -> None:
         self.arena = arena
         self.width = width
+        on_cpu = arena.device.type == "cpu"
+        self.alignment = math.lcm(ALIGNMENT, width) if on_cpu else ALIGNMENT
+        self.table = arena[: arena.numel() // width * width].view(-1, width)
         self.offsets = torch.zeros(slots, dtype=torch.int64, device=arena.device)
         self.rows = torch.zeros(slots, dtype=torch.int32, device=arena.device)
         self.views: list[torch.Tensor | None] = [None] * slots
         self.transposed: list[torch.Tensor | None] = [None] * slots
         self._rows_on_host = [0] * slots
+        self._first_row = [0] * slots
 
     def write(self, slot: int, offset: int, matrix: torch.Tensor) -> None:
         """Copy `matrix` [rows, width] to `arena[offset:]` and make it the slot's own.
 
         The copy does not block: on CUDA it runs on the current stream, from pinned memory if the
-        source has it. Raises ValueError for a wrong width, an offset off `ALIGNMENT`, or a matrix
+        source has it. Raises ValueError for a wrong width, an offset off `alignment`, or a matrix
         that does not fit the arena.
         """
         rows, width = matrix.shape
         end = offset + matrix.numel()
         if width != self.width:
             raise ValueError(f"matrix is {width} wide, this site is {self.width}")
-        if offset % ALIGNMENT or offset < 0 or end > self.arena.numel():
+        if offset % self.alignment or offset < 0 or end > self.arena.numel():
             raise ValueError(f"[{offset}, {end}) is no aligned extent of {self.arena.numel()}")
         view = self.arena[offset:end].view(rows, width)
         view.copy_(matrix, non_blocking=True)
         self.offsets[slot] = offset
         self.rows[slot] = rows
         self._rows_on_host[slot] = rows
+        self._first_row[slot] = offset // width
         self.views[slot] = view if rows else None
         self.transposed[slot] = view.t() if rows else None
 
@@ -59,6 +67,11 @@ class PackedMatrices:
     def rows_of(self, slot: int) -> int:
         """Rows of the slot's matrix; 0 when it has none."""
         return self._rows_on_host[slot]
+
+    def rows_in_table(self, slot: int) -> range:
+        """Which rows of `table` are the slot's matrix, on a CPU."""
+        first = self._first_row[slot]
+        return range(first, first + self._rows_on_host[slot])
 
     def most_rows(self, slots: Iterable[int]) -> int:
         """Rows of the tallest matrix among `slots`; 0 when none has one."""

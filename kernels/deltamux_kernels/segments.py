@@ -60,6 +60,11 @@ class Segments:
         return frozenset(slot for slot, _, _ in self.spans)
 
     @cached_property
+    def num_rows(self) -> int:
+        """Rows in all spans together."""
+        return sum(end - start for _, start, end in self.spans)
+
+    @cached_property
     def tiles(self) -> torch.Tensor:
         """`(slot, start, rows)` of every tile of at most `TILE_ROWS` rows: int32 [tiles, 3]."""
         tiles = [

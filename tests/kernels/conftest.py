@@ -1,5 +1,6 @@
 """Triton's interpreter, packed matrices with poisoned surroundings, and the forms of an op."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 
@@ -50,11 +51,10 @@ def pack(device: torch.device, dtype: torch.dtype) -> Pack:
     """Packs matrices, in an arena that is NaN wherever no matrix lies."""
 
     def packed(matrices: Sequence[torch.Tensor | None], width: int) -> PackedMatrices:
-        extents = [
-            0 if m is None else -(-m.numel() // ALIGNMENT) * ALIGNMENT + ALIGNMENT for m in matrices
-        ]
-        arena = torch.full((sum(extents) + ALIGNMENT,), torch.nan, dtype=dtype, device=device)
-        result, end = PackedMatrices(arena, len(matrices), width), ALIGNMENT
+        step = math.lcm(ALIGNMENT, width)
+        extents = [0 if m is None else -(-m.numel() // step) * step + step for m in matrices]
+        arena = torch.full((sum(extents) + step,), torch.nan, dtype=dtype, device=device)
+        result, end = PackedMatrices(arena, len(matrices), width), step
         for slot, (matrix, extent) in enumerate(zip(matrices, extents, strict=True)):
             if matrix is not None:
                 result.write(slot, end, matrix)

@@ -3,7 +3,7 @@
 import importlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -125,6 +125,43 @@ def test_random_steps_agree_with_the_formula(
 ) -> None:
     case = draw(seed, device, dtype)
     check(case, run(case, form, pack, device), dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_decode_steps_of_many_adapters_agree_with_the_formula(
+    rows: int, form: str, dtype: torch.dtype, device: torch.device, pack: Pack
+) -> None:
+    """One or two rows a span, side by side, rows without an adapter after them."""
+    case = draw(3, device, dtype)
+    slots = [slot for slot, a in enumerate(case.a) if a is not None]
+    spans = [(slot, i * rows, (i + 1) * rows) for i, slot in enumerate(slots)]
+    total = len(slots) * rows + 2
+    decode = replace(
+        case,
+        x=case.x[:1].expand(total, -1)
+        * torch.arange(1, total + 1, device=device)[:, None].to(dtype),
+        ys=[y[:1].expand(total, -1).contiguous() for y in case.ys],
+        segments=Segments.build(spans, device),
+    )
+    assert len(slots) >= 4
+    check(decode, run(decode, form, pack, device), dtype)
+
+
+def test_repeated_and_changed_spans_each_get_their_own_rows(pack: Pack, dtype: torch.dtype) -> None:
+    """The work list of a decode step is kept for the next one, and only for the same spans."""
+    a, b = [torch.eye(4)[:2] for _ in range(6)], [torch.full((2, 3), float(s)) for s in range(6)]
+    packed_a, packed_b, columns = pack(a, 4), pack(b, 3), Columns(6, torch.device("cpu"))
+    x = torch.ones(5, 4, dtype=dtype)
+    for slots in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [5, 4, 3, 2, 1]):
+        segments = Segments.build([(s, i, i + 1) for i, s in enumerate(slots)], x.device)
+        y = torch.zeros(5, 3, dtype=dtype)
+        expand_torch(y, shrink_torch(x, packed_a, segments), packed_b, columns, segments)
+        assert y[:, 0].tolist() == [2.0 * slot for slot in slots]
+    packed_b.write(5, packed_b.alignment, torch.full((2, 3), 9.0))
+    columns.set(5, 0)
+    y = torch.zeros(5, 3, dtype=dtype)
+    expand_torch(y, shrink_torch(x, packed_a, segments), packed_b, columns, segments)
+    assert y[0, 0] == 18.0
 
 
 @pytest.mark.parametrize("split_rows", [0, 256])

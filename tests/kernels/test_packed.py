@@ -9,11 +9,12 @@ from deltamux_kernels import ALIGNMENT, PackedMatrices
 def test_a_matrix_takes_its_own_elements_and_nothing_beside_them() -> None:
     arena = torch.full((512,), torch.nan)
     packed = PackedMatrices(arena, slots=2, width=5)
-    packed.write(1, 2 * ALIGNMENT, torch.arange(15.0).view(3, 5))
-    assert torch.equal(arena[128:143], torch.arange(15.0))
-    assert arena[:128].isnan().all() and arena[143:].isnan().all()
+    packed.write(1, 5 * ALIGNMENT, torch.arange(15.0).view(3, 5))
+    assert torch.equal(arena[320:335], torch.arange(15.0))
+    assert arena[:320].isnan().all() and arena[335:].isnan().all()
     assert packed.rows_of(1) == 3 and packed.rows.tolist() == [0, 3]
-    assert packed.offsets[1] == 128
+    assert packed.offsets[1] == 320
+    assert torch.equal(packed.table[packed.rows_in_table(1)], torch.arange(15.0).view(3, 5))
     assert packed.most_rows({0, 1}) == 3 and packed.most_rows({0}) == 0
 
 

@@ -145,8 +145,8 @@ class DeviceSites:
         """Takes the memory for `write`; False, and nothing taken, where it does not suffice."""
         layout = self._layout(adapter)
         taken: list[_Stack] = []
-        for stack in layout.stacks.values():
-            offset = self._allocator.allocate(stack.elements)
+        for store, stack in layout.stacks.items():
+            offset = self._allocator.allocate(stack.elements, store.alignment)
             if offset is None:
                 self._free(taken)
                 return False
