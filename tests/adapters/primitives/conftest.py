@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
 from deltamux_kernels.segments import Segments
 
 SLOTS = 4
@@ -32,8 +33,10 @@ def place() -> Callable[..., None]:
         nonlocal end
         for slot, payload in payloads.items():
             for target, matrix in bank.pieces(payload):  # type: ignore[attr-defined]
-                target.write(slot, end, matrix)
-                end += -(-matrix.numel() // 64) * 64
+                extent = math.lcm(ALIGNMENT, target.width)
+                offset = -(-end // extent) * extent
+                target.write(slot, offset, matrix)
+                end = offset + matrix.numel()
             bank.placed(slot, [0] * 2)  # type: ignore[attr-defined]
 
     return place
