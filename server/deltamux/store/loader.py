@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 
 import structlog
 import torch
@@ -46,6 +45,45 @@ class _Job:
     run: Callable[[], Adapter | None]
 
 
+class _Lane:
+    """Runs jobs in order on up to `limit` daemon threads, which end when nothing is left to do.
+
+    A thread that has used torch keeps a team of OpenMP workers for as long as it lives. With more
+    workers than cores, OpenMP no longer spins between two parallel regions, and every decode step
+    on a CPU took half as long again while the loader's threads merely slept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._threads = 0
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()
+
+    def put(self, job: Callable[[], None]) -> None:
+        with self._lock:
+            self._jobs.append(job)
+            if self._threads == self._limit:
+                return
+            self._threads += 1
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def clear(self) -> None:
+        """Forgets the jobs that no thread has begun."""
+        with self._lock:
+            self._jobs.clear()
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            job()
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._lock:
+            if self._jobs:
+                return self._jobs.popleft()
+            self._threads -= 1
+            return None
+
+
 class Loader:
     """Jobs go in from the engine thread and come back to it through `completed`.
 
@@ -61,23 +99,22 @@ class Loader:
     ) -> None:
         self._parse = parse
         self._write = write
-        self._reads: SimpleQueue[_Job | None] = SimpleQueue()
-        self._writes: SimpleQueue[_Job | None] = SimpleQueue()
+        self._reads = _Lane(readers)
+        self._writes = _Lane(1)
         self._completed: deque[Completed] = deque()
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()
         self._closed = False
-        self._readers = readers
-        for queue in [self._reads] * readers + [self._writes]:
-            threading.Thread(target=self._work, args=(queue,), daemon=True).start()
 
     def read(self, digest: str, path: str) -> None:
         """Starts reading, verifying and parsing the folder `path`."""
-        self._reads.put(_Job(digest, lambda: self._read_verified(Path(path), digest)))
+        job = _Job(digest, lambda: self._read_verified(Path(path), digest))
+        self._reads.put(lambda: self._finish(job))
 
     def write(self, slot: int, adapter: Adapter) -> None:
         """Starts copying to a slot that has been reserved."""
-        self._writes.put(_Job(adapter.digest, lambda: self._write(slot, adapter)))
+        job = _Job(adapter.digest, lambda: self._write(slot, adapter))
+        self._writes.put(lambda: self._finish(job))
 
     def completed(self) -> list[Completed]:
         """All jobs that ended since the last call, without blocking."""
@@ -102,13 +139,12 @@ class Loader:
         with self._lock:
             self._closed = True
             os.close(self._eventfd)
-        for queue in [self._reads] * self._readers + [self._writes]:
-            queue.put(None)
+        self._reads.clear()
+        self._writes.clear()
 
-    def _work(self, queue: SimpleQueue[_Job | None]) -> None:
-        while (job := queue.get()) is not None and not self._closed:
-            self._completed.append(_run(job))
-            self.wake()
+    def _finish(self, job: _Job) -> None:
+        self._completed.append(_run(job))
+        self.wake()
 
     def _read_verified(self, folder: Path, digest: str) -> Adapter:
         before = _verified(folder, digest)
