@@ -12,6 +12,10 @@ from deltamux.errors import DeltamuxError, ResourceExhausted
 from deltamux.frontend.limits import MAX_UNREAD_TOKENS
 from deltamux.wire.messages import Cancel, Progress, Submit, ToEngine
 
+# Seconds that a failed call has to notice by itself: a write that is interrupted under way can
+# keep gRPC from sending the status after it.
+INTERRUPT_SECONDS = 0.2
+
 
 class RequestStream:
     """Asynchronous iterator of Progress, and the context in which the request lives.
@@ -56,12 +60,13 @@ class RequestStream:
         raised: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        task, self._task = self._task, None
         self._leave(self)
         if self._running:
             self._send(Cancel(self.key))
-        if not self._interrupted or self._task is None or self._error is None:
+        if not self._interrupted or task is None or self._error is None:
             return
-        others = self._task.uncancel()
+        others = task.uncancel()
         if kind is asyncio.CancelledError and not others:
             raise self._error from None
 
@@ -126,6 +131,11 @@ class RequestStream:
         if self._waiter is not None:
             self._wake()
         elif self._task is not None:
+            asyncio.get_running_loop().call_later(INTERRUPT_SECONDS, self._interrupt)
+
+    def _interrupt(self) -> None:
+        """Ends a call that is still busy elsewhere, in a write that its reader holds up for one."""
+        if self._task is not None:
             self._interrupted = True
             self._task.cancel()
 

@@ -26,6 +26,8 @@ log = structlog.get_logger("deltamux.launch")
 
 # Seconds that the answers of cancelled calls have to reach their clients.
 LAST_ANSWERS = 1.0
+# Seconds for what has been sent to leave the process.
+FLUSH = 0.2
 
 
 def serve(frontend: FrontendConfig, engine: EngineConfig, store: StoreConfig) -> None:
@@ -138,6 +140,10 @@ class _Server:
             await asyncio.wait_for(self._engine.wait_idle(), grace)
         # 4. The rest are UNAVAILABLE too.
         self._engine.fail_all(_shutting_down())
+        # A listener that closes at once can cut off the statuses that were just sent.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._engine.wait_idle(), LAST_ANSWERS)
+        await asyncio.sleep(FLUSH)
 
     async def _go_down(self) -> None:
         if self._watch is not None:
