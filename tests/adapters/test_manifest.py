@@ -1,4 +1,4 @@
-"""adapter_config.json as a file: bounded, strict, and of a type that PEFT knows."""
+"""adapter_config.json as a file: bounded, strict, and of a known type."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write(folder: Path, **fields: Any) -> Path:
 
 def test_the_type_and_the_other_fields_are_read(tmp_path: Path) -> None:
     manifest = read_manifest(write(tmp_path, peft_type="LORA", r=8, target_modules=["q"]))
-    assert manifest.peft_type == "LORA"
+    assert (manifest.library, manifest.type) == ("peft", "LORA")
     assert manifest.fields == {"r": 8, "target_modules": ["q"]}
 
 
@@ -36,6 +36,21 @@ def test_bi_36_an_unknown_type_is_refused_by_name(tmp_path: Path, peft_type: Any
         read_manifest(write(tmp_path, peft_type=peft_type))
     assert caught.value.reason == "UNKNOWN_TYPE"
     assert repr(peft_type) in caught.value.message
+
+
+def test_the_own_format_is_told_from_pefts(tmp_path: Path) -> None:
+    manifest = read_manifest(write(tmp_path, deltamux_type="delta", version=1))
+    assert (manifest.library, manifest.type, manifest.peft_type) == ("deltamux", "delta", None)
+    assert manifest.fields == {"version": 1}
+
+
+@pytest.mark.parametrize(
+    "fields", [{"deltamux_type": "LORA"}, {"deltamux_type": "delta", "peft_type": "LORA"}]
+)
+def test_a_foreign_type_or_two_types_are_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        read_manifest(write(tmp_path, **fields))
+    assert caught.value.reason == "UNKNOWN_TYPE"
 
 
 def test_bi_31_a_large_file_is_refused_unread(tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
-"""Reads adapter_config.json: strict JSON, a known peft_type, and nothing else decided here."""
+"""Reads adapter_config.json: strict JSON, a known type of adapter, and nothing else decided."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from deltamux.adapters.files import CONFIG, open_config
 from deltamux.adapters.strict_json import Json, parse_object, quoted
 from deltamux.errors import InvalidArgument
 
 _MAX_BYTES = 64 << 10
+
+# Who wrote the adapter.
+Library = Literal["peft", "deltamux"]
 
 # Every type that PEFT has written up to 0.21; a name outside is no PEFT adapter at all.
 # fmt: off
@@ -25,12 +29,25 @@ _PEFT_TYPES = frozenset((
 # fmt: on
 
 
+# The field that names the type, by library, and the types that there are.
+_TYPES: dict[Library, tuple[str, frozenset[str]]] = {
+    "peft": ("peft_type", _PEFT_TYPES),
+    "deltamux": ("deltamux_type", frozenset(("delta",))),
+}
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """`peft_type` and all other fields of the file, unread."""
+    """An adapter's type in the words of the library that wrote it; all other fields are unread."""
 
-    peft_type: str
+    library: Library
+    type: str
     fields: Mapping[str, Json]
+
+    @property
+    def peft_type(self) -> str | None:
+        """The type of an adapter that PEFT wrote, None for any other."""
+        return self.type if self.library == "peft" else None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -40,11 +57,22 @@ def read_manifest(folder: Path) -> Manifest:
     if len(data) > _MAX_BYTES:
         raise InvalidArgument(f"{CONFIG} has more than {_MAX_BYTES} bytes", reason="TOO_LARGE")
     fields = parse_object(data, CONFIG)
-    peft_type = fields.pop("peft_type", None)
-    if not isinstance(peft_type, str) or peft_type not in _PEFT_TYPES:
+    library = _library(fields)
+    name, known = _TYPES[library]
+    value = fields.pop(name, None)
+    if not isinstance(value, str) or value not in known:
         raise InvalidArgument(
-            f"{CONFIG}: peft_type {quoted(peft_type)} is no type of adapter that PEFT knows",
+            f"{CONFIG}: {name} {quoted(value)} is no known type of adapter",
             reason="UNKNOWN_TYPE",
-            field="peft_type",
+            field=name,
         )
-    return Manifest(peft_type, fields)
+    return Manifest(library, value, fields)
+
+
+def _library(fields: Mapping[str, Json]) -> Library:
+    """Whose config this is; PEFT's where no field tells."""
+    named = [library for library, (name, _) in _TYPES.items() if name in fields]
+    if len(named) > 1:
+        names = " and ".join(_TYPES[library][0] for library in named)
+        raise InvalidArgument(f"{CONFIG} has both {names}", reason="UNKNOWN_TYPE")
+    return named[0] if named else "peft"

@@ -39,5 +39,5 @@ def _family(manifest: Manifest) -> Family:
         if family.claims(manifest):
             return family
     raise FailedPrecondition(
-        f"adapters of type {manifest.peft_type} are not served", reason="UNSUPPORTED_TYPE"
+        f"adapters of type {manifest.type} are not served", reason="UNSUPPORTED_TYPE"
     )
