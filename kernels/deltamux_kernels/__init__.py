@@ -3,7 +3,7 @@
 from deltamux_kernels.attention_batch import AttentionBatch
 from deltamux_kernels.embedding_shrink import embedding_shrink
 from deltamux_kernels.expand import Columns, expand
-from deltamux_kernels.grouped_dense import grouped_dense
+from deltamux_kernels.grouped_dense import dense_delta, grouped_dense
 from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
 from deltamux_kernels.paged_attention import paged_attention
 from deltamux_kernels.row_affine import row_affine
@@ -20,6 +20,7 @@ __all__ = [
     "Segments",
     "Shrunk",
     "SparseMatrices",
+    "dense_delta",
     "embedding_shrink",
     "expand",
     "grouped_dense",

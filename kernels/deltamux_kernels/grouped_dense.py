@@ -1,4 +1,5 @@
-"""x times a dense W transposed in place of the base's product, each row with its own slot's W."""
+"""x times a dense W transposed, each row with its own slot's W: in place of the base's product, or
+added to it."""
 
 from __future__ import annotations
 
@@ -55,20 +56,63 @@ def grouped_dense_triton(
     segments: Segments,
 ) -> None:
     """`grouped_dense` in one launch: a program per (tile of rows, block of N)."""
+    _launch(y, x, weights, biases, segments)
+
+
+def dense_delta(
+    y: torch.Tensor, x: torch.Tensor, deltas: PackedMatrices, segments: Segments
+) -> None:
+    """y[t, n] += sum_k x[t, k] D_s[n, k], in place, s = slot of row t.
+
+    y [T, N]; x [T, K]; D_s [N, K]. Rows whose slot has no D keep their bits.
+    """
+    if y.device.type == "cuda":
+        dense_delta_triton(y, x, deltas, segments)
+    else:
+        dense_delta_torch(y, x, deltas, segments)
+
+
+def dense_delta_torch(
+    y: torch.Tensor, x: torch.Tensor, deltas: PackedMatrices, segments: Segments
+) -> None:
+    """`dense_delta` in plain torch."""
+    pieces = zip(segments.spans, segments.pieces(x), segments.pieces(y), strict=True)
+    for (slot, _, _), given, rows in pieces:
+        delta = deltas.transposed[slot]
+        if delta is not None:
+            rows.addmm_(given, delta)
+
+
+def dense_delta_triton(
+    y: torch.Tensor, x: torch.Tensor, deltas: PackedMatrices, segments: Segments
+) -> None:
+    """`dense_delta` in one launch: a program per (tile of rows, block of N)."""
+    _launch(y, x, deltas, None, segments)
+
+
+def _launch(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weights: PackedMatrices,
+    biases: PackedMatrices | None,
+    segments: Segments,
+) -> None:
+    """Replaces y where there are `biases`, adds to it where they are None."""
     if not weights.most_rows(segments.slots):
         return
     x = x if x.stride(1) == 1 else x.contiguous()
-    _grouped_dense_kernel[(segments.tiles.shape[0], -(-biases.width // BLOCK_N))](
+    out_width = y.shape[1]
+    _grouped_dense_kernel[(segments.tiles.shape[0], -(-out_width // BLOCK_N))](
         y,
         x,
         weights.arena,
         weights.offsets,
-        biases.offsets,
+        None if biases is None else biases.offsets,
         weights.rows,
-        biases.rows,
+        None if biases is None else biases.rows,
         segments.tiles,
         weights.width,
-        biases.width,
+        out_width,
         y.stride(0),
         y.stride(1),
         x.stride(0),
@@ -124,8 +168,12 @@ def _grouped_dense_kernel(
             other=0.0,
         )
         total = tl.dot(rows, columns, total, input_precision="ieee")
-    bias = arena + tl.load(bias_offsets + slot)
-    biased = n < out_width * tl.load(bias_rows + slot)
-    total += tl.load(bias + n, mask=biased, other=0.0).to(tl.float32)[None, :]
     target = y + t[:, None] * y_row + n[None, :] * y_column
-    tl.store(target, total.to(y.dtype.element_ty), mask=live_i[:, None] & live_n[None, :])
+    live = live_i[:, None] & live_n[None, :]
+    if bias_rows is None:
+        total += tl.load(target, mask=live, other=0.0).to(tl.float32)
+    else:
+        bias = arena + tl.load(bias_offsets + slot)
+        biased = n < out_width * tl.load(bias_rows + slot)
+        total += tl.load(bias + n, mask=biased, other=0.0).to(tl.float32)[None, :]
+    tl.store(target, total.to(y.dtype.element_ty), mask=live)

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from deltamux_kernels import AttentionBatch, Columns, PackedMatrices, Segments, SparseMatrices
 from deltamux_kernels.embedding_shrink import embedding_shrink_triton
 from deltamux_kernels.expand import expand_triton
-from deltamux_kernels.grouped_dense import grouped_dense_triton
+from deltamux_kernels.grouped_dense import dense_delta_triton, grouped_dense_triton
 from deltamux_kernels.paged_attention_triton import paged_attention_triton
 from deltamux_kernels.row_affine import row_affine_triton
 from deltamux_kernels.scoring import Scoring
@@ -105,6 +105,7 @@ def low_rank(dtype: torch.dtype, rows: int) -> None:
         part.write(0, 0, torch.zeros(WIDTH, 1))
     sparse_delta_triton(x, x, sparse, segments)
     grouped_dense_triton(x, x, packed, scale, segments)
+    dense_delta_triton(x, x, packed, segments)
 
 
 def attention(dtype: torch.dtype, dim: int, queries: int, scoring: Scoring) -> None:

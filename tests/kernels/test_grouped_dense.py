@@ -1,4 +1,4 @@
-"""Replaced dense products against float64, and rows whose slot replaces nothing."""
+"""Dense products, replaced and added, against float64, and rows whose slot has none."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from deltamux_kernels import ALIGNMENT, PackedMatrices, Segments
-from deltamux_kernels.grouped_dense import grouped_dense_torch, grouped_dense_triton
+from deltamux_kernels.grouped_dense import (
+    dense_delta_torch,
+    dense_delta_triton,
+    grouped_dense_torch,
+    grouped_dense_triton,
+)
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (70, 33), (64, 130)])
@@ -37,6 +42,35 @@ def test_rows_are_replaced_by_the_product_of_their_own_slot(
     y = before.clone()
     packed = pack_in_one(weights, biases)
     (grouped_dense_torch if form == "torch" else grouped_dense_triton)(y, x, *packed, segments)
+    untouched = [0, 19, 20, 21, 23, 24]
+    assert torch.equal(y[untouched], before[untouched])
+    assert ((y - expected).abs() <= 8 * torch.finfo(dtype).eps * (1 + expected.abs())).all()
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (70, 33), (64, 130)])
+def test_the_product_of_their_own_slot_is_added_to_rows(
+    inputs: int,
+    outputs: int,
+    form: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    pack: Callable[..., PackedMatrices],
+) -> None:
+    torch.manual_seed(inputs)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape) / inputs**0.5).to(dtype).to(device)
+
+    deltas = [normal(outputs, inputs), None, normal(outputs, inputs)]
+    x, before = normal(25, inputs), normal(25, outputs)
+    segments = Segments.build([(2, 1, 19), (1, 19, 21), (0, 22, 23)], device)
+    expected = before.double()
+    for slot, start, end in segments.spans:
+        if (delta := deltas[slot]) is not None:
+            expected[start:end] += x[start:end].double() @ delta.double().T
+    y = before.clone()
+    op = dense_delta_torch if form == "torch" else dense_delta_triton
+    op(y, x, pack(deltas, inputs), segments)
     untouched = [0, 19, 20, 21, 23, 24]
     assert torch.equal(y[untouched], before[untouched])
     assert ((y - expected).abs() <= 8 * torch.finfo(dtype).eps * (1 + expected.abs())).all()

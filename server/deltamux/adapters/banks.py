@@ -9,6 +9,8 @@ from torch import Tensor
 from deltamux.adapters.primitives.dense import (
     Dense,
     DenseBank,
+    DenseDelta,
+    DenseDeltaBank,
     DenseEmbedding,
     DenseEmbeddingBank,
 )
@@ -79,6 +81,7 @@ class BankFactory:
         b = self._store(spec.out_features)
         banks: dict[type[Payload], OutputBank] = {
             Dense: DenseBank(self._store(spec.in_features), self._store(spec.out_features)),
+            DenseDelta: DenseDeltaBank(self._store(spec.in_features)),
             LowRank: LowRankBank(shared, last, b, self._columns()),
             SparseDelta: SparseDeltaBank(self._sparse(spec)),
             RowScale: RowScaleBank(self._store(spec.out_features), bias),

@@ -7,7 +7,14 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
-from deltamux.adapters.primitives.dense import Dense, DenseBank, DenseEmbedding, DenseEmbeddingBank
+from deltamux.adapters.primitives.dense import (
+    Dense,
+    DenseBank,
+    DenseDelta,
+    DenseDeltaBank,
+    DenseEmbedding,
+    DenseEmbeddingBank,
+)
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import Segments
 
@@ -29,6 +36,21 @@ def test_a_product_replaces_the_bases_with_and_without_a_bias(
     bank.after(x, y, segments)
     torch.testing.assert_close(y, expected)
     assert torch.equal(y[[0, 1, 4, 5]], expected[[0, 1, 4, 5]])
+
+
+def test_a_delta_is_added_to_the_bases_product(
+    store: Store, place: Place, segments: Segments
+) -> None:
+    torch.manual_seed(0)
+    bank = DenseDeltaBank(store(6))
+    payload = DenseDelta(torch.randn(9, 6))
+    place(bank, {0: payload})
+    x, y = torch.randn(2, 5, 6), torch.randn(10, 9)
+    expected = y.clone()
+    expected[6:] += linear(x.view(10, 6)[6:], payload.delta)
+    bank.after(x, y, segments)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(y[:6], expected[:6])
 
 
 def test_a_table_replaces_the_bases(store: Store, place: Place, segments: Segments) -> None:

@@ -1,4 +1,4 @@
-"""Dense replacement: the adapter's own weight matrix or embedding table in place of the base's."""
+"""Dense matrices: the adapter's own weight or embeddings in place of the base's, or a delta."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltamux_kernels.grouped_dense import grouped_dense
+from deltamux_kernels.grouped_dense import dense_delta, grouped_dense
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import Segments
 
@@ -41,6 +41,34 @@ class DenseBank:
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         grouped_dense(y, x.reshape(y.shape[0], -1), self._weights, self._biases, segments)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseDelta:
+    """`delta` [out, in], for changes of a weight that have no smaller exact form."""
+
+    delta: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.delta,)
+
+
+class DenseDeltaBank:
+    """A matrix a slot; the rows of the slot get its product beside the base's."""
+
+    def __init__(self, deltas: PackedMatrices) -> None:
+        self.slots: set[int] = set()
+        self._deltas = deltas
+
+    def pieces(self, payload: DenseDelta) -> Sequence[tuple[PackedMatrices, Tensor]]:
+        return ((self._deltas, payload.delta),)
+
+    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
+        """Nothing to keep: a delta is alone in its store."""
+
+    def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        dense_delta(y, x.reshape(y.shape[0], -1), self._deltas, segments)
 
 
 @dataclass(frozen=True, eq=False)
