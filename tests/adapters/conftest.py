@@ -32,6 +32,8 @@ torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
 SLOTS = 6
+# Leave nothing of the base's answer to rounding: an adapter must move its logits by more.
+LEAST_EFFECT = 0.1
 
 _SMALL = {
     "vocab_size": 61,
@@ -188,6 +190,28 @@ def tune(base: Callable[[str], PreTrainedModel], tmp_path_factory: Any) -> Calla
 def reference(base: Callable[[str], PreTrainedModel]) -> Callable[[str, Path, Tensor], Tensor]:
     """reference(name, folder, ids) -> PEFT's logits for that adapter alone."""
     return lambda name, folder, ids: peft_logits(base(name), folder, ids)
+
+
+@pytest.fixture
+def as_in_peft(
+    serve: Callable[..., Served], reference: Callable[..., Tensor], ids: Tensor
+) -> Callable[[str, Sequence[Path]], None]:
+    """as_in_peft(name, folders): asserts it of each in one batch with a row without adapter."""
+
+    def as_in_peft(name: str, folders: Sequence[Path]) -> None:
+        served = serve(name)
+        for slot, folder in enumerate(folders):
+            served.load(slot, folder)
+        slots = [None, *range(len(folders))]
+        plain = served.logits(ids[: len(slots)], [None] * len(slots))
+        mixed = served.logits(ids[: len(slots)], slots)
+        assert torch.equal(mixed[0], plain[0])
+        for row, folder in enumerate(folders, start=1):
+            expected = reference(name, folder, ids[row : row + 1])[0]
+            assert (expected - plain[row]).abs().max() > LEAST_EFFECT
+            torch.testing.assert_close(mixed[row], expected, atol=3e-5, rtol=1e-5)
+
+    return as_in_peft
 
 
 @pytest.fixture

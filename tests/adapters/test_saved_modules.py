@@ -1,4 +1,4 @@
-"""modules_to_save beside LoRA against PEFT, mixed with plain LoRA and rows without adapter."""
+"""modules_to_save against PEFT, mixed with plain LoRA and rows without adapter."""
 
 from __future__ import annotations
 
@@ -30,27 +30,34 @@ Make = Callable[..., Any]
     ],
 )
 def test_whole_modules_beside_lora(
-    name: str,
-    targets: list[str] | str,
-    saved: list[str],
-    tune: Make,
-    save: Make,
-    serve: Make,
-    reference: Make,
-    ids: Tensor,
+    name: str, targets: list[str] | str, saved: list[str], tune: Make, save: Make, as_in_peft: Make
 ) -> None:
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, modules_to_save=saved)
-    folders = [tune(name, config, 1), save(name, r=4, target_modules=targets), tune(name, config)]
-    served = serve(name)
-    for slot, folder in enumerate(folders):
-        served.load(slot, folder)
-    mixed = served.logits(ids[:4], [None, 0, 1, 2])
-    plain = served.logits(ids[:4], [None] * 4)
-    assert torch.equal(mixed[0], plain[0])
-    for row, folder in enumerate(folders, start=1):
-        expected = reference(name, folder, ids[row : row + 1])[0]
-        assert (expected - plain[row]).abs().max() > 0.1
-        torch.testing.assert_close(mixed[row], expected, atol=3e-5, rtol=1e-5)
+    as_in_peft(
+        name, [tune(name, config, 1), save(name, r=4, target_modules=targets), tune(name, config)]
+    )
+
+
+@pytest.mark.parametrize("name", ["llama_bias", "qwen3", "gpt2"])
+def test_whole_layers(name: str, tune: Make, save: Make, as_in_peft: Make) -> None:
+    targets, layer = (["c_attn"], "h.1") if name == "gpt2" else (["q_proj"], "layers.1")
+    config = peft.LoraConfig(r=3, target_modules=targets, modules_to_save=[layer])
+    as_in_peft(name, [save(name, r=16, target_modules="all-linear"), tune(name, config)])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        peft.LNTuningConfig(target_modules=["input_layernorm"]),
+        peft.ShiraConfig(r=2, random_seed=0, target_modules=["q_proj"]),
+    ],
+)
+def test_whole_modules_beside_any_family(
+    config: peft.PeftConfig, tune: Make, save: Make, as_in_peft: Make
+) -> None:
+    config.modules_to_save = ["lm_head", "embed_tokens", "post_attention_layernorm", "0.mlp"]
+    as_in_peft("llama", [tune("llama", config), save("llama", target_modules=["q_proj"])])
 
 
 def test_names_end_a_modules_path_or_that_of_a_module_around_it(serve: Make) -> None:

@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from deltamux.base.structure import Structure, find_structure
+from deltamux.base.structure import SiteSpec, Structure, find_structure
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -95,7 +95,7 @@ def test_embedding_reports_rows_width_and_scale() -> None:
     assert structure.bias(site.name) is None
 
 
-def test_norms_of_token_rows_are_sites_and_those_of_queries_and_keys_are_not() -> None:
+def test_norms_of_token_rows_and_of_their_heads_are_sites() -> None:
     model = build(
         transformers.Qwen3Config(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=16)
     )
@@ -105,9 +105,27 @@ def test_norms_of_token_rows_are_sites_and_those_of_queries_and_keys_are_not() -
         "input_layernorm",
         "post_attention_layernorm",
         "norm",
+        "q_norm",
+        "k_norm",
     }
     assert all(structure.weight(site.name).shape == (site.out_features,) for site in norms)
-    assert {(site.in_features, site.group) for site in norms} == {(32, None)}
+    widths = {(site.in_features, site.token_axis, site.group) for site in norms}
+    assert widths == {(32, None, None), (16, 1, None)}
+
+
+def test_rows_of_heads_are_views_by_token() -> None:
+    x = torch.randn(1, 4, 5, 3)
+    site = SiteSpec("norm", "norm", 3, 3, token_axis=2)
+    assert torch.equal(site.rows(x), x[0].transpose(0, 1))
+    site.rows(x)[2] = 0
+    assert x[0, :, 2].eq(0).all() and x.ne(0).sum() == 4 * 4 * 3
+
+
+def test_a_tied_head_is_known(llama: torch.nn.Module) -> None:
+    tied = transformers.LlamaConfig(**SMALL, intermediate_size=48, tie_word_embeddings=True)
+    structures = [find_structure(llama), find_structure(build(tied))]
+    assert [structure.tied for structure in structures] == [False, True]
+    assert {(s.embedding, s.head) for s in structures} == {("model.embed_tokens", "lm_head")}
 
 
 def test_two_norms_of_one_input_share_no_product() -> None:

@@ -88,7 +88,7 @@ class Device:
         self.model.linear = self.linear = torch.nn.Linear(IN, OUT, bias=False)
         self.model.requires_grad_(False)
         sites = {"linear": SiteSpec("linear", "linear", IN, OUT)}
-        self.structure = Structure(sites, {"linear": self.linear})
+        self.structure = Structure(sites, {"linear": self.linear}, "", "", tied=False)
         self.sites = DeviceSites(
             self.model, self.structure, self.rows, self.slots, self.arena_bytes, torch.float32, CPU
         )

@@ -60,7 +60,7 @@ class BankFactory:
         norm = self._structure.module(spec.name)
         parameters = self._store(spec.out_features)
         banks: dict[type[Payload], OutputBank] = {
-            NormParameters: NormParametersBank(norm, parameters),
+            NormParameters: NormParametersBank(norm, spec, parameters),
             RowBias: RowBiasBank(self._store(spec.out_features)),
         }
         return SiteBanks(banks)

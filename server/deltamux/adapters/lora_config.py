@@ -67,7 +67,6 @@ class LoraConfig:
     dora: bool
     bias: bool
     trained_biases: Trained
-    saved_modules: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
         return self.ranks.get(module, self.rank)
@@ -95,7 +94,6 @@ def read_lora_config(values: Mapping[str, Json]) -> LoraConfig:
         dora=fields.take_bool("use_dora"),
         bias=fields.take_bool("lora_bias"),
         trained_biases=read_trained_biases(fields.take("bias"), "lora_only"),
-        saved_modules=fields.take_names("modules_to_save"),
     )
     fields.discard(_HARMLESS)
     fields.require_none_left()

@@ -13,7 +13,7 @@ from deltamux.adapters.strict_json import quoted
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import FailedPrecondition, InvalidArgument
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 _BASE_PARTS = {
     "base_layer.weight": "base weight",
@@ -81,10 +81,10 @@ class ModuleTensors:
 
     def _split(self, name: str) -> tuple[str, str]:
         for end, part in (*self._parts.items(), *_BASE_PARTS.items()):
-            module = name.removeprefix(_PREFIX).removesuffix(f".{end}")
-            if name == f"{_PREFIX}{module}.{end}" and module in self._structure.sites:
+            module = name.removeprefix(PREFIX).removesuffix(f".{end}")
+            if name == f"{PREFIX}{module}.{end}" and module in self._structure.sites:
                 return module, part
-        if name.startswith(_PREFIX) and name.endswith(tuple(self._parts)):
+        if name.startswith(PREFIX) and name.endswith(tuple(self._parts)):
             raise FailedPrecondition(
                 f"{quoted(name)} belongs to a module that the base model does not have "
                 "or that takes no adapter",

@@ -11,6 +11,7 @@ from deltamux.adapters.checkpoint import read_tensors
 from deltamux.adapters.families import FAMILIES
 from deltamux.adapters.family import Family
 from deltamux.adapters.manifest import Manifest, read_manifest
+from deltamux.adapters.saved_modules import take_saved_modules
 from deltamux.base.structure import Structure
 from deltamux.errors import FailedPrecondition
 
@@ -23,14 +24,15 @@ def parse_adapter(folder: Path, digest: str, structure: Structure, dtype: torch.
     """
     manifest = read_manifest(folder)
     family = _family(manifest)
-    parsed = family.parse(manifest, read_tensors(folder), structure, dtype)
+    saved = take_saved_modules(manifest, read_tensors(folder), structure, dtype)
+    parsed = family.parse(saved.manifest, saved.tensors, saved.structure, dtype)
     return Adapter(
         digest,
         family.name,
         parsed.rank,
-        parsed.parameters,
+        parsed.parameters + saved.parameters,
         "; ".join(parsed.notes),
-        parsed.payloads,
+        {**parsed.payloads, **saved.payloads},
     )
 
 

@@ -1,21 +1,63 @@
-"""PEFT's modules_to_save: modules that were trained whole and are saved as they are."""
+"""PEFT's modules_to_save: modules that were trained whole, beside any family, and saved as they
+are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from deltamux.adapters.fields import unsupported
-from deltamux.adapters.module_tensors import ModuleTensors, other_base, to_serving
+from deltamux.adapters.fields import Fields, unsupported
+from deltamux.adapters.manifest import Manifest
+from deltamux.adapters.module_tensors import PREFIX, ModuleTensors, other_base, to_serving
 from deltamux.adapters.norm_tensors import take_norm
 from deltamux.adapters.primitives.dense import Dense, DenseEmbedding
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.strict_json import quoted
 from deltamux.base.structure import SiteSpec, Structure
 
+_FIELD = "modules_to_save"
 _WEIGHT, _BIAS = "base weight", "base bias"
+
+
+@dataclass(frozen=True, eq=False)
+class SavedModules:
+    """What a checkpoint brings in place of the base's own modules, and what else it holds.
+
+    A saved module is no target: the family that owns the rest does not see it in `structure`.
+    """
+
+    payloads: Mapping[str, tuple[Payload, ...]]
+    parameters: int
+    manifest: Manifest
+    tensors: Mapping[str, Tensor]
+    structure: Structure
+
+
+def take_saved_modules(
+    manifest: Manifest, tensors: Mapping[str, Tensor], structure: Structure, dtype: torch.dtype
+) -> SavedModules:
+    """Sets the saved modules apart.
+
+    Raises InvalidArgument where their tensors are missing or mis-shaped, FailedPrecondition where
+    they are no sites of the base or do not fit it.
+    """
+    fields = dict(manifest.fields)
+    names = fields.pop(_FIELD, None) if manifest.library == "peft" else None
+    sites = saved_sites(Fields({_FIELD: names}).take_names(_FIELD), structure)
+    own = {name for name in tensors if _module(name) in sites}
+    modules = ModuleTensors({name: tensors[name] for name in own}, structure, {})
+    payloads = {site.name: (_payload(site, modules, structure, dtype),) for site in sites.values()}
+    modules.require_none_left()
+    return SavedModules(
+        payloads,
+        modules.taken,
+        replace(manifest, fields=fields),
+        {name: tensor for name, tensor in tensors.items() if name not in own},
+        structure.without(sites),
+    )
 
 
 def saved_sites(names: Iterable[str], structure: Structure) -> dict[str, SiteSpec]:
@@ -27,21 +69,18 @@ def saved_sites(names: Iterable[str], structure: Structure) -> dict[str, SiteSpe
     for name in names:
         sites = [site for site in structure.sites.values() if _inside(site.name, name)]
         if not sites:
-            raise unsupported(f"modules_to_save with {quoted(name)}, no site of the base model,")
+            raise unsupported(f"{_FIELD} with {quoted(name)}, no site of the base model,")
         found.update({site.name: site for site in sites})
     return found
-
-
-def take_saved(
-    sites: Iterable[SiteSpec], modules: ModuleTensors, structure: Structure, dtype: torch.dtype
-) -> dict[str, tuple[Payload, ...]]:
-    """Takes the weights and biases of these sites; each replaces the base's own."""
-    return {site.name: (_payload(site, modules, structure, dtype),) for site in sites}
 
 
 def _inside(site: str, name: str) -> bool:
     parts = site.split(".")
     return any(".".join(parts[:end]).endswith(name) for end in range(1, len(parts) + 1))
+
+
+def _module(tensor: str) -> str:
+    return tensor.removeprefix(PREFIX).rpartition(".")[0]
 
 
 def _payload(

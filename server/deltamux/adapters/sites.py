@@ -36,7 +36,6 @@ class Site(nn.Module):
         self._inputs = tuple(banks.inputs.values())
         self._outputs = tuple(banks.outputs.values())
         self._rows = rows
-        self._width = spec.out_features
         self._sampled = spec.kind == "head"
 
     @property
@@ -62,7 +61,7 @@ class Site(nn.Module):
             if not bank.slots.isdisjoint(slots):
                 given = bank.before(given, segments)
         y: Tensor = self.base(given)
-        rows = y.view(-1, self._width)
+        rows = self.spec.rows(y)
         for output in self._outputs:
             if not output.slots.isdisjoint(slots):
                 output.after(x, rows, segments)

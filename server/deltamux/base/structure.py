@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +26,8 @@ class SiteSpec:
 
     Sites that read the same input tensor (query, key, value; gate, up) carry the same `group`, and
     `order` is the place of their call in it. An embedding has as many `in_features` as rows,
-    a norm as many as its rows are wide.
+    a norm as many as its rows are wide. A norm of queries or keys maps each of a token's heads;
+    `token_axis` says which axis of its input counts the tokens.
     """
 
     name: str
@@ -36,14 +38,44 @@ class SiteSpec:
     order: int = 0
     conv1d: bool = False
     embed_scale: float | None = None
+    token_axis: int | None = None
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """A view of the module's input or output by token: [rows, width] or [rows, heads, width].
+
+        Where the tokens are not on the axis behind the first, there must be one sequence.
+        """
+        if self.token_axis is None:
+            return tensor.view(-1, tensor.shape[-1])
+        by_token = tensor.transpose(1, self.token_axis)
+        return by_token.view(-1, *by_token.shape[2:])
 
 
 class Structure:
-    """All sites of a model by module name, in call order, and their frozen parameters."""
+    """All sites of a model by module name, in call order, and their frozen parameters.
 
-    def __init__(self, sites: Mapping[str, SiteSpec], modules: Mapping[str, nn.Module]) -> None:
+    `embedding` and `head` name those of the vocabulary; `tied` says that they share one weight.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, SiteSpec],
+        modules: Mapping[str, nn.Module],
+        embedding: str,
+        head: str,
+        tied: bool,
+    ) -> None:
         self.sites = dict(sites)
+        self.embedding = embedding
+        self.head = head
+        self.tied = tied
         self._modules = dict(modules)
+
+    def without(self, names: Collection[str]) -> Structure:
+        """The same model with fewer sites; parameters of all of them can still be read."""
+        less = copy.copy(self)
+        less.sites = {name: site for name, site in self.sites.items() if name not in names}
+        return less
 
     def weight(self, name: str) -> Tensor:
         """Weight of a site, [out, in]; of an embedding [in, out]; of a norm [out]. Read only."""
@@ -66,13 +98,20 @@ def find_structure(model: PreTrainedModel) -> Structure:
 
     A linear module is a site when it was called once per token; the rows that a mixture of experts
     sends to one expert are not. Embeddings are sites when they take nothing but token or position
-    ids, norms when they scale whole token rows; the norms of queries and keys do not.
+    ids, norms when they scale token rows or all heads of them.
     """
     calls = _trace(model)
-    head = model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     groups = _groups([call for call in calls if call.module is not head])
     sites = {call.name: _site(call, head, *groups.get(call.name, (None, 0))) for call in calls}
-    return Structure(sites, {call.name: call.module for call in calls})
+    names = {module: name for name, module in model.named_modules()}
+    return Structure(
+        sites,
+        {call.name: call.module for call in calls},
+        names[embedding],
+        names[head],
+        bool(model.config.get_text_config().tie_word_embeddings),
+    )
 
 
 @dataclass(frozen=True)
@@ -130,6 +169,8 @@ def _watching(
 def _reads_token_rows(module: nn.Module, args: tuple[Any, ...]) -> bool:
     if len(args) != 1 or not isinstance(args[0], Tensor):
         return False
+    if _is_norm(module):
+        return _TRACE_TOKENS in args[0].shape[:-1]
     rows = args[0] if isinstance(module, nn.Embedding) else args[0][..., 0]
     return rows.numel() == _TRACE_TOKENS
 
@@ -171,7 +212,9 @@ def _site(call: _Call, head: nn.Module | None, group: int | None, order: int) ->
             call.name, "embedding", rows, width, embed_scale=None if scale is None else float(scale)
         )
     if _is_norm(call.module):
-        return SiteSpec(call.name, "norm", weight.shape[0], weight.shape[0])
+        width, axes = weight.shape[0], call.input.shape[:-1]
+        token_axis = None if axes.numel() == _TRACE_TOKENS else axes.index(_TRACE_TOKENS)
+        return SiteSpec(call.name, "norm", width, width, token_axis=token_axis)
     conv1d = isinstance(call.module, Conv1D)
     fan_in, fan_out = weight.shape if conv1d else reversed(weight.shape)
     kind: Kind = "head" if call.module is head else "linear"

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.functional import layer_norm
 
 from deltamux.adapters.primitives.norm_parameters import NormParameters, NormParametersBank
+from deltamux.base.structure import SiteSpec
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import Segments
 
@@ -16,7 +17,7 @@ def test_each_row_is_normed_with_the_parameters_of_its_own_slot(
 ) -> None:
     torch.manual_seed(0)
     norm = nn.LayerNorm(9).requires_grad_(False)
-    bank = NormParametersBank(norm, PackedMatrices(arena, 4, 9))
+    bank = NormParametersBank(norm, SiteSpec("norm", "norm", 9, 9), PackedMatrices(arena, 4, 9))
     payload = NormParameters(torch.randn(9), torch.randn(9))
     ((store, weight), (_, bias)) = bank.pieces(payload)
     store.write(0, 9 * 64, torch.cat((weight, bias)))

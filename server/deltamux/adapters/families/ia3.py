@@ -69,7 +69,6 @@ def _read_config(values: Mapping[str, Json]) -> _Config:
     fields = Fields(values)
     refuse_executable(fields)
     require_generation(fields)
-    fields.require_off({"modules_to_save": None})
     config = _Config(read_selector(fields), _feedforward(fields.take("feedforward_modules")))
     fields.discard(_HARMLESS)
     fields.require_none_left()

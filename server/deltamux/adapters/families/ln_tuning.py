@@ -52,7 +52,6 @@ def _read_selector(values: Mapping[str, Json]) -> Selector:
     fields = Fields(values)
     refuse_executable(fields)
     require_generation(fields)
-    fields.require_off({"modules_to_save": None})
     selector = read_selector(fields)
     fields.discard(PROVENANCE)
     fields.require_none_left()

@@ -17,7 +17,6 @@ from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.row_bias import RowBias
 from deltamux.adapters.primitives.row_scale import RowScale
-from deltamux.adapters.saved_modules import saved_sites, take_saved
 from deltamux.adapters.targets import targeted_sites
 from deltamux.adapters.trained_biases import take_bias_shifts
 from deltamux.base.structure import Kind, SiteSpec, Structure
@@ -55,10 +54,8 @@ class Lora:
         dtype: torch.dtype,
     ) -> Parsed:
         config = read_lora_config(manifest.fields)
-        saved = saved_sites(config.saved_modules, structure)
-        sites = [site for site in _targets(config, structure) if site.name not in saved]
+        sites = _targets(config, structure)
         modules = ModuleTensors(tensors, structure, _PARTS)
-        replaced = take_saved(saved.values(), modules, structure, dtype)
         shifts = take_bias_shifts(config.trained_biases, sites, modules, structure)
         notes = modules.drop_base_copies()
         reader = _SiteReader(config, modules, structure, dtype)
@@ -69,7 +66,7 @@ class Lora:
             payloads[name] = (RowBias(to_serving(structure.sites[name], shift, dtype)),)
         modules.require_none_left()
         return Parsed(
-            payloads | replaced,
+            payloads,
             rank=max((config.rank_of(site.name) for site in sites), default=0),
             parameters=modules.taken,
             notes=notes,

@@ -68,7 +68,6 @@ def _read_config(values: Mapping[str, Json]) -> _Config:
     fields = Fields(values)
     refuse_executable(fields)
     require_generation(fields)
-    fields.require_off({"modules_to_save": None})
     rank = as_integer("r", fields.take("r"), 1, _MAX_RANK)
     config = _Config(read_selector(fields), rank)
     fields.discard(_HARMLESS)

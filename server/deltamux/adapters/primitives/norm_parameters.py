@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from deltamux.base.structure import SiteSpec
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import Segments
 
@@ -30,9 +31,10 @@ class NormParametersBank:
     So whatever a norm computes (Gemma adds 1 to its weight) is computed by its own code.
     """
 
-    def __init__(self, norm: nn.Module, parameters: PackedMatrices) -> None:
+    def __init__(self, norm: nn.Module, spec: SiteSpec, parameters: PackedMatrices) -> None:
         self.slots: set[int] = set()
         self._norm = norm
+        self._spec = spec
         self._parameters = parameters
         self._norms: dict[int, nn.Module] = {}
 
@@ -47,7 +49,7 @@ class NormParametersBank:
         self._norms[slot] = norm
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        inputs = segments.pieces(x.reshape(y.shape))
+        inputs = segments.pieces(self._spec.rows(x))
         for (slot, _, _), given, rows in zip(
             segments.spans, inputs, segments.pieces(y), strict=True
         ):
