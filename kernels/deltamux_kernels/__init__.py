@@ -9,6 +9,7 @@ from deltamux_kernels.paged_attention import paged_attention
 from deltamux_kernels.row_affine import row_affine
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.shrink import Shrunk, shrink
+from deltamux_kernels.sign_delta import SignMatrices, sign_delta
 from deltamux_kernels.sparse_delta import SparseMatrices, sparse_delta
 from deltamux_kernels.write_kv import write_kv
 
@@ -19,6 +20,7 @@ __all__ = [
     "PackedMatrices",
     "Segments",
     "Shrunk",
+    "SignMatrices",
     "SparseMatrices",
     "dense_delta",
     "embedding_shrink",
@@ -27,6 +29,7 @@ __all__ = [
     "paged_attention",
     "row_affine",
     "shrink",
+    "sign_delta",
     "sparse_delta",
     "write_kv",
 ]

@@ -12,6 +12,11 @@ import torch
 ALIGNMENT = 64
 
 
+def as_elements(integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bits of int32 numbers as an arena of `dtype` holds them: [elements, 1]."""
+    return integers.flatten().contiguous().view(dtype)[:, None]
+
+
 class PackedMatrices:
     """One row-major matrix [rows, width] per slot, for one site; a slot may have none.
 

@@ -19,11 +19,6 @@ with warnings.catch_warnings():
     _ = torch.zeros(1, 1).to_sparse_csr()
 
 
-def as_elements(indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The bits of int32 `indices` [n] as an arena of `dtype` holds them: [elements, 1]."""
-    return indices.contiguous().view(dtype)[:, None]
-
-
 class SparseMatrices:
     """One sparse matrix [out, in] per slot, by rows, for one site; a slot may have none.
 

@@ -21,7 +21,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from deltamux_kernels import AttentionBatch, Columns, PackedMatrices, Segments, SparseMatrices
+from deltamux_kernels import (
+    AttentionBatch,
+    Columns,
+    PackedMatrices,
+    Segments,
+    SignMatrices,
+    SparseMatrices,
+)
 from deltamux_kernels.embedding_shrink import embedding_shrink_triton
 from deltamux_kernels.expand import expand_triton
 from deltamux_kernels.grouped_dense import dense_delta_triton, grouped_dense_triton
@@ -29,6 +36,7 @@ from deltamux_kernels.paged_attention_triton import paged_attention_triton
 from deltamux_kernels.row_affine import row_affine_triton
 from deltamux_kernels.scoring import Scoring
 from deltamux_kernels.shrink import shrink_triton
+from deltamux_kernels.sign_delta import sign_delta_triton
 from deltamux_kernels.sparse_delta import sparse_delta_triton
 from deltamux_kernels.write_kv import write_kv_triton
 
@@ -104,6 +112,10 @@ def low_rank(dtype: torch.dtype, rows: int) -> None:
     for part in (sparse.values, sparse.columns, sparse.starts):
         part.write(0, 0, torch.zeros(WIDTH, 1))
     sparse_delta_triton(x, x, sparse, segments)
+    signs = SignMatrices(arena, 2, WIDTH, WIDTH)
+    for part in (signs.words, signs.scales):
+        part.write(0, 0, torch.zeros(WIDTH, 1))
+    sign_delta_triton(x, x, signs, segments)
     grouped_dense_triton(x, x, packed, scale, segments)
     dense_delta_triton(x, x, packed, segments)
 

@@ -14,6 +14,7 @@ KERNELS = {
     "embedding_shrink_kernel",
     "row_affine_kernel",
     "sparse_delta_kernel",
+    "sign_delta_kernel",
     "grouped_dense_kernel",
     "write_kv_kernel",
     "paged_attention_kernel",

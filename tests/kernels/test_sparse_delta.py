@@ -6,12 +6,8 @@ import pytest
 import torch
 
 from deltamux_kernels import ALIGNMENT, Segments
-from deltamux_kernels.sparse_delta import (
-    SparseMatrices,
-    as_elements,
-    sparse_delta_torch,
-    sparse_delta_triton,
-)
+from deltamux_kernels.packed import as_elements
+from deltamux_kernels.sparse_delta import SparseMatrices, sparse_delta_torch, sparse_delta_triton
 
 Write = Callable[[SparseMatrices, int, torch.Tensor], None]
 

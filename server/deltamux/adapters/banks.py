@@ -21,10 +21,12 @@ from deltamux.adapters.primitives.norm_parameters import NormParameters, NormPar
 from deltamux.adapters.primitives.payload import InputBank, OutputBank, Payload
 from deltamux.adapters.primitives.row_bias import RowBias, RowBiasBank
 from deltamux.adapters.primitives.row_scale import OutputScale, RowScale, RowScaleBank
+from deltamux.adapters.primitives.sign_delta import SignDelta, SignDeltaBank
 from deltamux.adapters.primitives.sparse_delta import SparseDelta, SparseDeltaBank
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux_kernels.expand import Columns
 from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.sign_delta import SignMatrices
 from deltamux_kernels.sparse_delta import SparseMatrices
 
 
@@ -84,6 +86,7 @@ class BankFactory:
             DenseDelta: DenseDeltaBank(self._store(spec.in_features)),
             LowRank: LowRankBank(shared, last, b, self._columns()),
             SparseDelta: SparseDeltaBank(self._sparse(spec)),
+            SignDelta: SignDeltaBank(self._signs(spec)),
             RowScale: RowScaleBank(self._store(spec.out_features), bias),
             RowBias: RowBiasBank(self._store(spec.out_features)),
             OutputScale: RowScaleBank(self._store(spec.out_features), None),
@@ -103,6 +106,9 @@ class BankFactory:
 
     def _sparse(self, spec: SiteSpec) -> SparseMatrices:
         return SparseMatrices(self._arena, self._slots, spec.out_features, spec.in_features)
+
+    def _signs(self, spec: SiteSpec) -> SignMatrices:
+        return SignMatrices(self._arena, self._slots, spec.out_features, spec.in_features)
 
     def _columns(self) -> Columns:
         return Columns(self._slots, self._arena.device)

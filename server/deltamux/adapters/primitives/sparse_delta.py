@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.packed import PackedMatrices, as_elements
 from deltamux_kernels.segments import Segments
-from deltamux_kernels.sparse_delta import SparseMatrices, as_elements, sparse_delta
+from deltamux_kernels.sparse_delta import SparseMatrices, sparse_delta
 
 
 @dataclass(frozen=True, eq=False)
