@@ -19,6 +19,7 @@ class EngineConfig:
     block_size: int = 16
     # Bytes of the KV cache; None: a share of device memory on a GPU, 1 GiB on a CPU.
     kv_cache_bytes: int | None = None
+    enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.9
     # Bytes of device memory for adapters; None: a share on a GPU, 1 GiB on a CPU.
     adapter_device_bytes: int | None = None

@@ -98,6 +98,12 @@ class Metrics:
         self._waiting = self._gauge("requests_waiting", "Choices that wait for a step.")
         self._kv_usage = self._gauge("kv_cache_usage_ratio", "Share of KV blocks in use, 0 to 1.")
         self._preemptions = self._counter("preemptions", "Choices that lost their KV blocks.")
+        self._prefix_queries = self._counter(
+            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
+        )
+        self._prefix_hits = self._counter(
+            "prefix_cache_hits", "Prompt tokens whose KV blocks were found."
+        )
         self._restarts = self._counter("engine_restarts", "Times that the engine was replaced.")
         self._step_seconds = self._histogram("step_seconds", "Duration of a step.", _STEP)
         self._step_rows = self._histogram("rows_per_step", "Tokens computed in a step.", _ROWS)
@@ -166,6 +172,8 @@ class Metrics:
 
         host_hits, misses = grown("host_hits"), grown("misses")
         self._preemptions.inc(grown("preemptions"))
+        self._prefix_queries.inc(grown("prefix_queries"))
+        self._prefix_hits.inc(grown("prefix_hits"))
         self._hits.labels(self._model_name, "device").inc(grown("device_hits"))
         self._hits.labels(self._model_name, "host").inc(host_hits)
         self._misses.labels(self._model_name, "device").inc(host_hits + misses)

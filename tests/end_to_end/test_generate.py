@@ -259,6 +259,22 @@ async def test_output_options(calls, oracle) -> None:
     assert not ids_of(messages) and not any(message.logprobs for message in messages)
 
 
+async def test_usage_and_metrics_tell_what_the_prefix_cache_spared(calls, server: Server) -> None:
+    async def hits() -> float:
+        series = await asyncio.to_thread(server.metrics)
+        return series["deltamux_prefix_cache_hits"].samples[0].value
+
+    text = "the slow brown fox sleeps under the tree\n"
+    before, cached, answers = await hits(), [], []
+    for salt in ("", "", "pepper"):
+        messages = await calls.collect(request_of(text, cache_salt=salt))
+        cached.append(messages[-1].usage.cached_prompt_tokens)
+        answers.append(text_of(messages))
+    assert cached[0] == cached[2] == 0 and cached[1] >= 32
+    assert len(set(answers)) == 1
+    assert await hits() - before == sum(cached)
+
+
 async def test_a_cold_adapter_tells_where_it_was(calls, tmp_path: Path) -> None:
     folder = shutil.copytree(ADAPTERS[0], tmp_path / "cold")
     request = adapters_pb2.LoadAdapterRequest(name="cold", source=str(folder), upto=v1.TIER_DISK)

@@ -128,10 +128,13 @@ def new_sequence() -> Callable[..., Sequence]:
         priority: int = 0,
         leader: Sequence | None = None,
         deadline: float | None = None,
+        salt: str | None = None,
     ) -> Sequence:
+        """Without a salt, it shares blocks with the choices of its own request only."""
         number = next(numbers)
+        request_id = leader.request_id if leader else f"request-{number}"
         return Sequence(
-            request_id=leader.request_id if leader else f"request-{number}",
+            request_id=request_id,
             index=number if leader else 0,
             tokens=list(range(num_prompt)),
             num_prompt=num_prompt,
@@ -142,6 +145,7 @@ def new_sequence() -> Callable[..., Sequence]:
             deadline=deadline,
             adapter=adapter,
             adapter_path="",
+            cache_salt=request_id if salt is None else salt,
             leader=leader,
         )
 

@@ -126,6 +126,26 @@ def test_a_stop_token_as_the_last_allowed_one_is_a_stop(setup):
     assert [p.finish for p in served.link.progress("r")] == ["stop"]
 
 
+def test_first_token_tells_how_much_of_the_prompt_was_there(setup):
+    served = setup()
+    served.step(submit("r", prompt=range(10), n=2), times=2)
+    served.step(submit("s", prompt=range(10)), submit("t", prompt=range(10), cache_salt="t"))
+    cached = [served.link.progress(name)[0].first.cached_prompt_tokens for name in "rst"]
+    assert cached == [0, 8, 0]
+    stats = served.link.sent[-1].stats
+    assert (stats.prefix_queries, stats.prefix_hits) == (30, 8)
+
+
+def test_what_led_to_non_finite_logits_is_computed_again(setup):
+    served = setup()
+    sound = served.runner.outcome
+    served.runner.outcome = lambda sequence: NonFinite()
+    served.step(submit("bad", prompt=range(10)))
+    served.runner.outcome = sound
+    served.step(submit("good", prompt=range(10)))
+    assert served.link.progress("good")[0].first.cached_prompt_tokens == 0
+
+
 def test_logprobs_go_along(setup):
     served = setup()
     logprobs = TokenLogprobs(Logprob(5, -0.5), (Logprob(5, -0.5),))

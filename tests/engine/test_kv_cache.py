@@ -17,7 +17,7 @@ def test_each_layer_has_pages_of_its_own_shape() -> None:
     cache = KVCache(LAYERS, 5, 16, torch.bfloat16, torch.device("cpu"))
     assert [tuple(pages.shape) for pages in cache.keys] == [(5, 16, 2, 8), (5, 16, 4, 16)]
     assert [tuple(pages.shape) for pages in cache.values] == [(5, 16, 2, 8), (5, 16, 4, 8)]
-    assert not any(pages.any() for pages in (*cache.keys, *cache.values))
+    assert not any(pages[0].any() for pages in (*cache.keys, *cache.values))
 
 
 def test_bytes_of_a_block_are_those_that_the_cache_takes() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -32,10 +34,17 @@ def test_bytes_are_the_limit_when_they_are_few(base: Base) -> None:
     assert count_kv_blocks(base, EngineConfig("", kv_cache_bytes=10 * size + 1)) == 10
 
 
-def test_no_more_blocks_than_the_engine_can_use(base: Base) -> None:
+def test_no_more_blocks_than_the_sequences_can_hold(base: Base) -> None:
     """Seven blocks of 16 hold 100 tokens; one block more is the padding."""
-    assert count_kv_blocks(base, EngineConfig("", max_num_seqs=3)) == 3 * 7 + 1
-    assert count_kv_blocks(base, EngineConfig("", max_num_seqs=3, max_model_len=32)) == 3 * 2 + 1
+    config = EngineConfig("", max_num_seqs=3, enable_prefix_caching=False)
+    assert count_kv_blocks(base, config) == 3 * 7 + 1
+    assert count_kv_blocks(base, replace(config, max_model_len=32)) == 3 * 2 + 1
+
+
+def test_prefix_caching_uses_all_that_there_is(base: Base) -> None:
+    size = block_bytes(base.layers, 16, torch.float32)
+    config = EngineConfig("", max_num_seqs=1, kv_cache_bytes=50 * size)
+    assert count_kv_blocks(base, config) == 50
 
 
 def test_memory_without_room_for_a_block_is_refused(base: Base) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import chain
 
 import pytest
 import torch
@@ -117,6 +118,27 @@ def test_step_in_which_nothing_samples_fills_the_cache(
     assert runner.run([Scheduled(chunked, 3)]) == []
     chunked.num_computed = 3
     assert token(step(runner, chunked)[0]) == whole
+
+
+def test_rows_behind_shared_blocks_are_exact(runner: ModelRunner, blocks: Iterator[int]) -> None:
+    """The second sequence begins with the blocks that the first has computed, in chunks."""
+
+    def logits(item: Sequence, chunk: int) -> torch.Tensor:
+        parts = []
+        while item.num_uncomputed:
+            scheduled = Scheduled(item, min(chunk, item.num_uncomputed))
+            batch = runner.batch([scheduled])
+            parts.append(runner.forward(batch, torch.arange(scheduled.num_tokens)))
+            item.num_computed += scheduled.num_tokens
+        return torch.cat(parts)
+
+    common = [7, 8, 9, 10, 11, 12, 13, 14]
+    alone = logits(sequence([*common, 20, 21, 22], blocks), 100)
+    first = sequence([*common, 30], blocks)
+    logits(first, 3)
+    second = sequence([*common, 20, 21, 22], chain(first.blocks[:2], blocks))
+    second.num_computed = 8
+    torch.testing.assert_close(logits(second, 100), alone[8:], atol=1e-5, rtol=1e-5)
 
 
 def test_poisoned_row_is_reported_and_its_neighbours_are_untouched(

@@ -34,7 +34,7 @@ class Setup:
         plan = self.scheduler.schedule(self.now)
         sampling = [item.sequence for item in plan.scheduled if item.samples]
         for item in plan.scheduled:
-            item.sequence.num_computed += item.num_tokens
+            self.scheduler.advance(item)
         for sequence in sampling:
             sequence.tokens.append(7)
             if sequence.num_generated == sequence.stopping.max_tokens:
@@ -215,8 +215,9 @@ def test_waiting_for_the_leader_delays_no_other_request(setup, new_sequence):
 
 
 @pytest.mark.parametrize("fate", ["cancelled", "preempted"])
-def test_a_choice_computes_the_whole_prompt_when_the_first_is_gone(setup, new_sequence, fate):
-    engine = setup(budget=8)
+@pytest.mark.parametrize(("lost", "computed"), [(False, 2), (True, 8)])
+def test_a_choice_goes_on_where_the_first_is_gone(setup, new_sequence, fate, lost, computed):
+    engine = setup(num_blocks=10, budget=8)
     leader = new_sequence(num_prompt=10)
     follower = new_sequence(num_prompt=10, leader=leader)
     engine.add(leader, follower)
@@ -226,8 +227,101 @@ def test_a_choice_computes_the_whole_prompt_when_the_first_is_gone(setup, new_se
     else:
         engine.scheduler._preempt(leader)
         engine.scheduler.waiting.remove(leader)
-    assert engine.step() == {follower: 8}
+    if lost:
+        engine.allocator.free(engine.allocator.allocate(10))
+    assert engine.step() == {follower: computed}
     engine.steps_until(engine.is_empty)
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_skips_its_full_blocks(setup, new_sequence):
+    engine = setup()
+    first = new_sequence(num_prompt=10, salt="", max_tokens=3)
+    engine.add(first)
+    engine.steps_until(engine.is_empty)
+    # Ten tokens of the prompt and two of the answer: three full blocks.
+    again, longer = new_sequence(num_prompt=10, salt=""), new_sequence(num_prompt=14, salt="")
+    answered = new_sequence(salt="")
+    answered.tokens, answered.num_prompt = [*first.tokens], len(first.tokens)
+    engine.add(again, longer, answered)
+    assert engine.step() == {again: 2, longer: 6, answered: 1}
+    assert [s.num_cached for s in (again, longer, answered)] == [8, 8, 12]
+    assert (engine.scheduler.prefix_queries, engine.scheduler.prefix_hits) == (47, 28)
+
+
+def test_the_last_token_of_a_prompt_is_always_computed(setup, new_sequence):
+    engine = setup()
+    first, again = new_sequence(num_prompt=8, salt=""), new_sequence(num_prompt=8, salt="")
+    engine.add(first)
+    engine.step()
+    engine.add(again)
+    assert engine.step() == {first: 1, again: 4}
+
+
+@pytest.mark.parametrize(("adapter", "salt"), [("b", "s"), ("a", "t"), ("", "s"), ("a", "")])
+def test_adapters_and_salts_share_nothing(setup, new_sequence, adapter, salt):
+    engine = setup()
+    engine.add(new_sequence(num_prompt=9, adapter="a", salt="s"))
+    engine.steps_until(engine.is_empty)
+    other = new_sequence(num_prompt=9, adapter=adapter, salt=salt)
+    engine.add(other)
+    assert engine.step() == {other: 9}
+    assert engine.scheduler.prefix_hits == 0
+
+
+def test_choices_count_once(setup, new_sequence):
+    engine = setup()
+    leader = new_sequence(num_prompt=9, salt="")
+    engine.add(leader, new_sequence(num_prompt=9, salt="", leader=leader))
+    engine.steps_until(engine.is_empty)
+    assert (engine.scheduler.prefix_queries, engine.scheduler.prefix_hits) == (9, 0)
+    engine.add(new_sequence(num_prompt=9, salt=""))
+    engine.step()
+    assert (engine.scheduler.prefix_queries, engine.scheduler.prefix_hits) == (18, 8)
+
+
+def test_a_preempted_sequence_finds_what_nobody_took(setup, new_sequence):
+    engine = setup()
+    sequence = new_sequence(num_prompt=10)
+    engine.add(sequence)
+    engine.step()
+    engine.scheduler._preempt(sequence)
+    assert engine.step() == {sequence: 3}
+    assert sequence.num_cached == 0
+
+
+def test_free_blocks_with_content_are_room_for_others(setup, new_sequence):
+    """The cache is as large as what is free, and gives way at once."""
+    engine = setup(num_blocks=6)
+    engine.add(new_sequence(num_prompt=12, salt="", max_tokens=1))
+    engine.steps_until(engine.is_empty)
+    other = new_sequence(num_prompt=21, salt="other", max_tokens=1)
+    engine.add(other)
+    engine.step()
+    assert len(other.blocks) == 6
+    engine.steps_until(engine.is_empty)
+
+
+def test_blocks_that_a_match_takes_from_the_free_ones_are_counted(setup, new_sequence):
+    engine = setup(num_blocks=7)
+    engine.add(new_sequence(num_prompt=13, salt="", max_tokens=1))
+    engine.steps_until(engine.is_empty)
+    running = new_sequence(num_prompt=9, max_tokens=4)
+    engine.add(running)
+    engine.step()
+    # Four blocks are free, three of them a match: one is left for the rest, none in reserve.
+    engine.add(new_sequence(num_prompt=14, salt="", max_tokens=3))
+    assert engine.step() == {running: 1}
+
+
+def test_distrusted_content_is_not_found(setup, new_sequence):
+    engine = setup()
+    poisoned, again = new_sequence(num_prompt=9, salt=""), new_sequence(num_prompt=9, salt="")
+    engine.add(poisoned)
+    engine.step()
+    engine.scheduler.distrust(poisoned)
+    engine.scheduler.finish(poisoned)
+    engine.add(again)
+    assert engine.step() == {again: 9}
 
 
 def test_shared_blocks_outlive_the_leader(setup, new_sequence):

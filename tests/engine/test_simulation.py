@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from zlib import crc32
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from structlog.testing import capture_logs
 
 from deltamux.config import EngineConfig
+from deltamux.engine import scheduler
 from deltamux.engine.block_allocator import BlockAllocator
+from deltamux.engine.block_keys import block_key
 from deltamux.engine.engine import Engine
 from deltamux.engine.sampler import NonFinite, SampledToken
 from deltamux.engine.scheduler import Scheduler
@@ -137,17 +140,24 @@ class Simulation:
     def _adapter(self):
         return self.random.choice(["a", "b", "c", "d"])
 
+    def _prompt(self):
+        """Many begin alike."""
+        draw = self.random
+        common = range(draw.choice([0, 3, 6]))
+        return (*common, *(draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 6))))
+
     def _submit(self):
         draw = self.random
         submit = Submit(
             request_id=f"request-{len(self.submits)}",
-            prompt=tuple(draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 12))),
+            prompt=self._prompt(),
             sampling=Sampling(),
             stopping=Stopping(max_tokens=draw.randint(1, 10)),
             n=draw.choice([1, 1, 3]),
             priority=draw.choice([0, 0, 1]),
             adapter=draw.choice(["", self._adapter()]),
             deadline=draw.choice([None, None, 2.0]),
+            cache_salt=draw.choice(["", "salt"]),
         )
         self.submits[submit.request_id] = submit
         self.link.inbox.append(submit)
@@ -200,6 +210,7 @@ def simulate(seeds, fake_link, fake_adapters):
         except Exception as error:
             raise AssertionError(f"seed {seed}: {error!r}") from error
         happened["preemptions"] += simulation.scheduler.num_preemptions
+        happened["prefix hits"] += simulation.scheduler.prefix_hits
         happened["evictions"] += simulation.adapters.device_evictions
         happened.update(message.reason for message in simulation.link.told(RequestFailed))
     return happened
@@ -209,6 +220,7 @@ def test_every_seed_keeps_the_promises(fake_link, fake_adapters):
     happened = simulate(range(SEEDS), fake_link, fake_adapters)
     assert happened.keys() == {
         "preemptions",
+        "prefix hits",
         "evictions",
         "INVALID_ARGUMENT",
         "NON_FINITE_OUTPUT",
@@ -236,8 +248,30 @@ def _shares_without_a_reference(monkeypatch):
 
 def _shares_the_last_block_too(monkeypatch):
     monkeypatch.setattr(
-        Scheduler, "_num_shareable", lambda self, sequence: -(-sequence.num_prompt // BLOCK_SIZE)
+        Scheduler, "_num_reusable", lambda self, num_tokens: num_tokens // BLOCK_SIZE
     )
+
+
+def _shares_between_adapters(monkeypatch):
+    monkeypatch.setattr(
+        scheduler,
+        "block_key",
+        lambda sequence, index, size: block_key(
+            replace(sequence, adapter="", block_keys=[]), index, size
+        ),
+    )
+
+
+def _shares_what_is_not_computed_yet(monkeypatch):
+    start = Scheduler._start
+
+    def hasty(self, sequence, now):
+        start(self, sequence, now)
+        for index in range(self._num_reusable(sequence.num_tokens)):
+            key = block_key(sequence, index, BLOCK_SIZE)
+            self._allocator.publish(sequence.blocks[index], key)
+
+    monkeypatch.setattr(Scheduler, "_start", hasty)
 
 
 def _keeps_computed_tokens_of_the_preempted(monkeypatch):
@@ -265,6 +299,8 @@ def _keeps_computed_tokens_of_the_preempted(monkeypatch):
         _keeps_a_lease,
         _shares_without_a_reference,
         _shares_the_last_block_too,
+        _shares_between_adapters,
+        _shares_what_is_not_computed_yet,
         _keeps_computed_tokens_of_the_preempted,
     ],
 )

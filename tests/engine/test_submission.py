@@ -23,6 +23,13 @@ def test_choices_differ_in_their_index_alone_and_follow_the_first():
     assert first.tokens == others[0].tokens and first.tokens is not others[0].tokens
 
 
+@pytest.mark.parametrize(("caching", "salt"), [(True, "pepper"), (False, "r")])
+def test_without_prefix_caching_each_request_has_a_salt_of_its_own(caching, salt):
+    request = submit(cache_salt="pepper", n=2)
+    sequences = Submissions(LIMITS, 0, prefix_caching=caching).sequences(request, 0.0, "")
+    assert [sequence.cache_salt for sequence in sequences] == [salt, salt]
+
+
 def test_what_the_cache_can_never_hold_is_refused():
     submissions = Submissions(replace(LIMITS, kv_cache_tokens=8), seed=0)
     assert submissions.sequences(submit(prompt=range(6), max_tokens=3), 0.0, "")

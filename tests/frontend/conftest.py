@@ -58,7 +58,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
 INFO = AdapterInfo("lora", 4, 100, 1000, 2000, "a note")
-STATS = Stats(1, 0, 1, 100, 0, 1, 1, 0.001, 0, 0, 0, 0, 0)
+STATS = Stats(1, 0, 1, 100, 0, 0, 0, 1, 1, 0.001, 0, 0, 0, 0, 0)
 
 Message = TypeVar("Message", bound=ToEngine)
 

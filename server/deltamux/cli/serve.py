@@ -67,6 +67,9 @@ class Serve(Command):
     kv_cache_bytes: ByteSize | None = option(
         None, help="memory for the KV cache, 4GiB for one", metavar="SIZE"
     )
+    enable_prefix_caching: bool = option(
+        True, help="reuse the KV blocks of prompts that begin alike"
+    )
 
     max_adapter_slots: int = option(64, ge=1, help="most adapters on the device", metavar="N")
     adapter_device_bytes: ByteSize | None = option(
@@ -109,6 +112,7 @@ class Serve(Command):
             max_num_batched_tokens=self.max_num_batched_tokens,
             block_size=self.block_size,
             kv_cache_bytes=self.kv_cache_bytes,
+            enable_prefix_caching=self.enable_prefix_caching,
             gpu_memory_utilization=self.gpu_memory_utilization,
             adapter_device_bytes=self.adapter_device_bytes,
             adapter_host_bytes=self.adapter_host_bytes,

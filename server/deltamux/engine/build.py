@@ -51,7 +51,7 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
     limits = Limits(base.vocab_size, max_model_len, allocator.num_total * config.block_size)
     engine = Engine(
         link,
-        Submissions(limits, config.seed),
+        Submissions(limits, config.seed, config.enable_prefix_caching),
         Scheduler(config, allocator, adapters),
         allocator,
         adapters,

@@ -117,10 +117,11 @@ class Engine:
     ) -> list[Progress]:
         sampling = [item.sequence for item in scheduled if item.samples]
         for item in scheduled:
-            item.sequence.num_computed += item.num_tokens
+            self._scheduler.advance(item)
         rows = list(zip(sampling, outcomes, strict=True))
         poisoned = {s.request_id: s for s, outcome in rows if isinstance(outcome, NonFinite)}
         for request_id, sequence in poisoned.items():
+            self._scheduler.distrust(sequence)
             self._fail(request_id, non_finite_error(sequence))
         return [
             self._advance(sequence, outcome)
@@ -137,6 +138,8 @@ class Engine:
             kv_blocks_used=self._allocator.num_total - self._allocator.num_free,
             kv_blocks_total=self._allocator.num_total,
             preemptions=self._scheduler.num_preemptions,
+            prefix_queries=self._scheduler.prefix_queries,
+            prefix_hits=self._scheduler.prefix_hits,
             step_rows=sum(item.num_tokens for item in scheduled),
             step_adapters=len({s.sequence.adapter for s in scheduled if s.sequence.adapter}),
             step_seconds=step_seconds,

@@ -28,12 +28,15 @@ class KVCache:
         self.block_size = block_size
         self.device = device
 
-        def pages(layer: AttentionLayer, dim: int) -> torch.Tensor:
+        def pages_of(layer: AttentionLayer, dim: int) -> torch.Tensor:
             shape = (num_blocks, block_size, layer.kv_heads, dim)
-            return torch.zeros(shape, dtype=dtype, device=device)
+            # Of a CPU's memory, only the blocks that were ever used are really taken.
+            pages = torch.empty(shape, dtype=dtype, device=device)
+            pages[0] = 0
+            return pages
 
-        self.keys = [pages(layer, layer.key_dim) for layer in layers]
-        self.values = [pages(layer, layer.value_dim) for layer in layers]
+        self.keys = [pages_of(layer, layer.key_dim) for layer in layers]
+        self.values = [pages_of(layer, layer.value_dim) for layer in layers]
 
 
 def block_bytes(layers: Sequence[AttentionLayer], block_size: int, dtype: torch.dtype) -> int:

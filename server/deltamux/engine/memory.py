@@ -18,21 +18,24 @@ _CPU_BYTES = 1 << 30
 
 
 def count_kv_blocks(base: Base, config: EngineConfig) -> int:
-    """Blocks that memory affords, block 0 among them, and no more than the engine can ever use.
+    """Blocks that memory affords, block 0 among them; without prefix caching, no more than the
+    sequences of a step can ever hold.
 
     On a GPU it runs one full step, to learn what the model needs beside the cache: everything else
     that will stay on the device, the adapters' arena above all, must be there already.
     Raises StartupError when not even one block fits.
     """
-    longest = config.max_model_len or base.max_model_len
-    useful = config.max_num_seqs * -(-longest // config.block_size) + 1
     size = block_bytes(base.layers, config.block_size, base.dtype)
     available = _available_bytes(base, config)
     if available < 2 * size:
         raise StartupError(
             f"{max(available, 0)} bytes are left for the KV cache; one block takes {size}"
         )
-    return min(useful, available // size)
+    affordable = available // size
+    if config.enable_prefix_caching:
+        return affordable
+    longest = config.max_model_len or base.max_model_len
+    return min(affordable, config.max_num_seqs * -(-longest // config.block_size) + 1)
 
 
 def _available_bytes(base: Base, config: EngineConfig) -> int:

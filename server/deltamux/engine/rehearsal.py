@@ -59,6 +59,7 @@ def trial_sequence(
         deadline=None,
         adapter="",
         adapter_path="",
+        cache_salt="",
         blocks=blocks,
     )
 

@@ -32,6 +32,7 @@ def first_token(sequence: Sequence) -> FirstToken | None:
         queue=missed - sequence.arrival,
         adapter_load=sequence.admitted - missed,
         tier=sequence.tier,
+        cached_prompt_tokens=sequence.num_cached,
     )
 
 

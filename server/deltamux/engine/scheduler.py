@@ -8,6 +8,7 @@ from typing import Protocol
 
 from deltamux.config import EngineConfig
 from deltamux.engine.block_allocator import BlockAllocator
+from deltamux.engine.block_keys import block_key
 from deltamux.engine.drain import Drain
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.errors import DeltamuxError
@@ -70,6 +71,9 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        # Tokens of admitted prompts, and those of them whose blocks were found.
+        self.prefix_queries = 0
+        self.prefix_hits = 0
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_order)
@@ -80,6 +84,19 @@ class Scheduler:
         self._continue(plan)
         self._admit(plan, now)
         return plan
+
+    def advance(self, item: Scheduled) -> None:
+        """Notes what a step has computed: the blocks that it completed can be shared from now."""
+        sequence = item.sequence
+        first = sequence.num_computed // self._block_size
+        sequence.num_computed += item.num_tokens
+        for index in range(first, sequence.num_computed // self._block_size):
+            key = block_key(sequence, index, self._block_size)
+            self._allocator.publish(sequence.blocks[index], key)
+
+    def distrust(self, sequence: Sequence) -> None:
+        """Keeps what a running sequence has computed from all who come later."""
+        self._allocator.withdraw(sequence.blocks)
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence, running or waiting."""
@@ -123,7 +140,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue with all its tokens, to be computed again from the start."""
+        """Back to the queue with all its tokens; what it computed may be lost."""
         self.finish(sequence)
         self.add(sequence)
         self.num_preemptions += 1
@@ -153,7 +170,8 @@ class Scheduler:
 
         Without that reserve, the newcomer would soon be preempted and computed again.
         """
-        missing = self._num_blocks(sequence) - len(self._shared_blocks(sequence))
+        held = sum(map(self._allocator.is_held, self._reusable_blocks(sequence)))
+        missing = self._num_blocks(sequence) - held
         return missing + len(self.running) <= self._allocator.num_free
 
     def _acquire(self, sequence: Sequence, plan: Plan) -> bool:
@@ -170,13 +188,14 @@ class Scheduler:
         return sequence.slot is not None
 
     def _start(self, sequence: Sequence, now: float) -> None:
-        shared = self._shared_blocks(sequence)
-        self._allocator.share(shared)
-        sequence.num_computed = len(shared) * self._block_size
-        missing = self._num_blocks(sequence) - len(shared)
-        sequence.blocks = shared + self._allocator.allocate(missing)
+        reused = self._reusable_blocks(sequence)
+        self._allocator.share(reused)
+        sequence.num_computed = len(reused) * self._block_size
+        missing = self._num_blocks(sequence) - len(reused)
+        sequence.blocks = reused + self._allocator.allocate(missing)
         if sequence.admitted is None:
             sequence.admitted = now
+            self._count_reuse(sequence)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_order)
 
@@ -189,23 +208,28 @@ class Scheduler:
             self._slots.release(sequence.adapter)
             sequence.slot = None
 
+    def _count_reuse(self, sequence: Sequence) -> None:
+        """Once a sequence; a request counts its first choice alone."""
+        sequence.num_cached = sequence.num_computed
+        if sequence.leader is None:
+            self.prefix_queries += sequence.num_prompt
+            self.prefix_hits += sequence.num_cached
+
     def _awaits_leader(self, sequence: Sequence) -> bool:
         """True while the first choice is still computing the prompt that this one will share."""
         leader = sequence.leader
-        return (
-            leader is not None
-            and bool(leader.blocks)
-            and leader.num_computed < self._num_shareable(sequence) * self._block_size
-        )
+        if leader is None or not leader.blocks:
+            return False
+        return leader.num_computed < self._num_reusable(leader.num_prompt) * self._block_size
 
-    def _shared_blocks(self, sequence: Sequence) -> list[int]:
-        """The first choice's full prompt blocks; none when it is gone or preempted."""
-        leader = sequence.leader
-        return leader.blocks[: self._num_shareable(sequence)] if leader else []
+    def _reusable_blocks(self, sequence: Sequence) -> list[int]:
+        """Blocks that already hold what the sequence begins with."""
+        indices = range(self._num_reusable(sequence.num_tokens))
+        return self._allocator.match(block_key(sequence, i, self._block_size) for i in indices)
 
-    def _num_shareable(self, sequence: Sequence) -> int:
-        # The prompt's last token is always computed: its logits yield the first token.
-        return (sequence.num_prompt - 1) // self._block_size
+    def _num_reusable(self, num_tokens: int) -> int:
+        # The last token is always computed: its logits yield the next one.
+        return (num_tokens - 1) // self._block_size
 
     def _num_blocks(self, sequence: Sequence) -> int:
         return -(-sequence.num_tokens // self._block_size)

@@ -27,11 +27,17 @@ class Sequence:
     # Digest and folder of the adapter; empty for the base.
     adapter: str
     adapter_path: str
-    # The first choice of the same request, whose full prompt blocks this one shares.
+    # Sequences of different salts share no block.
+    cache_salt: str
+    # The first choice of the same request, which computes the prompt for all of them.
     leader: Sequence | None = None
 
     blocks: list[int] = field(default_factory=list)
+    # Keys of the full blocks, as far as anybody asked for them.
+    block_keys: list[bytes] = field(default_factory=list)
     num_computed: int = 0
+    # Tokens of the prompt whose blocks were found when it was first admitted.
+    num_cached: int = 0
     # Device slot of the adapter while a lease is held; None for the base or while waiting.
     slot: int | None = None
     # Tier of the adapter at submission: "", "disk", "host" or "device".

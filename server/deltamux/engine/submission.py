@@ -30,8 +30,9 @@ class Limits:
 class Submissions:
     """Checks requests again, whatever the front end has checked, and gives each one a seed."""
 
-    def __init__(self, limits: Limits, seed: int) -> None:
+    def __init__(self, limits: Limits, seed: int, prefix_caching: bool = True) -> None:
         self.limits = limits
+        self._prefix_caching = prefix_caching
         self._seeds = random.Random(seed)
 
     def sequences(self, submit: Submit, now: float, tier: str) -> list[Sequence]:
@@ -58,11 +59,16 @@ class Submissions:
                 deadline=None if submit.deadline is None else now + submit.deadline,
                 adapter=submit.adapter,
                 adapter_path=submit.adapter_path,
+                cache_salt=self._salt(submit),
                 leader=sequences[0] if sequences else None,
                 tier=tier,
             )
             sequences.append(sequence)
         return sequences
+
+    def _salt(self, submit: Submit) -> str:
+        """Without prefix caching, only the choices of one request share blocks."""
+        return submit.cache_salt if self._prefix_caching else submit.request_id
 
     def _seeded(self, sampling: Sampling) -> Sampling:
         if sampling.seed is not None:

@@ -136,6 +136,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             priority=request.priority,
             adapter=lease.version if lease else "",
             adapter_path=str(lease.path) if lease else "",
+            cache_salt=request.cache_salt,
             deadline=call.seconds - (time.perf_counter() - call.started),
         )
 

@@ -47,6 +47,8 @@ class Submit(ToEngine, frozen=True, tag=True):
     adapter: str = ""
     # Folder of the adapter's files on disk.
     adapter_path: str = ""
+    # Requests of different salts share no blocks of the KV cache.
+    cache_salt: str = ""
     # Seconds from now; None: no deadline.
     deadline: float | None = None
 
@@ -158,6 +160,9 @@ class Stats(msgspec.Struct, frozen=True):
     kv_blocks_used: int
     kv_blocks_total: int
     preemptions: int
+    # Tokens of admitted prompts, and those of them that the prefix cache had.
+    prefix_queries: int
+    prefix_hits: int
     # Of this step.
     step_rows: int
     step_adapters: int
