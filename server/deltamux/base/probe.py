@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from deltamux.base.structure import forward_plainly
+from deltamux.base.trace import forward_plainly
 from deltamux.errors import StartupError
 
 _PROBE_NAME = "deltamux_probe"

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-Kind = Literal["linear", "embedding", "head", "norm"]
+from deltamux.base.sublayers import Sublayer, find_sublayers
+from deltamux.base.trace import Call, is_linear, is_norm, trace
 
-# A prime, so that no axis of heads or experts is mistaken for the token axis.
-_TRACE_TOKENS = 11
+Kind = Literal["linear", "embedding", "head", "norm"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,7 @@ class Structure:
     """All sites of a model by module name, in call order, and their frozen parameters.
 
     `embedding` and `head` name those of the vocabulary; `tied` says that they share one weight.
+    `sublayers` are by the name of their output, in call order.
     """
 
     def __init__(
@@ -64,11 +63,15 @@ class Structure:
         embedding: str,
         head: str,
         tied: bool,
+        sublayers: Iterable[Sublayer] = (),
+        model_type: str = "",
     ) -> None:
         self.sites = dict(sites)
         self.embedding = embedding
         self.head = head
         self.tied = tied
+        self.sublayers = {sublayer.output: sublayer for sublayer in sublayers}
+        self.model_type = model_type
         self._modules = dict(modules)
 
     def without(self, names: Collection[str]) -> Structure:
@@ -100,7 +103,7 @@ def find_structure(model: PreTrainedModel) -> Structure:
     sends to one expert are not. Embeddings are sites when they take nothing but token or position
     ids, norms when they scale token rows or all heads of them.
     """
-    calls = _trace(model)
+    calls = trace(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     groups = _groups([call for call in calls if call.module is not head])
     sites = {call.name: _site(call, head, *groups.get(call.name, (None, 0))) for call in calls}
@@ -111,84 +114,17 @@ def find_structure(model: PreTrainedModel) -> Structure:
         names[embedding],
         names[head],
         bool(model.config.get_text_config().tie_word_embeddings),
+        find_sublayers(calls),
+        model.config.model_type,
     )
 
 
-@dataclass(frozen=True)
-class _Call:
-    name: str
-    module: nn.Module
-    # Held until the trace ends: the id of a freed tensor may be taken by another one.
-    input: Tensor
-
-
-def _trace(model: PreTrainedModel) -> list[_Call]:
-    calls: dict[str, _Call] = {}
-
-    def record(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if name not in calls and _reads_token_rows(module, args):
-            calls[name] = _Call(name, module, args[0])
-
-    with _watching(model, record):
-        forward_plainly(model, _TRACE_TOKENS)
-    return list(calls.values())
-
-
-def forward_plainly(model: PreTrainedModel, num_tokens: int) -> None:
-    """One forward over arbitrary tokens at positions 0 .. num_tokens - 1, without a cache."""
-    embedding = model.get_input_embeddings()
-    vocabulary, device = embedding.num_embeddings, embedding.weight.device
-    positions = torch.arange(num_tokens, device=device)[None]
-    with torch.inference_mode():
-        model(input_ids=(positions + 3) % vocabulary, position_ids=positions, use_cache=False)
-
-
-@contextmanager
-def _watching(
-    model: nn.Module, record: Callable[[str, nn.Module, tuple[Any, ...]], None]
-) -> Iterator[None]:
-    def hook(name: str) -> Callable[..., None]:
-        def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not kwargs:
-                record(name, module, args)
-
-        return call
-
-    handles = [
-        module.register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D | nn.Embedding) or _is_norm(module)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _reads_token_rows(module: nn.Module, args: tuple[Any, ...]) -> bool:
-    if len(args) != 1 or not isinstance(args[0], Tensor):
-        return False
-    if _is_norm(module):
-        return _TRACE_TOKENS in args[0].shape[:-1]
-    rows = args[0] if isinstance(module, nn.Embedding) else args[0][..., 0]
-    return rows.numel() == _TRACE_TOKENS
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """A module whose only parameters are a weight, and perhaps a bias, for each feature."""
-    parameters = dict(module.named_parameters())
-    if not parameters.keys() <= {"weight", "bias"} or any(module.children()):
-        return False
-    return "weight" in parameters and all(p.ndim == 1 for p in parameters.values())
-
-
-def _groups(calls: list[_Call]) -> dict[str, tuple[int, int]]:
+def _groups(calls: list[Call]) -> dict[str, tuple[int, int]]:
     """Name of each linear that shares its input with a sibling -> (group, place of its call)."""
     keys = {
         call.name: (call.name.rpartition(".")[0], id(call.input))
         for call in calls
-        if isinstance(call.module, nn.Linear | Conv1D)
+        if is_linear(call.module)
     }
     sizes = Counter(keys.values())
     numbers = {key: number for number, key in enumerate(k for k in sizes if sizes[k] > 1)}
@@ -202,7 +138,7 @@ def _groups(calls: list[_Call]) -> dict[str, tuple[int, int]]:
     return groups
 
 
-def _site(call: _Call, head: nn.Module | None, group: int | None, order: int) -> SiteSpec:
+def _site(call: Call, head: nn.Module | None, group: int | None, order: int) -> SiteSpec:
     weight = call.module.weight
     assert isinstance(weight, Tensor)
     if isinstance(call.module, nn.Embedding):
@@ -211,10 +147,9 @@ def _site(call: _Call, head: nn.Module | None, group: int | None, order: int) ->
         return SiteSpec(
             call.name, "embedding", rows, width, embed_scale=None if scale is None else float(scale)
         )
-    if _is_norm(call.module):
-        width, axes = weight.shape[0], call.input.shape[:-1]
-        token_axis = None if axes.numel() == _TRACE_TOKENS else axes.index(_TRACE_TOKENS)
-        return SiteSpec(call.name, "norm", width, width, token_axis=token_axis)
+    if is_norm(call.module):
+        width = weight.shape[0]
+        return SiteSpec(call.name, "norm", width, width, token_axis=call.token_axis)
     conv1d = isinstance(call.module, Conv1D)
     fan_in, fan_out = weight.shape if conv1d else reversed(weight.shape)
     kind: Kind = "head" if call.module is head else "linear"
