@@ -1,8 +1,8 @@
-"""Compiles every Triton kernel for a GPU that need not exist, as its launcher launches it.
+"""Compiles every Triton kernel for GPUs that need not exist, as its launcher launches it.
 
-    python tests/kernels/compile_kernels.py 90 bfloat16
+    python tests/kernels/compile_kernels.py sm_90:bfloat16 gfx942:bfloat16
 
-prints one JSON line per kernel: name, registers, spills (bytes) and shared memory (bytes). The
+prints one JSON line per kernel and target: registers, spills (bytes) and shared memory (bytes). The
 launchers run on the CPU with real tensors; only the launch itself becomes a compilation, so what is
 compiled is what the launcher asks for.
 """
@@ -47,11 +47,16 @@ WIDTH = 2048
 class AbsentGPU:
     """The part of a Triton driver that a compilation asks."""
 
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
+    def __init__(self, number: int, architecture: str) -> None:
+        """`architecture`: sm_90, gfx942, ...; one number each, as Triton remembers by device."""
+        self.number = number
+        if architecture.startswith("sm_"):
+            self.target = GPUTarget("cuda", int(architecture[3:]), 32)
+        else:
+            self.target = GPUTarget("hip", architecture, 64)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.number
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -80,18 +85,26 @@ def launches_compile(found: Callable[[str, str, Any], None]) -> Iterator[None]:
 def usage(log: str, kernel: Any) -> dict[str, int]:
     """Registers, spills and shared memory; kept beside Triton's cache, which keeps no log."""
     kept = Path(triton.knobs.cache.dir, f"usage_{kernel.hash}.json")
-    if log:
-        registers = re.search(r"Used (\d+) registers", log)
-        spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
-        assert registers and spills, f"no report from ptxas: {log}"
-        report = {
-            "registers": int(registers[1]),
-            "spills": sum(map(int, spills)),
-            "shared": kernel.metadata.shared,
-        }
+    if not kept.exists():
+        assembly = kernel.asm.get("amdgcn")
+        registers, spills = _of_assembly(assembly) if assembly else _of_log(log)
+        report = {"registers": registers, "spills": spills, "shared": kernel.metadata.shared}
         kept.write_text(json.dumps(report))
     found: dict[str, int] = json.loads(kept.read_text())
     return found
+
+
+def _of_log(log: str) -> tuple[int, int]:
+    registers = re.search(r"Used (\d+) registers", log)
+    assert registers, f"no report from ptxas: {log}"
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    return int(registers[1]), sum(map(int, spills))
+
+
+def _of_assembly(assembly: str) -> tuple[int, int]:
+    """Vector registers, and the bytes of scratch memory that spilled ones take."""
+    counts = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", assembly))
+    return int(counts["vgpr_count"]), int(counts["private_segment_fixed_size"])
 
 
 def low_rank(dtype: torch.dtype, rows: int) -> None:
@@ -136,15 +149,18 @@ def attention(dtype: torch.dtype, dim: int, queries: int, scoring: Scoring) -> N
     paged_attention_triton(query, cache, cache, batch, scoring)
 
 
-def main(capability: int, dtype: torch.dtype) -> None:
-    triton.runtime.driver.set_active(AbsentGPU(capability))
-    triton.knobs.nvidia.dump_ptxas_log = True
+def compile_all(target: str, number: int) -> None:
+    """`target`: architecture and dtype, as in sm_90:bfloat16."""
+    architecture, name = target.split(":")
+    triton.runtime.driver.set_active(AbsentGPU(number, architecture))
+    dtype: torch.dtype = getattr(torch, name)
     seen: set[str] = set()
 
     def found(name: str, log: str, kernel: Any) -> None:
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            print(json.dumps({"kernel": name} | usage(log, kernel)), flush=True)
+            report = {"target": target, "kernel": name} | usage(log, kernel)
+            print(json.dumps(report), flush=True)
 
     plain = Scoring(0.1, None, None, None)
     everything = Scoring(0.1, 1024, 30.0, torch.zeros(8, dtype=dtype))
@@ -157,4 +173,6 @@ def main(capability: int, dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), getattr(torch, sys.argv[2]))
+    triton.knobs.nvidia.dump_ptxas_log = True
+    for number, target in enumerate(sys.argv[1:]):
+        compile_all(target, number)
