@@ -1,4 +1,4 @@
-"""The tensors of a PEFT checkpoint by the module that they belong to; each is taken once."""
+"""The tensors of a checkpoint by the module that they belong to; each is taken once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BASE_PARTS = {
 
 class ModuleTensors:
     """`parts` says how a tensor's name may end, and which part of its module that is; those in
-    `integers` hold places, all others weights.
+    `integers` hold whole numbers, all others weights; `prefix` is what stands before each module.
 
     Raises FailedPrecondition (BASE_MISMATCH) for a module that is no site of the base.
     """
@@ -36,7 +36,9 @@ class ModuleTensors:
         structure: Structure,
         parts: Mapping[str, str],
         integers: tuple[str, ...] = (),
+        prefix: str = PREFIX,
     ) -> None:
+        self._prefix = prefix
         self._structure = structure
         self._parts = parts
         self._left: dict[tuple[str, str], tuple[str, Tensor]] = {}
@@ -55,7 +57,7 @@ class ModuleTensors:
         """The tensor of a module. Raises InvalidArgument where it is missing or mis-shaped."""
         if (module, part) not in self._left:
             raise InvalidArgument(
-                f"{WEIGHTS} lacks {part} of {module}, which the config targets",
+                f"{WEIGHTS} lacks {part} of {module}, which the adapter needs",
                 reason="MISSING_TENSORS",
             )
         name, tensor = self._left.pop((module, part))
@@ -64,6 +66,10 @@ class ModuleTensors:
             raise InvalidArgument(message, reason="SHAPE_MISMATCH")
         self.taken += tensor.numel()
         return tensor
+
+    def take_if_any(self, module: str, part: str, dimensions: int) -> Tensor | None:
+        """As `take`, None where it is missing."""
+        return self.take(module, part, dimensions) if (module, part) in self._left else None
 
     def drop_base_copies(self) -> tuple[str, ...]:
         """Forgets copies of base parameters, after making sure of it; returns a note on each.
@@ -81,10 +87,10 @@ class ModuleTensors:
 
     def _split(self, name: str) -> tuple[str, str]:
         for end, part in (*self._parts.items(), *_BASE_PARTS.items()):
-            module = name.removeprefix(PREFIX).removesuffix(f".{end}")
-            if name == f"{PREFIX}{module}.{end}" and module in self._structure.sites:
+            module = name.removeprefix(self._prefix).removesuffix(f".{end}")
+            if name == f"{self._prefix}{module}.{end}" and module in self._structure.sites:
                 return module, part
-        if name.startswith(PREFIX) and name.endswith(tuple(self._parts)):
+        if name.startswith(self._prefix) and name.endswith(tuple(self._parts)):
             raise FailedPrecondition(
                 f"{quoted(name)} belongs to a module that the base model does not have "
                 "or that takes no adapter",
@@ -96,7 +102,7 @@ class ModuleTensors:
         name, copy = self._left.pop((module, part))
         read = self._structure.weight if part == "base weight" else self._structure.bias
         base = read(module)
-        if base is None or not _is_copy(copy, base):
+        if base is None or not is_copy(copy, base):
             raise FailedPrecondition(
                 f"{quoted(name)} differs from the base model's own; "
                 "adapters that replace base weights are not served",
@@ -121,7 +127,7 @@ def other_base(site: SiteSpec, what: str) -> FailedPrecondition:
     )
 
 
-def _is_copy(copy: Tensor, base: Tensor) -> bool:
+def is_copy(copy: Tensor, base: Tensor) -> bool:
     """Whether they agree in the coarser of their two dtypes."""
     dtype = copy.dtype if base.dtype is torch.float32 else base.dtype
     return torch.equal(copy.to(dtype), base.detach().to("cpu", dtype))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from deltamux.adapters.fields import Fields, unsupported
 from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import PREFIX, ModuleTensors, other_base, to_serving
+from deltamux.adapters.module_tensors import PREFIX, ModuleTensors
 from deltamux.adapters.norm_tensors import take_norm
-from deltamux.adapters.primitives.dense import Dense, DenseEmbedding
 from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.replacement import replacement
 from deltamux.adapters.strict_json import quoted
 from deltamux.base.structure import SiteSpec, Structure
 
@@ -88,22 +88,6 @@ def _payload(
 ) -> Payload:
     if site.kind == "norm":
         return take_norm(site, modules, structure, (_WEIGHT, _BIAS), dtype)
-    saved = modules.take(site.name, _WEIGHT, 2)
-    weight = saved.T if site.conv1d else saved
-    if weight.shape != structure.weight(site.name).shape:
-        raise other_base(site, f"weight of {tuple(saved.shape)}")
-    if site.kind == "embedding":
-        scale = 1.0 if site.embed_scale is None else site.embed_scale
-        return DenseEmbedding(to_serving(site, weight.float() * scale, dtype))
-    return Dense(to_serving(site, weight, dtype), _bias(site, modules, structure, dtype))
-
-
-def _bias(
-    site: SiteSpec, modules: ModuleTensors, structure: Structure, dtype: torch.dtype
-) -> Tensor | None:
-    if structure.bias(site.name) is None:
-        return None
-    bias = modules.take(site.name, _BIAS, 1)
-    if bias.shape[0] != site.out_features:
-        raise other_base(site, f"bias of {tuple(bias.shape)}")
-    return to_serving(site, bias, dtype)
+    weight = modules.take(site.name, _WEIGHT, 2)
+    bias = None if structure.bias(site.name) is None else modules.take(site.name, _BIAS, 1)
+    return replacement(site, weight.T if site.conv1d else weight, bias, structure, dtype)
