@@ -11,6 +11,7 @@ from deltamux_kernels.segments import Segments
 from deltamux_kernels.shrink import Shrunk, shrink
 from deltamux_kernels.sign_delta import SignMatrices, sign_delta
 from deltamux_kernels.sparse_delta import SparseMatrices, sparse_delta
+from deltamux_kernels.token_rows import TokenTable, token_columns, token_rows
 from deltamux_kernels.write_kv import write_kv
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Shrunk",
     "SignMatrices",
     "SparseMatrices",
+    "TokenTable",
     "dense_delta",
     "embedding_shrink",
     "expand",
@@ -31,5 +33,7 @@ __all__ = [
     "shrink",
     "sign_delta",
     "sparse_delta",
+    "token_columns",
+    "token_rows",
     "write_kv",
 ]

@@ -60,6 +60,11 @@ def test_whole_modules_beside_any_family(
     as_in_peft("llama", [tune("llama", config), save("llama", target_modules=["q_proj"])])
 
 
+def test_layers_with_nothing_beside_them(tune: Make, save: Make, as_in_peft: Make) -> None:
+    config = peft.LoraConfig(target_modules="dummy-target-modules", modules_to_save=["layers.0"])
+    as_in_peft("qwen3", [tune("qwen3", config), save("qwen3", target_modules=["v_proj"])])
+
+
 def test_names_end_a_modules_path_or_that_of_a_module_around_it(serve: Make) -> None:
     structure = serve("llama").structure
     mlp = saved_sites(["1.mlp"], structure)
@@ -89,6 +94,16 @@ def test_wrong_modules_are_refused(
     with pytest.raises(DeltamuxError) as caught:
         serve("llama").parse(rewrite(folder, changed))
     assert caught.value.reason == reason
+
+
+def test_a_bias_that_the_base_does_not_have_is_refused(
+    save: Make, serve: Make, rewrite: Make
+) -> None:
+    bias = {"base_model.model.lm_head.bias": torch.zeros(61)}
+    folder = save("llama", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(DeltamuxError, match=r"lm_head\.bias") as caught:
+        serve("llama").parse(rewrite(folder, lambda tensors: tensors | bias))
+    assert caught.value.reason == "EXTRA_TENSORS"
 
 
 def test_a_name_that_means_no_site_is_refused(serve: Make) -> None:

@@ -28,6 +28,7 @@ from deltamux_kernels import (
     Segments,
     SignMatrices,
     SparseMatrices,
+    TokenTable,
 )
 from deltamux_kernels.embedding_shrink import embedding_shrink_triton
 from deltamux_kernels.expand import expand_triton
@@ -38,6 +39,7 @@ from deltamux_kernels.scoring import Scoring
 from deltamux_kernels.shrink import shrink_triton
 from deltamux_kernels.sign_delta import sign_delta_triton
 from deltamux_kernels.sparse_delta import sparse_delta_triton
+from deltamux_kernels.token_rows import token_columns_triton, token_rows_triton
 from deltamux_kernels.write_kv import write_kv_triton
 
 CPU = torch.device("cpu")
@@ -131,6 +133,10 @@ def low_rank(dtype: torch.dtype, rows: int) -> None:
     sign_delta_triton(x, x, signs, segments)
     grouped_dense_triton(x, x, packed, scale, segments)
     dense_delta_triton(x, x, packed, segments)
+    tokens = TokenTable(arena, 2, WIDTH)
+    tokens.rows.write(0, 0, torch.zeros(17, WIDTH))
+    token_rows_triton(x, torch.zeros(rows, dtype=torch.int64), tokens, segments)
+    token_columns_triton(x, x, tokens, segments)
 
 
 def attention(dtype: torch.dtype, dim: int, queries: int, scoring: Scoring) -> None:

@@ -34,6 +34,8 @@ LIMITS = {
     "sparse_delta_kernel": Limit(96, 8),
     "sign_delta_kernel": Limit(96, 45_056),
     "grouped_dense_kernel": Limit(56, 20_480),
+    "token_rows_kernel": Limit(32, 0),
+    "token_columns_kernel": Limit(72, 20_480),
     "write_kv_kernel": Limit(16, 0),
     "paged_attention_kernel": Limit(280, 82_720),
 }

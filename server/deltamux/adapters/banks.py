@@ -23,11 +23,13 @@ from deltamux.adapters.primitives.row_bias import RowBias, RowBiasBank
 from deltamux.adapters.primitives.row_scale import OutputScale, RowScale, RowScaleBank
 from deltamux.adapters.primitives.sign_delta import SignDelta, SignDeltaBank
 from deltamux.adapters.primitives.sparse_delta import SparseDelta, SparseDeltaBank
+from deltamux.adapters.primitives.token_rows import EmbeddingTokenBank, HeadTokenBank, TokenRows
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux_kernels.expand import Columns
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.sign_delta import SignMatrices
 from deltamux_kernels.sparse_delta import SparseMatrices
+from deltamux_kernels.token_rows import TokenTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +73,7 @@ class BankFactory:
         a, b = self._store(spec.in_features), self._store(spec.out_features)
         banks: dict[type[Payload], OutputBank] = {
             DenseEmbedding: DenseEmbeddingBank(self._store(spec.out_features)),
+            TokenRows: EmbeddingTokenBank(self._tokens(spec.out_features)),
             EmbeddingLowRank: EmbeddingLowRankBank(a, b, self._columns()),
             RowScale: RowScaleBank(self._store(spec.out_features), None),
         }
@@ -83,6 +86,7 @@ class BankFactory:
         b = self._store(spec.out_features)
         banks: dict[type[Payload], OutputBank] = {
             Dense: DenseBank(self._store(spec.in_features), self._store(spec.out_features)),
+            TokenRows: HeadTokenBank(self._tokens(spec.in_features)),
             DenseDelta: DenseDeltaBank(self._store(spec.in_features)),
             LowRank: LowRankBank(shared, last, b, self._columns()),
             SparseDelta: SparseDeltaBank(self._sparse(spec)),
@@ -109,6 +113,9 @@ class BankFactory:
 
     def _signs(self, spec: SiteSpec) -> SignMatrices:
         return SignMatrices(self._arena, self._slots, spec.out_features, spec.in_features)
+
+    def _tokens(self, width: int) -> TokenTable:
+        return TokenTable(self._arena, self._slots, width)
 
     def _columns(self) -> Columns:
         return Columns(self._slots, self._arena.device)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deltamux.adapters import weight_tying
 from deltamux.adapters.fields import Fields, unsupported
 from deltamux.adapters.manifest import Manifest
 from deltamux.adapters.module_tensors import PREFIX, ModuleTensors
@@ -16,6 +17,7 @@ from deltamux.adapters.norm_tensors import take_norm
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.replacement import replacement
 from deltamux.adapters.strict_json import quoted
+from deltamux.adapters.weight_tying import require_tied, tied_pair
 from deltamux.base.structure import SiteSpec, Structure
 
 _FIELD = "modules_to_save"
@@ -45,12 +47,16 @@ def take_saved_modules(
     they are no sites of the base or do not fit it.
     """
     fields = dict(manifest.fields)
-    names = fields.pop(_FIELD, None) if manifest.library == "peft" else None
-    sites = saved_sites(Fields({_FIELD: names}).take_names(_FIELD), structure)
+    value = fields.pop(_FIELD, None) if manifest.library == "peft" else None
+    names = Fields({_FIELD: value}).take_names(_FIELD)
+    pair = tied_pair(names, structure) if fields.get(weight_tying.FIELD) is True else {}
+    sites = saved_sites(names, structure) | pair
     own = {name for name in tensors if _module(name) in sites}
     modules = ModuleTensors({name: tensors[name] for name in own}, structure, {})
     payloads = {site.name: (_payload(site, modules, structure, dtype),) for site in sites.values()}
     modules.require_none_left()
+    if pair:
+        require_tied(*(tensors[f"{PREFIX}{name}.weight"] for name in pair))
     return SavedModules(
         payloads,
         modules.taken,

@@ -11,17 +11,23 @@ from deltamux.errors import InvalidArgument
 
 _MAX_LAYER = 1 << 16
 
+# What a config targets in PEFT that has nothing but modules_to_save.
+_NOTHING = "dummy-target-modules"
+
 
 def targeted_sites(
     selector: Selector, structure: Structure, kinds: frozenset[Kind]
 ) -> list[SiteSpec]:
-    """The sites of these kinds that are selected; raises InvalidArgument (NO_TARGETS) for none."""
+    """The sites of these kinds that are selected.
+
+    Raises InvalidArgument (NO_TARGETS) for none, unless none is what the selector is for.
+    """
     sites = [
         site
         for site in structure.sites.values()
         if site.kind in kinds and selector.selects(site.name, site.kind == "linear")
     ]
-    if not sites:
+    if not sites and selector.targets != ():
         raise InvalidArgument(
             "target_modules matches no module of the base model", reason="NO_TARGETS"
         )
@@ -41,6 +47,8 @@ def read_selector(fields: Fields) -> Selector:
         refuse_field("layers_pattern", list(patterns), "missing where layers_to_transform is")
     if not targets:
         raise InvalidArgument(f"{CONFIG}: target_modules is empty", reason="NO_TARGETS")
+    if targets == _NOTHING:
+        return Selector(targets=())
     all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     return Selector(
         targets=None if all_linear else _rule("target_modules", targets),

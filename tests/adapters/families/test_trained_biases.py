@@ -34,6 +34,13 @@ def test_a_bias_that_was_not_moved_takes_nothing(save: Make, serve: Make) -> Non
     assert not any(isinstance(payload, RowBias) for payload in payloads)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_without_biases_in_the_base_there_is_nothing_to_train(
+    bias: str, tune: Make, as_in_peft: Make
+) -> None:
+    as_in_peft("llama", [tune("llama", peft.LoraConfig(target_modules="all-linear", bias=bias))])
+
+
 BIAS = "base_model.model.model.layers.0.mlp.up_proj.bias"
 HEAD = "base_model.model.lm_head.bias"
 

@@ -5,6 +5,7 @@ from deltamux.adapters.families.ia3 import Ia3
 from deltamux.adapters.families.ln_tuning import LnTuning
 from deltamux.adapters.families.lora import Lora
 from deltamux.adapters.families.shira import Shira
+from deltamux.adapters.families.trainable_tokens import TrainableTokens
 from deltamux.adapters.family import Family
 
-FAMILIES: tuple[Family, ...] = (Lora(), Ia3(), LnTuning(), Shira(), Delta())
+FAMILIES: tuple[Family, ...] = (Lora(), Ia3(), LnTuning(), Shira(), TrainableTokens(), Delta())

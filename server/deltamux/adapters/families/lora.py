@@ -1,5 +1,5 @@
-"""LoRA in PEFT's format: y += s (x A^T) B, with rsLoRA, DoRA, BD-LoRA, lora_bias, trained biases
-and inits that shift the base, at any linear module, the language head and embeddings."""
+"""LoRA in PEFT's format: y += s (x A^T) B, with rsLoRA, DoRA, lora_bias and trained biases, at any
+linear module, the language head and embeddings."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from deltamux.adapters.base_shift import part_taken_out
 from deltamux.adapters.family import Parsed
+from deltamux.adapters.fields import unsupported
 from deltamux.adapters.lora_config import LoraConfig, read_lora_config
-from deltamux.adapters.low_rank_delta import Factors, low_rank
 from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import ModuleTensors, other_base, to_serving
+from deltamux.adapters.module_tensors import PREFIX, ModuleTensors, other_base, to_serving
 from deltamux.adapters.primitives.embedding_low_rank import EmbeddingLowRank
 from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.adapters.primitives.payload import Payload
@@ -21,6 +20,8 @@ from deltamux.adapters.primitives.row_bias import RowBias
 from deltamux.adapters.primitives.row_scale import RowScale
 from deltamux.adapters.targets import targeted_sites
 from deltamux.adapters.trained_biases import take_bias_shifts
+from deltamux.adapters.trained_tokens import TOKEN_ROWS, take_trained_tokens
+from deltamux.adapters.weight_tying import require_tied, targeted_pair
 from deltamux.base.structure import Kind, SiteSpec, Structure
 from deltamux.errors import InvalidArgument
 
@@ -30,11 +31,11 @@ _PARTS = {
     "lora_A.weight": "lora_A.weight",
     "lora_B.weight": "lora_B.weight",
     "lora_B.bias": "lora_B.bias",
-    "lora_diag": "lora_diag",
     "lora_embedding_A": "lora_embedding_A",
     "lora_embedding_B": "lora_embedding_B",
     "lora_magnitude_vector": "lora_magnitude_vector",
     "lora_magnitude_vector.weight": "lora_magnitude_vector",
+    f"token_adapter.{TOKEN_ROWS}": TOKEN_ROWS,
 }
 
 # Rows of a weight that are widened to float32 at a time.
@@ -57,9 +58,11 @@ class Lora:
         dtype: torch.dtype,
     ) -> Parsed:
         config = read_lora_config(manifest.fields)
-        sites = _targets(config, structure)
+        pair = targeted_pair(config.selector, structure) if config.tied else {}
+        sites = _targets(config, structure, pair)
         modules = ModuleTensors(tensors, structure, _PARTS)
         shifts = take_bias_shifts(config.trained_biases, sites, modules, structure)
+        tokens = take_trained_tokens(config.trained_tokens, modules, structure, dtype)
         notes = modules.drop_base_copies()
         reader = _SiteReader(config, modules, structure, dtype)
         payloads = {
@@ -67,21 +70,40 @@ class Lora:
         }
         for name, shift in shifts.items():
             payloads[name] = (RowBias(to_serving(structure.sites[name], shift, dtype)),)
+        for name in tokens.keys() & payloads.keys():
+            raise unsupported(f"trained tokens at {name}, which is adapted besides,")
+        payloads.update({name: (rows,) for name, rows in tokens.items()})
         modules.require_none_left()
-        return Parsed(payloads, _rank(payloads), modules.taken, notes)
+        if pair:
+            _require_tied(tensors, structure)
+        return Parsed(
+            payloads,
+            rank=max((config.rank_of(site.name) for site in sites), default=0),
+            parameters=modules.taken,
+            notes=notes,
+        )
 
 
-def _targets(config: LoraConfig, structure: Structure) -> list[SiteSpec]:
-    sites = targeted_sites(config.selector, structure, _KINDS)
-    names = [site.name for site in sites]
-    for table in (config.ranks, config.alphas):
-        table.require_used(names)
-    return sites
+def _targets(
+    config: LoraConfig, structure: Structure, pair: Mapping[str, SiteSpec]
+) -> list[SiteSpec]:
+    targets = targeted_sites(config.selector, structure, _KINDS)
+    sites = {**{site.name: site for site in targets}, **pair}
+    names = list(sites)
+    for field, table in (("rank_pattern", config.ranks), ("alpha_pattern", config.alphas)):
+        if idle := table.idle_keys(names):
+            message = f"{field} names {idle[0]!r:.120}, which matches no targeted module"
+            raise InvalidArgument(message, reason="BAD_FIELD", field=field)
+    return list(sites.values())
 
 
-def _rank(payloads: Mapping[str, tuple[Payload, ...]]) -> int:
-    every = (payload for site in payloads.values() for payload in site)
-    return max((len(p.a) for p in every if isinstance(p, LowRank | EmbeddingLowRank)), default=0)
+def _require_tied(tensors: Mapping[str, Tensor], structure: Structure) -> None:
+    """Of a tied pair, A of the head is B of the embedding, and the other way round."""
+    for head, embedding in (("A", "B"), ("B", "A")):
+        require_tied(
+            tensors[f"{PREFIX}{structure.head}.lora_{head}.weight"],
+            tensors[f"{PREFIX}{structure.embedding}.lora_embedding_{embedding}"].T,
+        )
 
 
 class _SiteReader:
@@ -96,12 +118,17 @@ class _SiteReader:
         self._dtype = dtype
 
     def payloads(self, site: SiteSpec, bias_shift: Tensor | None) -> Iterator[Payload]:
-        a, b = self._factors(site)
         if site.kind == "embedding":
-            scaled = b if site.embed_scale is None else b * site.embed_scale
-            yield EmbeddingLowRank(self._serving(site, a), self._serving(site, scaled.T))
+            parts = ("lora_embedding_A", "lora_embedding_B")
+            low_rank: type[EmbeddingLowRank] | type[LowRank] = EmbeddingLowRank
         else:
-            yield low_rank(site, a, b, self._dtype)
+            parts = ("lora_A.weight", "lora_B.weight")
+            low_rank = LowRank
+        a, b = (self._modules.take(site.name, part, 2).float() for part in parts)
+        _check_shapes(site, a, b, self._config.rank_of(site.name))
+        b = b * self._config.scale_of(site.name)
+        output_b = b if site.embed_scale is None else b * site.embed_scale
+        yield low_rank(self._serving(site, a), self._serving(site, output_b.T))
         if self._config.dora:
             yield self._magnitude(site, a, b)
         biases = [] if bias_shift is None else [bias_shift]
@@ -109,21 +136,6 @@ class _SiteReader:
             biases.append(self._bias(site))
         if biases:
             yield RowBias(self._serving(site, torch.stack(biases).sum(0)))
-
-    def _factors(self, site: SiteSpec) -> Factors:
-        config, rank = self._config, self._config.ranks.of(site.name)
-        a, b = (self._modules.take(site.name, part, 2).float() for part in _matrices(site))
-        if config.blocks is not None:
-            a, b = config.blocks.expand(site, a, b)
-        _check_shapes(site, a, b, rank)
-        b = b * config.scale_of(site.name)
-        if config.shift == "kasa":
-            a = a * self._modules.take_shaped(site, "lora_diag", (rank,))[:, None]
-        if config.shifts(site):
-            scale = config.scale_of(site.name)
-            taken_a, taken_b = part_taken_out(config.shift, site, self._structure, rank, scale)
-            a, b = torch.cat((a, taken_a)), torch.cat((b, -taken_b), dim=1)
-        return a, b
 
     def _bias(self, site: SiteSpec) -> Tensor:
         if site.kind == "embedding":
@@ -144,12 +156,6 @@ class _SiteReader:
 
     def _serving(self, site: SiteSpec, tensor: Tensor) -> Tensor:
         return to_serving(site, tensor, self._dtype)
-
-
-def _matrices(site: SiteSpec) -> tuple[str, str]:
-    if site.kind == "embedding":
-        return "lora_embedding_A", "lora_embedding_B"
-    return "lora_A.weight", "lora_B.weight"
 
 
 def _check_shapes(site: SiteSpec, a: Tensor, b: Tensor, rank: int) -> None:

@@ -1,0 +1,63 @@
+"""Token rows: rows of the adapter's own for a few tokens, at the embedding and at the head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltamux_kernels.packed import PackedMatrices, as_elements
+from deltamux_kernels.segments import Segments
+from deltamux_kernels.token_rows import TokenTable, token_columns, token_rows
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """`ids` int32 [tokens], ascending, and the `rows` [tokens, width] of the table for them.
+
+    At an embedding the base's scale of its embeddings is folded in.
+    """
+
+    ids: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, ids: Sequence[int], rows: Tensor) -> TokenRows:
+        """From rows in the order of their different `ids`."""
+        ascending, order = torch.tensor(ids).sort()
+        return cls(ascending.int(), rows[order].contiguous())
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.ids, self.rows)
+
+
+class _TokenBank:
+    """The rows of all slots at one site."""
+
+    def __init__(self, table: TokenTable) -> None:
+        self.slots: set[int] = set()
+        self._table = table
+
+    def pieces(self, payload: TokenRows) -> Sequence[tuple[PackedMatrices, Tensor]]:
+        ids = as_elements(payload.ids, payload.rows.dtype)
+        return ((self._table.ids, ids), (self._table.rows, payload.rows))
+
+    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
+        self._table.placed(slot)
+
+
+class EmbeddingTokenBank(_TokenBank):
+    """An embedding gives these tokens their own rows."""
+
+    def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        token_rows(y, x.reshape(-1), self._table, segments)
+
+
+class HeadTokenBank(_TokenBank):
+    """A head without bias gives these tokens logits from their own rows."""
+
+    def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        token_columns(y, x.reshape(y.shape[0], -1), self._table, segments)
