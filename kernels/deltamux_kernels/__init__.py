@@ -1,5 +1,6 @@
 """Kernels of deltamux: one formula an op, in Triton for CUDA and in plain torch elsewhere."""
 
+from deltamux_kernels.activate import Activations, activate
 from deltamux_kernels.attention_batch import AttentionBatch
 from deltamux_kernels.embedding_shrink import embedding_shrink
 from deltamux_kernels.expand import Columns, expand
@@ -16,6 +17,7 @@ from deltamux_kernels.write_kv import write_kv
 
 __all__ = [
     "ALIGNMENT",
+    "Activations",
     "AttentionBatch",
     "Columns",
     "PackedMatrices",
@@ -24,6 +26,7 @@ __all__ = [
     "SignMatrices",
     "SparseMatrices",
     "TokenTable",
+    "activate",
     "dense_delta",
     "embedding_shrink",
     "expand",

@@ -30,6 +30,7 @@ from deltamux_kernels import (
     SparseMatrices,
     TokenTable,
 )
+from deltamux_kernels.activate import Activations, activate_triton
 from deltamux_kernels.embedding_shrink import embedding_shrink_triton
 from deltamux_kernels.expand import expand_triton
 from deltamux_kernels.grouped_dense import dense_delta_triton, grouped_dense_triton
@@ -120,6 +121,9 @@ def low_rank(dtype: torch.dtype, rows: int) -> None:
     x = torch.zeros(rows, WIDTH, dtype=dtype)
     h = shrink_triton(x, packed, segments)
     expand_triton(x, h, packed, Columns(2, CPU), segments)
+    activations = Activations(arena, slots=2)
+    activations.packed.write(0, 0, torch.zeros(17, 1))
+    activate_triton(h, activations, segments)
     embedding_shrink_triton(torch.zeros(rows, dtype=torch.int64), packed, segments)
     row_affine_triton(x, x[0], scale, segments)
     row_affine_triton(x, None, scale, segments)
