@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from deltamux.adapters.primitives.bottleneck import (
+    BottleneckBank,
+    OutputBottleneck,
+    Read,
+    Residual,
+    ResidualBottleneck,
+    SumBottleneck,
+    read_output,
+    read_residual,
+    read_sum,
+)
 from deltamux.adapters.primitives.dense import (
     Dense,
     DenseBank,
@@ -34,10 +45,14 @@ from deltamux_kernels.token_rows import TokenTable
 
 @dataclass(frozen=True, eq=False)
 class SiteBanks:
-    """The banks of one site, in the order in which they act."""
+    """The banks of one site, in the order in which they act.
+
+    `residual` is where the site leaves its input, if it is the residual of a sublayer.
+    """
 
     outputs: dict[type[Payload], OutputBank]
     inputs: dict[type[Payload], InputBank] = field(default_factory=dict)
+    residual: Residual | None = None
 
 
 class BankFactory:
@@ -49,6 +64,8 @@ class BankFactory:
         self._structure = structure
         self._shared: dict[int, SharedInput] = {}
         self._last_order: dict[int, int] = {}
+        self._residual = Residual()
+        self._residuals = {sublayer.residual for sublayer in structure.sublayers.values()}
         for spec in structure.sites.values():
             if spec.group is not None:
                 last = self._last_order.get(spec.group, 0)
@@ -58,7 +75,8 @@ class BankFactory:
         """Empty banks for all primitives that a site of this kind can have."""
         if spec.kind == "embedding":
             return self._embedding(spec)
-        return self._norm(spec) if spec.kind == "norm" else self._linear(spec)
+        banks = self._norm(spec) if spec.kind == "norm" else self._linear(spec)
+        return replace(banks, residual=self._residual) if spec.name in self._residuals else banks
 
     def _norm(self, spec: SiteSpec) -> SiteBanks:
         norm = self._structure.module(spec.name)
@@ -94,8 +112,26 @@ class BankFactory:
             RowScale: RowScaleBank(self._store(spec.out_features), bias),
             RowBias: RowBiasBank(self._store(spec.out_features)),
             OutputScale: RowScaleBank(self._store(spec.out_features), None),
+            **self._bottlenecks(spec),
         }
         return SiteBanks(banks, {InputScale: InputScaleBank(self._store(spec.in_features))})
+
+    def _bottlenecks(self, spec: SiteSpec) -> dict[type[Payload], OutputBank]:
+        """Those at the end of a sublayer; elsewhere there are none."""
+        sublayer = self._structure.sublayers.get(spec.name)
+        if sublayer is None:
+            return {}
+        norm = None if sublayer.norm is None else self._structure.module(sublayer.norm)
+        reads: dict[type[Payload], Read] = {
+            OutputBottleneck: read_output,
+            ResidualBottleneck: read_residual,
+            SumBottleneck: read_sum(norm),
+        }
+        hidden = spec.out_features
+        return {
+            payload: BottleneckBank(self._arena, self._slots, hidden, self._residual, read)
+            for payload, read in reads.items()
+        }
 
     def _shared_input(self, spec: SiteSpec) -> SharedInput:
         if spec.group is None:

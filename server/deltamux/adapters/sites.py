@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.arena import ArenaAllocator
 from deltamux.adapters.banks import BankFactory, SiteBanks
+from deltamux.adapters.primitives.bottleneck import BottleneckBank
 from deltamux.adapters.primitives.low_rank import LowRankBank
 from deltamux.adapters.primitives.payload import Bank, Payload
 from deltamux.adapters.rows import Rows
@@ -31,10 +32,12 @@ class Site(nn.Module):
         self.base = base
         self.spec = spec
         self.banks: dict[type[Payload], Bank] = {**banks.inputs, **banks.outputs}
-        # Slots with a payload here, or a product with the input that this site shares.
+        # Slots with a payload here, a product with the input that this site shares, or a
+        # bottleneck that needs its input.
         self.slots: set[int] = set()
         self._inputs = tuple(banks.inputs.values())
         self._outputs = tuple(banks.outputs.values())
+        self._residual = banks.residual
         self._rows = rows
         self._sampled = spec.kind == "head"
 
@@ -56,6 +59,8 @@ class Site(nn.Module):
     def _adapt(self, x: Tensor) -> Tensor:
         slots = self._rows.slots
         segments = self._rows.sampled if self._sampled else self._rows.tokens
+        if self._residual is not None:
+            self._residual.tensor = x
         given = x
         for bank in self._inputs:
             if not bank.slots.isdisjoint(slots):
@@ -118,6 +123,7 @@ class DeviceSites:
             spec.name: _install(model, spec, factory.banks(spec), rows)
             for spec in structure.sites.values()
         }
+        self._sublayers = structure.sublayers
         self._groups: defaultdict[int | None, list[Site]] = defaultdict(list)
         for site in self._sites.values():
             self._groups[site.spec.group].append(site)
@@ -192,6 +198,8 @@ class DeviceSites:
 
     def _acting(self, site: Site, bank: Bank) -> list[Site]:
         """The sites that have to act where a bank has something."""
+        if isinstance(bank, BottleneckBank):
+            return [site, self._sites[self._sublayers[site.spec.name].residual]]
         group = site.spec.group
         if group is None or not isinstance(bank, LowRankBank):
             return [site]

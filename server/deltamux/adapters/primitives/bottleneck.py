@@ -1,0 +1,153 @@
+"""Bottleneck at the end of a sublayer: y += U f(D z + b) + c, with z one of what meets there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from deltamux_kernels.activate import Activations, activate
+from deltamux_kernels.expand import Columns, expand
+from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.segments import Segments
+from deltamux_kernels.shrink import shrink
+
+
+@dataclass(frozen=True, eq=False)
+class Bottleneck:
+    """`down` [width, hidden] and its `bias` [width], an activation, `up` [width + 1, hidden].
+
+    The last row of `up` is the bias that is added after it; the adapter's scale is folded into
+    all rows. `norm_before` and `norm_after` [2, hidden] are weight and bias of a LayerNorm of what
+    is read, and of what is added. Subclasses say what is read.
+    """
+
+    down: Tensor
+    bias: Tensor
+    activation: str
+    up: Tensor
+    norm_before: Tensor | None = None
+    norm_after: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        parts = (self.down, self.bias, self.up, self.norm_before, self.norm_after)
+        return tuple(part for part in parts if part is not None)
+
+
+class OutputBottleneck(Bottleneck):
+    """It reads what the sublayer gives."""
+
+
+class ResidualBottleneck(Bottleneck):
+    """It reads the residual, as the sublayer does: the two run in parallel."""
+
+
+class SumBottleneck(Bottleneck):
+    """It reads what the layer goes on with: the sum of both, normed where layers norm last."""
+
+
+# y and the residual, [rows, hidden] each -> what a bottleneck reads; neither may be changed.
+Read = Callable[[Tensor, Tensor], Tensor]
+
+
+def read_output(y: Tensor, residual: Tensor) -> Tensor:
+    return y
+
+
+def read_residual(y: Tensor, residual: Tensor) -> Tensor:
+    return residual
+
+
+def read_sum(norm: nn.Module | None) -> Read:
+    """`norm` is the base's own, where its layers norm last."""
+
+    def read(y: Tensor, residual: Tensor) -> Tensor:
+        total = y + residual
+        if norm is not None:
+            total = norm(total)
+        return total
+
+    return read
+
+
+class Residual:
+    """What goes around the sublayer that runs now; one for a model, whose sublayers take turns.
+
+    The site that reads it leaves it here for the site in which the sublayer ends.
+    """
+
+    tensor: Tensor | None = None
+
+    def rows(self, y: Tensor) -> Tensor:
+        """The residual in the shape of the sublayer's output [rows, hidden]."""
+        assert self.tensor is not None
+        return self.tensor.reshape(y.shape)
+
+
+class BottleneckBank:
+    """The bottlenecks that read one thing, of all slots, at the end of one sublayer.
+
+    LayerNorms of an adapter's own are rare and run slot by slot.
+    """
+
+    def __init__(
+        self, arena: Tensor, slots: int, hidden: int, residual: Residual, read: Read
+    ) -> None:
+        self.slots: set[int] = set()
+        self._residual = residual
+        self._read = read
+        self._down = PackedMatrices(arena, slots, hidden)
+        self._up = PackedMatrices(arena, slots, hidden)
+        self._norms_before = PackedMatrices(arena, slots, hidden)
+        self._norms_after = PackedMatrices(arena, slots, hidden)
+        self._activations = Activations(arena, slots)
+        self._columns = Columns(slots, arena.device)
+
+    def pieces(self, payload: Bottleneck) -> Sequence[tuple[PackedMatrices, Tensor]]:
+        column = self._activations.column(payload.bias, payload.activation)
+        norms = (
+            (self._norms_before, payload.norm_before),
+            (self._norms_after, payload.norm_after),
+        )
+        return (
+            (self._down, payload.down),
+            (self._activations.packed, column),
+            (self._up, payload.up),
+            *((store, norm) for store, norm in norms if norm is not None),
+        )
+
+    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
+        self._activations.placed(slot)
+        self._columns.set(slot, 0)
+
+    def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        z = self._read(y, self._residual.rows(y))
+        if any(self._norms_before.rows_of(slot) for slot in segments.slots):
+            z = z.clone()
+            for rows, norm in _with_norm(z, self._norms_before, segments):
+                rows.copy_(_normed(rows, norm))
+        a = activate(shrink(z, self._down, segments), self._activations, segments)
+        # What is normed before it is added is made in place of y's rows, which are kept meanwhile.
+        aside = [
+            (rows, norm, rows.clone()) for rows, norm in _with_norm(y, self._norms_after, segments)
+        ]
+        for rows, _, _ in aside:
+            rows.zero_()
+        expand(y, a, self._up, self._columns, segments)
+        for rows, norm, kept in aside:
+            rows.copy_(_normed(rows, norm) + kept)
+
+
+def _with_norm(x: Tensor, norms: PackedMatrices, segments: Segments) -> list[tuple[Tensor, Tensor]]:
+    """The rows of each slot that has a norm, as views of `x`, and that norm."""
+    pieces = zip(segments.spans, segments.pieces(x), strict=True)
+    return [
+        (rows, norm) for (slot, _, _), rows in pieces if (norm := norms.views[slot]) is not None
+    ]
+
+
+def _normed(rows: Tensor, norm: Tensor) -> Tensor:
+    return layer_norm(rows, rows.shape[1:], norm[0], norm[1])
