@@ -10,7 +10,8 @@ from typing import Any
 import peft
 import pytest
 
-from deltamux.adapters.lora_config import MAX_RANK, LoraConfig, read_lora_config
+from deltamux.adapters.lora_config import LoraConfig, read_lora_config
+from deltamux.adapters.per_module import MAX_RANK
 from deltamux.errors import DeltamuxError, FailedPrecondition
 
 PLAIN = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
@@ -38,7 +39,7 @@ def test_a_config_that_peft_saves_is_understood() -> None:
     config = read_lora_config(
         saved_by_peft(task_type="CAUSAL_LM", inference_mode=True, lora_dropout=0.1)
     )
-    assert (config.rank, config.alpha) == (8, 16.0)
+    assert (config.ranks.of("q_proj"), config.alphas.of("q_proj")) == (8, 16.0)
     assert not (config.dora or config.bias or config.rank_stabilized)
 
 
@@ -56,7 +57,7 @@ def test_no_field_of_peft_is_unknown(field: str) -> None:
 
 def test_rank_and_alpha_patterns_decide_module_by_module() -> None:
     config = read(rank_pattern={"v_proj": 4}, alpha_pattern={"layers.0.v_proj": 2, "v_proj": 6.5})
-    assert config.rank_of("layers.0.v_proj") == 4
+    assert config.ranks.of("layers.0.v_proj") == 4
     assert config.scale_of("layers.0.v_proj") == 2 / 4
     assert config.scale_of("layers.1.v_proj") == 6.5 / 4
     assert config.scale_of("layers.1.q_proj") == 16 / 8
@@ -70,7 +71,7 @@ def test_rslora_divides_by_the_root_of_the_rank() -> None:
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_inits_that_leave_the_base_alone_are_plain_lora(init: Any) -> None:
-    assert read(init_lora_weights=init).rank == 8
+    assert read(init_lora_weights=init).ranks.of("q_proj") == 8
 
 
 @pytest.mark.parametrize(
@@ -123,20 +124,17 @@ def test_inits_that_leave_the_base_alone_are_plain_lora(init: Any) -> None:
             for field, value in {
                 "alora_invocation_tokens": [1, 2],
                 "arrow_config": {"top_k": 3},
-                "kasa_config": {"beta": 1e-4},
                 "layer_replication": [[0, 1]],
                 "loftq_config": {"loftq_bits": 4},
                 "monteclora_config": {"x": 1},
                 "target_parameters": ["experts.down_proj"],
                 "task_type": "SEQ_CLS",
-                "use_bdlora": {"nblocks": 2},
-                "use_qalora": True,
                 "velora_config": {"num_groups": 2},
             }.items()
         ),
         *(
             ("init_lora_weights", init, "FAILED_PRECONDITION", "UNSUPPORTED_FEATURE")
-            for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new", 1)
+            for init in ("pissa_niter_4", "corda", "loftq", "lora_ga", "new", 1)
         ),
         *(
             pytest.param(field, value, "INVALID_ARGUMENT", "EXECUTABLE_FIELD", id=f"BI-42 {field}")
@@ -147,6 +145,10 @@ def test_inits_that_leave_the_base_alone_are_plain_lora(init: Any) -> None:
                 "trust_remote_code": True,
             }.items()
         ),
+        ("kasa_config", {"rank": 3}, "INVALID_ARGUMENT", "BAD_FIELD"),
+        ("use_bdlora", True, "INVALID_ARGUMENT", "BAD_FIELD"),
+        ("use_bdlora", {"nblocks": 0}, "INVALID_ARGUMENT", "BAD_FIELD"),
+        ("use_bdlora", {"blocks": 2}, "INVALID_ARGUMENT", "BAD_FIELD"),
         pytest.param(
             "use_magic", True, "FAILED_PRECONDITION", "UNKNOWN_FIELD", id="BI-43 semantic"
         ),
@@ -183,7 +185,7 @@ def test_what_is_wrong_or_not_served_is_refused_by_name(
     ],
 )
 def test_what_does_not_change_the_arithmetic_is_accepted(harmless: dict[str, Any]) -> None:
-    assert read(**harmless).rank == 8
+    assert read(**harmless).ranks.of("q_proj") == 8
 
 
 def test_the_largest_rank_is_told() -> None:

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from deltamux.adapters import weight_tying
-from deltamux.adapters.fields import Fields, as_integer, as_number, unsupported
+from deltamux.adapters.base_shift import Shift, read_shift
+from deltamux.adapters.block_diagonal import BlockDiagonal, read_blocks
+from deltamux.adapters.fields import Fields, unsupported
 from deltamux.adapters.files import CONFIG
-from deltamux.adapters.patterns import PatternTable, Selector
+from deltamux.adapters.patterns import Selector
+from deltamux.adapters.per_module import PerModule, read_ranks, read_scales
 from deltamux.adapters.shared_fields import PROVENANCE, refuse_executable, require_generation
-from deltamux.adapters.strict_json import Json, quoted
+from deltamux.adapters.strict_json import Json
 from deltamux.adapters.targets import read_selector
 from deltamux.adapters.trained_biases import Trained, read_trained_biases
 from deltamux.adapters.trained_tokens import TOKENS_FIELD, TrainedTokens, read_trained_tokens
-from deltamux.errors import FailedPrecondition, InvalidArgument
+from deltamux.base.structure import SiteSpec
+from deltamux.errors import InvalidArgument
 
-Number = TypeVar("Number", int, float)
-
-MAX_RANK = 4096
-
-_MAX_CONFIG_RANK = (1 << 31) - 1
-_MAX_ALPHA = 1e6
-# Initialisations after which the base weights are the base's own.
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-
-# Training and how weights were first drawn; fan_in_fan_out says what the base shows.
+# Training and how weights were first drawn; fan_in_fan_out says what the base shows. PEFT pools
+# the input of modules quantised by GPTQ alone (QALoRA), and this base has none.
 _HARMLESS = (
     *PROVENANCE,
     "corda_config",
@@ -36,19 +31,16 @@ _HARMLESS = (
     "lora_dropout",
     "lora_ga_config",
     "qalora_group_size",
+    "use_qalora",
 )
 
 # What each feature that is not served says when it is off.
 _UNSERVED: Mapping[str, Json] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
-    "kasa_config": None,
     "layer_replication": None,
-    "loftq_config": None,
     "monteclora_config": None,
     "target_parameters": None,
-    "use_bdlora": None,
-    "use_qalora": False,
     "velora_config": None,
 }
 
@@ -58,24 +50,25 @@ class LoraConfig:
     """What the config says of the tensors and of the arithmetic."""
 
     selector: Selector
-    ranks: PatternTable[int]
-    alphas: PatternTable[float]
-    rank: int
-    alpha: float
+    ranks: PerModule[int]
+    alphas: PerModule[float]
     rank_stabilized: bool
+    shift: Shift
+    blocks: BlockDiagonal | None
     dora: bool
     bias: bool
     trained_biases: Trained
     trained_tokens: TrainedTokens
     tied: bool
 
-    def rank_of(self, module: str) -> int:
-        return self.ranks.get(module, self.rank)
-
     def scale_of(self, module: str) -> float:
         """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
-        rank, alpha = self.rank_of(module), self.alphas.get(module, self.alpha)
+        rank, alpha = self.ranks.of(module), self.alphas.of(module)
         return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
+
+    def shifts(self, site: SiteSpec) -> bool:
+        """Whether the init took a part out of the weight; it leaves embeddings alone."""
+        return self.shift != "none" and site.kind != "embedding"
 
 
 def read_lora_config(values: Mapping[str, Json]) -> LoraConfig:
@@ -83,16 +76,15 @@ def read_lora_config(values: Mapping[str, Json]) -> LoraConfig:
     fields = Fields(values)
     refuse_executable(fields)
     fields.require_off(_UNSERVED)
-    _require_plain_init(fields.take("init_lora_weights"))
     require_generation(fields)
     tied = fields.take_bool(weight_tying.FIELD)
     config = LoraConfig(
         selector=read_selector(fields),
-        ranks=PatternTable(_values(fields, "rank_pattern", _rank)),
-        alphas=PatternTable(_values(fields, "alpha_pattern", _alpha)),
-        rank=_rank("r", fields.take("r")),
-        alpha=_alpha("lora_alpha", fields.take("lora_alpha")),
+        ranks=read_ranks(fields),
+        alphas=read_scales(fields, "lora_alpha"),
         rank_stabilized=fields.take_bool("use_rslora"),
+        shift=read_shift(fields),
+        blocks=read_blocks(fields),
         dora=fields.take_bool("use_dora"),
         bias=fields.take_bool("lora_bias"),
         trained_biases=read_trained_biases(fields.take("bias"), "lora_only"),
@@ -101,34 +93,15 @@ def read_lora_config(values: Mapping[str, Json]) -> LoraConfig:
     )
     fields.discard(_HARMLESS)
     fields.require_none_left()
-    if config.dora and config.bias:
-        raise InvalidArgument(f"{CONFIG}: lora_bias and use_dora exclude each other")
+    _require_compatible(config)
     return config
 
 
-def _rank(name: str, value: Json) -> int:
-    rank = as_integer(name, value, 1, _MAX_CONFIG_RANK)
-    if rank > MAX_RANK:
-        raise FailedPrecondition(
-            f"{CONFIG}: {name} is {rank}; this server serves ranks up to {MAX_RANK}",
-            reason="RANK_TOO_LARGE",
-            metadata={"max_rank": str(MAX_RANK)},
-        )
-    return rank
-
-
-def _alpha(name: str, value: Json) -> float:
-    return as_number(name, value, _MAX_ALPHA)
-
-
-def _values(fields: Fields, name: str, read: Callable[[str, Json], Number]) -> Mapping[str, Number]:
-    return {
-        key: read(f"{name}[{quoted(key)}]", value) for key, value in fields.take_table(name).items()
-    }
-
-
-def _require_plain_init(init: Json) -> None:
-    if init is None or isinstance(init, bool):
-        return
-    if not isinstance(init, str) or init.lower() not in _PLAIN_INITS:
-        raise unsupported(f"init_lora_weights = {quoted(init)} (it may shift the base weights)")
+def _require_compatible(config: LoraConfig) -> None:
+    """PEFT makes no adapter of more than one of these."""
+    if config.dora and config.bias:
+        raise InvalidArgument(f"{CONFIG}: lora_bias and use_dora exclude each other")
+    if config.blocks is not None and (config.dora or config.bias or config.shift != "none"):
+        raise unsupported("use_bdlora beside another variant of LoRA")
+    if config.shift == "kasa" and config.dora:
+        raise unsupported("kasa_config beside use_dora")

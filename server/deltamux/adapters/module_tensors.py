@@ -13,7 +13,8 @@ from deltamux.adapters.strict_json import quoted
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import FailedPrecondition, InvalidArgument
 
-PREFIX = "base_model.model."
+_SHARED_PREFIX = "base_model."
+PREFIX = f"{_SHARED_PREFIX}model."
 
 _BASE_PARTS = {
     "base_layer.weight": "base weight",
@@ -26,6 +27,7 @@ _BASE_PARTS = {
 class ModuleTensors:
     """`parts` says how a tensor's name may end, and which part of its module that is; those in
     `integers` hold whole numbers, all others weights; `prefix` is what stands before each module.
+    `shared` names tensors of no module, which PEFT keeps for all of them.
 
     Raises FailedPrecondition (BASE_MISMATCH) for a module that is no site of the base.
     """
@@ -37,10 +39,12 @@ class ModuleTensors:
         parts: Mapping[str, str],
         integers: tuple[str, ...] = (),
         prefix: str = PREFIX,
+        shared: tuple[str, ...] = (),
     ) -> None:
         self._prefix = prefix
         self._structure = structure
         self._parts = parts
+        self._shared = {f"{_SHARED_PREFIX}{name}": name for name in shared}
         self._left: dict[tuple[str, str], tuple[str, Tensor]] = {}
         # Numbers in the tensors that were taken.
         self.taken = 0
@@ -55,17 +59,20 @@ class ModuleTensors:
 
     def take(self, module: str, part: str, dimensions: int) -> Tensor:
         """The tensor of a module. Raises InvalidArgument where it is missing or mis-shaped."""
-        if (module, part) not in self._left:
-            raise InvalidArgument(
-                f"{WEIGHTS} lacks {part} of {module}, which the adapter needs",
-                reason="MISSING_TENSORS",
-            )
-        name, tensor = self._left.pop((module, part))
-        if tensor.ndim != dimensions:
-            message = f"{quoted(name)} has {tensor.ndim} dimensions, not {dimensions}"
-            raise InvalidArgument(message, reason="SHAPE_MISMATCH")
-        self.taken += tensor.numel()
-        return tensor
+        return self._take(
+            (module, part), f"{part} of {module}, which the adapter needs", dimensions
+        )
+
+    def take_shaped(self, site: SiteSpec, part: str, shape: tuple[int, ...]) -> Tensor:
+        """`take` in float32; raises FailedPrecondition (BASE_MISMATCH) for another shape."""
+        tensor = self.take(site.name, part, len(shape))
+        if tensor.shape != shape:
+            raise other_base(site, f"{part} of {tuple(tensor.shape)} instead of {shape}")
+        return tensor.float()
+
+    def take_shared(self, name: str, dimensions: int) -> Tensor:
+        """The tensor of all modules. Raises as `take` does."""
+        return self._take(("", name), name, dimensions)
 
     def take_if_any(self, module: str, part: str, dimensions: int) -> Tensor | None:
         """As `take`, None where it is missing."""
@@ -85,7 +92,19 @@ class ModuleTensors:
         for name, _ in self._left.values():
             raise _extra(name, "nothing that the config asks for")
 
+    def _take(self, key: tuple[str, str], what: str, dimensions: int) -> Tensor:
+        if key not in self._left:
+            raise InvalidArgument(f"{WEIGHTS} lacks {what}", reason="MISSING_TENSORS")
+        name, tensor = self._left.pop(key)
+        if tensor.ndim != dimensions:
+            message = f"{quoted(name)} has {tensor.ndim} dimensions, not {dimensions}"
+            raise InvalidArgument(message, reason="SHAPE_MISMATCH")
+        self.taken += tensor.numel()
+        return tensor
+
     def _split(self, name: str) -> tuple[str, str]:
+        if name in self._shared:
+            return "", self._shared[name]
         for end, part in (*self._parts.items(), *_BASE_PARTS.items()):
             module = name.removeprefix(self._prefix).removesuffix(f".{end}")
             if name == f"{self._prefix}{module}.{end}" and module in self._structure.sites:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
 from deltamux.adapters.fields import Fields, unsupported
 from deltamux.adapters.files import CONFIG
-from deltamux.adapters.strict_json import quoted
+from deltamux.adapters.strict_json import Json, quoted
 from deltamux.errors import InvalidArgument
 
 # They do not change what an adapter computes.
 PROVENANCE = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
+
+
+@contextmanager
+def tuner_fields(values: Mapping[str, Json], harmless: Iterable[str]) -> Iterator[Fields]:
+    """The fields of a tuner's own, to be taken in the block; after it none may be left.
+
+    `harmless` are those that do not change what an adapter computes.
+    """
+    fields = Fields(values)
+    refuse_executable(fields)
+    require_generation(fields)
+    yield fields
+    fields.discard((*PROVENANCE, *harmless))
+    fields.require_none_left()
 
 
 def refuse_executable(fields: Fields) -> None:

@@ -16,7 +16,7 @@ from deltamux.adapters.patterns import Pattern, Selector
 from deltamux.adapters.primitives.input_scale import InputScale
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.row_scale import OutputScale
-from deltamux.adapters.shared_fields import PROVENANCE, refuse_executable, require_generation
+from deltamux.adapters.shared_fields import tuner_fields
 from deltamux.adapters.strict_json import Json
 from deltamux.adapters.targets import read_selector, targeted_sites
 from deltamux.base.structure import Kind, SiteSpec, Structure
@@ -24,7 +24,7 @@ from deltamux.base.structure import Kind, SiteSpec, Structure
 _KINDS: frozenset[Kind] = frozenset(("linear", "head"))
 
 # How vectors were first drawn; fan_in_fan_out says what the base shows.
-_HARMLESS = (*PROVENANCE, "fan_in_fan_out", "init_ia3_weights")
+_HARMLESS = ("fan_in_fan_out", "init_ia3_weights")
 
 
 class Ia3:
@@ -66,13 +66,8 @@ class _Config:
 
 
 def _read_config(values: Mapping[str, Json]) -> _Config:
-    fields = Fields(values)
-    refuse_executable(fields)
-    require_generation(fields)
-    config = _Config(read_selector(fields), _feedforward(fields.take("feedforward_modules")))
-    fields.discard(_HARMLESS)
-    fields.require_none_left()
-    return config
+    with tuner_fields(values, _HARMLESS) as fields:
+        return _Config(read_selector(fields), _feedforward(fields.take("feedforward_modules")))
 
 
 def _feedforward(value: Json) -> Pattern | tuple[str, ...]:

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.fields import Fields
 from deltamux.adapters.manifest import Manifest
 from deltamux.adapters.module_tensors import ModuleTensors
 from deltamux.adapters.norm_tensors import take_norm
 from deltamux.adapters.patterns import Selector
-from deltamux.adapters.shared_fields import PROVENANCE, refuse_executable, require_generation
+from deltamux.adapters.shared_fields import tuner_fields
 from deltamux.adapters.strict_json import Json
 from deltamux.adapters.targets import read_selector, targeted_sites
 from deltamux.base.structure import Kind, Structure
@@ -49,10 +48,5 @@ class LnTuning:
 
 
 def _read_selector(values: Mapping[str, Json]) -> Selector:
-    fields = Fields(values)
-    refuse_executable(fields)
-    require_generation(fields)
-    selector = read_selector(fields)
-    fields.discard(PROVENANCE)
-    fields.require_none_left()
-    return selector
+    with tuner_fields(values, ()) as fields:
+        return read_selector(fields)

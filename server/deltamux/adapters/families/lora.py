@@ -1,5 +1,5 @@
-"""LoRA in PEFT's format: y += s (x A^T) B, with rsLoRA, DoRA, lora_bias and trained biases, at any
-linear module, the language head and embeddings."""
+"""LoRA in PEFT's format: y += s (x A^T) B, with rsLoRA, DoRA, BD-LoRA, lora_bias, trained biases
+and inits that shift the base, at any linear module, the language head and embeddings."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from deltamux.adapters.base_shift import part_taken_out
 from deltamux.adapters.family import Parsed
 from deltamux.adapters.fields import unsupported
 from deltamux.adapters.lora_config import LoraConfig, read_lora_config
+from deltamux.adapters.low_rank_delta import Factors, low_rank
 from deltamux.adapters.manifest import Manifest
 from deltamux.adapters.module_tensors import PREFIX, ModuleTensors, other_base, to_serving
 from deltamux.adapters.primitives.embedding_low_rank import EmbeddingLowRank
@@ -31,6 +33,7 @@ _PARTS = {
     "lora_A.weight": "lora_A.weight",
     "lora_B.weight": "lora_B.weight",
     "lora_B.bias": "lora_B.bias",
+    "lora_diag": "lora_diag",
     "lora_embedding_A": "lora_embedding_A",
     "lora_embedding_B": "lora_embedding_B",
     "lora_magnitude_vector": "lora_magnitude_vector",
@@ -76,12 +79,7 @@ class Lora:
         modules.require_none_left()
         if pair:
             _require_tied(tensors, structure)
-        return Parsed(
-            payloads,
-            rank=max((config.rank_of(site.name) for site in sites), default=0),
-            parameters=modules.taken,
-            notes=notes,
-        )
+        return Parsed(payloads, _rank(payloads), modules.taken, notes)
 
 
 def _targets(
@@ -89,11 +87,8 @@ def _targets(
 ) -> list[SiteSpec]:
     targets = targeted_sites(config.selector, structure, _KINDS)
     sites = {**{site.name: site for site in targets}, **pair}
-    names = list(sites)
-    for field, table in (("rank_pattern", config.ranks), ("alpha_pattern", config.alphas)):
-        if idle := table.idle_keys(names):
-            message = f"{field} names {idle[0]!r:.120}, which matches no targeted module"
-            raise InvalidArgument(message, reason="BAD_FIELD", field=field)
+    for table in (config.ranks, config.alphas):
+        table.require_used(list(sites))
     return list(sites.values())
 
 
@@ -104,6 +99,11 @@ def _require_tied(tensors: Mapping[str, Tensor], structure: Structure) -> None:
             tensors[f"{PREFIX}{structure.head}.lora_{head}.weight"],
             tensors[f"{PREFIX}{structure.embedding}.lora_embedding_{embedding}"].T,
         )
+
+
+def _rank(payloads: Mapping[str, tuple[Payload, ...]]) -> int:
+    every = (payload for site in payloads.values() for payload in site)
+    return max((len(p.a) for p in every if isinstance(p, LowRank | EmbeddingLowRank)), default=0)
 
 
 class _SiteReader:
@@ -118,17 +118,12 @@ class _SiteReader:
         self._dtype = dtype
 
     def payloads(self, site: SiteSpec, bias_shift: Tensor | None) -> Iterator[Payload]:
+        a, b = self._factors(site)
         if site.kind == "embedding":
-            parts = ("lora_embedding_A", "lora_embedding_B")
-            low_rank: type[EmbeddingLowRank] | type[LowRank] = EmbeddingLowRank
+            scaled = b if site.embed_scale is None else b * site.embed_scale
+            yield EmbeddingLowRank(self._serving(site, a), self._serving(site, scaled.T))
         else:
-            parts = ("lora_A.weight", "lora_B.weight")
-            low_rank = LowRank
-        a, b = (self._modules.take(site.name, part, 2).float() for part in parts)
-        _check_shapes(site, a, b, self._config.rank_of(site.name))
-        b = b * self._config.scale_of(site.name)
-        output_b = b if site.embed_scale is None else b * site.embed_scale
-        yield low_rank(self._serving(site, a), self._serving(site, output_b.T))
+            yield low_rank(site, a, b, self._dtype)
         if self._config.dora:
             yield self._magnitude(site, a, b)
         biases = [] if bias_shift is None else [bias_shift]
@@ -136,6 +131,21 @@ class _SiteReader:
             biases.append(self._bias(site))
         if biases:
             yield RowBias(self._serving(site, torch.stack(biases).sum(0)))
+
+    def _factors(self, site: SiteSpec) -> Factors:
+        config, rank = self._config, self._config.ranks.of(site.name)
+        a, b = (self._modules.take(site.name, part, 2).float() for part in _matrices(site))
+        if config.blocks is not None:
+            a, b = config.blocks.expand(site, a, b)
+        _check_shapes(site, a, b, rank)
+        b = b * config.scale_of(site.name)
+        if config.shift == "kasa":
+            a = a * self._modules.take_shaped(site, "lora_diag", (rank,))[:, None]
+        if config.shifts(site):
+            scale = config.scale_of(site.name)
+            taken_a, taken_b = part_taken_out(config.shift, site, self._structure, rank, scale)
+            a, b = torch.cat((a, taken_a)), torch.cat((b, -taken_b), dim=1)
+        return a, b
 
     def _bias(self, site: SiteSpec) -> Tensor:
         if site.kind == "embedding":
@@ -156,6 +166,12 @@ class _SiteReader:
 
     def _serving(self, site: SiteSpec, tensor: Tensor) -> Tensor:
         return to_serving(site, tensor, self._dtype)
+
+
+def _matrices(site: SiteSpec) -> tuple[str, str]:
+    if site.kind == "embedding":
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A.weight", "lora_B.weight"
 
 
 def _check_shapes(site: SiteSpec, a: Tensor, b: Tensor, rank: int) -> None:

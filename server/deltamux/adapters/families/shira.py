@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.fields import Fields, as_integer
+from deltamux.adapters.fields import as_integer
 from deltamux.adapters.manifest import Manifest
 from deltamux.adapters.module_tensors import ModuleTensors, other_base, to_serving
 from deltamux.adapters.patterns import Selector
 from deltamux.adapters.primitives.sparse_delta import SparseDelta
-from deltamux.adapters.shared_fields import PROVENANCE, refuse_executable, require_generation
+from deltamux.adapters.shared_fields import tuner_fields
 from deltamux.adapters.strict_json import Json
 from deltamux.adapters.targets import read_selector, targeted_sites
 from deltamux.base.structure import Kind, SiteSpec, Structure
@@ -25,7 +25,7 @@ _KINDS: frozenset[Kind] = frozenset(("linear", "head"))
 _VALUES, _INDICES = "shira_weight", "shira_indices"
 
 # How places and numbers were first drawn; both are in the file.
-_HARMLESS = (*PROVENANCE, "fan_in_fan_out", "init_weights", "mask_type", "random_seed")
+_HARMLESS = ("fan_in_fan_out", "init_weights", "mask_type", "random_seed")
 
 _MAX_RANK = (1 << 31) - 1
 
@@ -65,14 +65,9 @@ class _Config:
 
 
 def _read_config(values: Mapping[str, Json]) -> _Config:
-    fields = Fields(values)
-    refuse_executable(fields)
-    require_generation(fields)
-    rank = as_integer("r", fields.take("r"), 1, _MAX_RANK)
-    config = _Config(read_selector(fields), rank)
-    fields.discard(_HARMLESS)
-    fields.require_none_left()
-    return config
+    with tuner_fields(values, _HARMLESS) as fields:
+        rank = as_integer("r", fields.take("r"), 1, _MAX_RANK)
+        return _Config(read_selector(fields), rank)
 
 
 def _payload(site: SiteSpec, modules: ModuleTensors, rank: int, dtype: torch.dtype) -> SparseDelta:
