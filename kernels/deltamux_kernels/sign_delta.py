@@ -23,7 +23,7 @@ def pack_signs(positive: torch.Tensor) -> torch.Tensor:
 
     The bits behind the last column are 0. On the host, as `unpack_signs`.
     """
-    packed = np.packbits(positive.numpy(), axis=1, bitorder="little")
+    packed = np.packbits(positive.contiguous().numpy(), axis=1, bitorder="little")
     padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))
     return torch.from_numpy(padded.view("<i4"))
 

@@ -43,6 +43,7 @@ def test_signs_come_back_from_one_bit_each(columns: int) -> None:
     words = pack_signs(positive)
     assert words.dtype is torch.int32 and words.shape == (7, (columns + 31) // 32)
     assert torch.equal(unpack_signs(words, columns), positive.float() * 2 - 1)
+    assert torch.equal(pack_signs(positive.T.contiguous().T), words)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (77, 40), (130, 161)])

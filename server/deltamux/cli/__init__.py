@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": ("deltamux.cli.serve", "serve a model and its adapters over gRPC"),
     "generate": ("deltamux.cli.generate", "send a prompt to a server, stream its answer"),
     "adapters": ("deltamux.cli.adapters", "list, load, unload or pin a server's adapters"),
+    "extract": ("deltamux.cli.extract", "make an adapter of a full fine-tune and its base"),
     "demo": ("deltamux.cli.demo", "see one model answer through many adapters at once"),
     "bench": ("deltamux.cli.bench", "load a server and measure it"),
     "health": ("deltamux.cli.health", "exit 0 when a server is ready, 1 when not"),

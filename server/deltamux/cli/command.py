@@ -95,6 +95,9 @@ class _Parser(argparse.ArgumentParser):
         settings["help"] = re.sub(r" *\(default(: |: None| factory: \w+)\)", "", text)
         if metavar:
             settings["metavar"] = metavar
+        if len(names) > 1:
+            # A shortcut is there because the field could not be called so itself.
+            names = names[1:]
         container = self._section if names[0].startswith("-") else self
         return container.add_argument(*names, **settings)
 

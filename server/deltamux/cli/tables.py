@@ -1,0 +1,65 @@
+"""What commands that look at files have in common: --json, tables, a bar while they work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import ByteSize
+from pydantic_settings import SettingsConfigDict
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from deltamux.cli.command import Command, option
+
+
+class Report(Command):
+    """Options of a command that ends in a report."""
+
+    model_config = SettingsConfigDict(cli_shortcuts={"as-json": "json"})
+
+    as_json: bool = option(False, help="print JSON in place of tables")
+
+
+def print_json(report: dict[str, Any]) -> None:
+    print(json.dumps(report, indent=2))
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table whose first column is words and whose other columns are figures."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def print_facts(facts: dict[str, str]) -> None:
+    """Name and value, one a line; what has no value is left out."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in facts.items():
+        if value:
+            table.add_row(f"[bold]{name}", value)
+    Console(highlight=False).print(table)
+
+
+def in_words(size: int) -> str:
+    """Bytes as a person reads them."""
+    return ByteSize(size).human_readable()
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A function to tell (done, of, what is next); shown on standard error if it is a terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+
+        def tell(done: int, total: int, name: str) -> None:
+            progress.update(task, completed=done, total=total, description=f"{title} {name}")
+
+        yield tell

@@ -1,0 +1,160 @@
+"""What the tensors of a checkpoint are in the model: parameters by name, and how each is used."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from deltamux.errors import InvalidArgument
+from deltamux.extract.checkpoint import ModelCheckpoint
+
+
+class Parameters:
+    """The parameters of one checkpoint under the names that transformers' model gives them.
+
+    Weights are read as the own format means them: [out, in], those of a Conv1D transposed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises InvalidArgument for a folder without a config or weights that can be read."""
+        self.folder = folder
+        self.config = _config(folder)
+        self._model = _skeleton(self.config)
+        self._checkpoint = ModelCheckpoint(folder)
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        # Names of one and the same parameter: tied embeddings and head.
+        self._same: defaultdict[int, list[str]] = defaultdict(list)
+        for name, parameter in parameters.items():
+            self._same[id(parameter)].append(name)
+        self._id_of = {name: id(parameter) for name, parameter in parameters.items()}
+        self._key_of = self._keys()
+
+    @property
+    def names(self) -> list[str]:
+        """All parameters in the model's order, each under its first name."""
+        return [names[0] for names in self._same.values()]
+
+    @property
+    def file_bytes(self) -> int:
+        return self._checkpoint.file_bytes
+
+    @cached_property
+    def unknown_keys(self) -> set[str]:
+        """Tensors of the checkpoint that are no parameter, renamed or fused ones for instance."""
+        known = set(self._key_of.values())
+        ignored = self._model._keys_to_ignore_on_load_unexpected or ()
+        return {
+            key
+            for key in self._checkpoint.keys
+            if key not in known and not any(re.search(pattern, key) for pattern in ignored)
+        }
+
+    def read_unknown(self, key: str) -> Tensor:
+        return self._checkpoint.read(key)
+
+    def is_alias(self, name: str) -> bool:
+        """Whether it is another name of a parameter that `names` has, as a tied head's."""
+        return self._same[self._id_of[name]][0] != name
+
+    def knows(self, name: str) -> bool:
+        return name in self._id_of
+
+    def stored_under_other_keys(self, name: str) -> bool:
+        """Whether only the unknown keys can hold it: renamed, fused or split in the checkpoint."""
+        names = self._same[self._id_of[name]]
+        return bool(self.unknown_keys) and not any(n in self._key_of for n in names)
+
+    def read(self, name: str) -> Tensor:
+        """The parameter of this name or of an alias.
+
+        Raises InvalidArgument where the checkpoint lacks it, or holds two that differ.
+        """
+        keys = {self._key_of[n] for n in self._same[self._id_of[name]] if n in self._key_of}
+        if not keys:
+            raise InvalidArgument(f"{self.folder} lacks {name}")
+        first, *others = sorted(keys)
+        tensor = self._checkpoint.read(first)
+        for other in others:
+            if not torch.equal(tensor, self._checkpoint.read(other)):
+                raise InvalidArgument(
+                    f"{self.folder}: {first} and {other} differ, but its config ties them"
+                )
+        return tensor.T if isinstance(self._module(name), Conv1D) and tensor.ndim == 2 else tensor
+
+    def is_linear(self, name: str) -> bool:
+        """Whether it is the weight of a linear module, not the language head."""
+        module = self._module(name)
+        linear = isinstance(module, nn.Linear | Conv1D) and name.endswith(".weight")
+        return linear and module is not self._model.get_output_embeddings()
+
+    def is_of_a_site(self, name: str) -> bool:
+        """Whether a changed one can be served at all: no expert or router of a mixture."""
+        module = self._module(name)
+        if not name.endswith((".weight", ".bias")):
+            return False
+        known = isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+        return known or self._model.get_parameter(name).ndim == 1
+
+    def _module(self, name: str) -> nn.Module:
+        module: nn.Module = self._model.get_submodule(name.rpartition(".")[0])
+        return module
+
+    def _keys(self) -> dict[str, str]:
+        """Name of each parameter -> its key; checkpoints may leave the model's prefix out."""
+        prefix = f"{self._model.base_model_prefix}."
+        found: dict[str, str] = {}
+        for key in self._checkpoint.keys:
+            for name in (key, prefix + key, key.removeprefix(prefix)):
+                if name in self._id_of:
+                    if name in found:
+                        raise InvalidArgument(f"{self.folder} holds {name} twice")
+                    found[name] = key
+                    break
+        return found
+
+
+def require_same_model(base: Parameters, tuned: Parameters) -> None:
+    """Raises InvalidArgument where the configs name models that compute differently."""
+    fields, others = (_computing(parameters.config) for parameters in (base, tuned))
+    for name in sorted(fields.keys() | others.keys()):
+        if fields.get(name) != others.get(name):
+            raise InvalidArgument(
+                f"the configs differ in {name}: {fields.get(name)!r:.60} of the base, "
+                f"{others.get(name)!r:.60} of the fine-tune; only weights may differ"
+            )
+
+
+# Fields of a config that do not change what the model computes from its weights.
+_HARMLESS = {
+    "_name_or_path", "architectures", "attention_bias", "bos_token_id", "dtype", "eos_token_id",
+    "initializer_range", "max_position_embeddings", "mlp_bias", "pad_token_id", "pretraining_tp",
+    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+def _computing(config: PreTrainedConfig) -> dict[str, object]:
+    return {name: value for name, value in config.to_dict().items() if name not in _HARMLESS}
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InvalidArgument(f"{folder} is no model: {first_line}") from None
+
+
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise InvalidArgument(f"{config.model_type!r} is no language model: {error}") from None
