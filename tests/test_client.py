@@ -12,7 +12,14 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from deltamux.client import AsyncClient, Client, ClientError, generate_request
+from deltamux.client import (
+    AsyncClient,
+    Client,
+    ClientError,
+    classify_request,
+    embed_request,
+    generate_request,
+)
 from deltamux.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 SERVED_BY = inference_pb2.ServedBy(model="m", adapter="a", version="v")
@@ -48,6 +55,18 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
             context.abort_with_status(rpc_status.to_status(status))
         else:
             yield from ANSWER
+
+    def Classify(self, request, context) -> inference_pb2.ClassifyResponse:
+        self.requests.append(request)
+        score = inference_pb2.ClassifyResponse.Score(label="yes", score=0.75, logit=2.0)
+        position = inference_pb2.ClassifyResponse.Scores(scores=[score])
+        return inference_pb2.ClassifyResponse(positions=[position, position])
+
+    def Embed(self, request, context) -> inference_pb2.EmbedResponse:
+        self.requests.append(request)
+        if request.adapter:
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such adapter")
+        return inference_pb2.EmbedResponse(embedding=[0.5, -1.0])
 
 
 class Adapters(adapters_pb2_grpc.AdapterServiceServicer):
@@ -107,6 +126,18 @@ def test_what_is_said_is_sent():
     assert (request.stopping.max_tokens, list(request.stopping.stop)) == (3, ["."])
 
 
+def test_requests_without_tokens_to_generate():
+    classify = classify_request("good", adapter="a", text_pair="bad")
+    assert (classify.text, classify.adapter, classify.text_pair) == ("good", "a", "bad")
+    embed = embed_request([1, 2], adapter="a", pooling="mean", normalize=False)
+    assert (list(embed.token_ids.ids), embed.adapter) == ([1, 2], "a")
+    assert embed.pooling == inference_pb2.EmbedRequest.POOLING_MEAN
+    assert embed.HasField("normalize") and not embed.normalize
+    plain = embed_request("a")
+    assert not plain.HasField("normalize")
+    assert plain.pooling == inference_pb2.EmbedRequest.POOLING_UNSPECIFIED
+
+
 def check(answer) -> None:
     assert (answer.text, answer.token_ids, answer.finish) == ("Hello", (1, 2, 3), "length")
     assert (answer.prompt_tokens, answer.completion_tokens) == (4, 3)
@@ -123,6 +154,28 @@ async def test_asyncio_calls_share_a_connection(server):
         answers = await asyncio.gather(*(client.generate(generate_request("hi")) for _ in range(8)))
     for answer in answers:
         check(answer)
+
+
+def check_scores(positions) -> None:
+    assert [[(s.label, s.score, s.logit) for s in scores] for scores in positions] == [
+        [("yes", 0.75, 2.0)],
+        [("yes", 0.75, 2.0)],
+    ]
+
+
+def test_scores_and_embeddings(client):
+    check_scores(client.classify(classify_request("hi", adapter="a")))
+    assert client.embed(embed_request("hi")) == [0.5, -1.0]
+    with pytest.raises(ClientError, match="no such adapter"):
+        client.embed(embed_request("hi", adapter="a"))
+
+
+async def test_asyncio_scores_and_embeddings(server):
+    async with AsyncClient(server.target, timeout=20) as client:
+        check_scores(await client.classify(classify_request("hi", adapter="a")))
+        assert await client.embed(embed_request("hi")) == [0.5, -1.0]
+        with pytest.raises(ClientError, match="no such adapter"):
+            await client.embed(embed_request("hi", adapter="a"))
 
 
 def test_error_carries_code_reason_and_message(client):

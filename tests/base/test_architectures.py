@@ -19,9 +19,9 @@ from deltamux.adapters.rows import Rows
 from deltamux.base.load import adopt
 from deltamux.engine.batch import StepBatch
 from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.outcome import SampledToken
 from deltamux.engine.rehearsal import rehearse, trial_sequence
 from deltamux.engine.runner import ModelRunner
-from deltamux.engine.sampler import SampledToken
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.errors import StartupError
 from deltamux.wire.messages import Sampling
@@ -135,7 +135,7 @@ def generate(runner: RecordingRunner, prompts: list[list[int]]) -> list[Sequence
             while len(item.sequence.blocks) * BLOCK < item.sequence.num_computed + item.num_tokens:
                 item.sequence.blocks.append(free.pop())
         outcomes = runner.run(scheduled)
-        sampling = [item.sequence for item in scheduled if item.samples]
+        sampling = [item.sequence for item in scheduled if item.yields]
         for item in scheduled:
             item.sequence.num_computed += item.num_tokens
         for sequence, outcome in zip(sampling, outcomes, strict=True):

@@ -8,6 +8,7 @@ from itertools import count
 
 import pytest
 
+from deltamux.adapters.task import Call
 from deltamux.engine.sequence import Sequence
 from deltamux.errors import DeltamuxError
 from deltamux.wire.messages import FromEngine, Progress, Sampling, StepDone, Stopping, ToEngine
@@ -28,7 +29,7 @@ class FakeAdapters:
         self.device_hits = self.host_hits = self.misses = 0
         self.device_evictions = self.host_evictions = 0
 
-    def acquire(self, digest: str, path: str) -> int | None:
+    def acquire(self, digest: str, path: str, call: Call) -> int | None:
         if digest in self.broken and digest not in self.device:
             raise self.broken[digest]
         if digest not in self.device and not self._on_host(digest):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from deltamux.engine.batch import StepBatch
+from deltamux.engine.batch import Pooling, StepBatch
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
-from deltamux.wire.messages import Sampling
+from deltamux.wire.messages import Embed, Sampling
 
 BLOCK, CPU = 4, torch.device("cpu")
 
@@ -86,3 +86,16 @@ def test_step_in_which_nothing_samples() -> None:
     batch = build(PREFILL)
     assert batch.sampled_rows.shape == (0,) and batch.sampled_rows.dtype == torch.int64
     assert batch.sampled == () and not batch.sampled_segments
+
+
+def test_pooled_sequences_sample_nothing_and_share_the_places() -> None:
+    whole = scheduled([1, 2, 3], [10], computed=0, count=3, slot=1)
+    begun = scheduled([4, 5, 6], [11], computed=0, count=2, slot=None)
+    whole.sequence.pooling = begun.sequence.pooling = Embed("mean", normalize=True)
+    batch = build(begun, LAST_CHUNK, whole, DECODE_BASE)
+    assert batch.sampled == (LAST_CHUNK.sequence, DECODE_BASE.sequence)
+    assert (batch.sampled_places, batch.sampled_segments.spans) == ((0, 2), ((7, 0, 1),))
+    assert batch.pooled == (
+        Pooling(whole.sequence, 0, 3, place=1),
+        Pooling(begun.sequence, 6, 8, place=None),
+    )

@@ -4,17 +4,19 @@ import torch
 from deltamux.config import EngineConfig
 from deltamux.engine.block_allocator import BlockAllocator
 from deltamux.engine.engine import Engine
-from deltamux.engine.sampler import NonFinite, SampledToken
+from deltamux.engine.outcome import NonFinite, SampledToken
 from deltamux.engine.scheduler import Scheduler
 from deltamux.engine.submission import Limits, Submissions
 from deltamux.errors import InvalidArgument, ResourceExhausted
 from deltamux.wire.messages import (
     AdapterDropped,
     Cancel,
+    Classify,
     DropAdapter,
     LoadAdapter,
     Logprob,
     PinAdapter,
+    Pooled,
     RequestFailed,
     Sampling,
     Shutdown,
@@ -40,7 +42,7 @@ class Runner:
         if self.error is not None:
             error, self.error = self.error, None
             raise error
-        return [self.outcome(item.sequence) for item in scheduled if item.samples]
+        return [self.outcome(item.sequence) for item in scheduled if item.yields]
 
 
 class Setup:
@@ -89,6 +91,16 @@ def test_a_request_from_submit_to_finish(setup):
     assert [
         (p.index, p.token_ids, p.finish, p.first is not None) for p in served.link.progress("r")
     ] == [(0, (50,), "", True), (0, (51,), "", False), (0, (52,), "length", False)]
+    assert served.is_empty()
+
+
+def test_what_is_pooled_ends_its_request(setup):
+    served, pooled = setup(), Pooled(b"numbers")
+    served.runner.outcome = lambda sequence: pooled
+    served.step(submit(adapter="a", pooling=Classify()))
+    (progress,) = served.link.progress("r")
+    assert (progress.pooled, progress.finish, progress.token_ids) == (pooled, "stop", ())
+    assert progress.first is not None and progress.first.tier == "disk"
     assert served.is_empty()
 
 

@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from deltamux.adapters.task import Call
 from deltamux.config import EngineConfig
 from deltamux.engine import scheduler
 from deltamux.engine.block_allocator import BlockAllocator
@@ -35,7 +36,7 @@ def prefix_of(sequence: Sequence, num_blocks: int) -> Prefix:
 class Slots:
     """Every adapter has a slot."""
 
-    def acquire(self, digest: str, path: str) -> int:
+    def acquire(self, digest: str, path: str, call: Call) -> int:
         return ADAPTERS.index(digest)
 
     def release(self, digest: str) -> None:
@@ -115,7 +116,7 @@ class Traffic:
 
     def step(self) -> None:
         scheduled = self.scheduler.schedule(0.0).scheduled
-        sampling = [item.sequence for item in scheduled if item.samples]
+        sampling = [item.sequence for item in scheduled if item.yields]
         for item in scheduled:
             self.scheduler.advance(item)
         for sequence in sampling:

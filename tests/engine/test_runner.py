@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from deltamux.adapters.rows import Rows
 from deltamux.base.load import Base, adopt
 from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.outcome import NonFinite, SampledToken
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.runner import ModelRunner
-from deltamux.engine.sampler import NonFinite, SampledToken
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.wire.messages import Sampling
 

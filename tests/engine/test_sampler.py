@@ -13,8 +13,9 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from deltamux.engine.logit_edits import edit_logits
+from deltamux.engine.outcome import NonFinite, SampledToken
 from deltamux.engine.rehearsal import trial_sequence
-from deltamux.engine.sampler import NonFinite, SampledToken, filter_scores, sample, uniform
+from deltamux.engine.sampler import filter_scores, sample, uniform
 from deltamux.engine.sequence import Sequence
 from deltamux.wire.messages import Sampling, Stopping
 

@@ -7,6 +7,7 @@ from deltamux.engine import drain
 from deltamux.engine.block_allocator import BlockAllocator
 from deltamux.engine.scheduler import Scheduler
 from deltamux.errors import InvalidArgument
+from deltamux.wire.messages import Embed
 
 BLOCK_SIZE = 4
 
@@ -32,7 +33,7 @@ class Setup:
         self.now += seconds
         self.adapters.poll()
         plan = self.scheduler.schedule(self.now)
-        sampling = [item.sequence for item in plan.scheduled if item.samples]
+        sampling = [item.sequence for item in plan.scheduled if item.yields]
         for item in plan.scheduled:
             self.scheduler.advance(item)
         for sequence in sampling:
@@ -149,7 +150,7 @@ def test_a_missing_adapter_delays_no_other_request(setup, new_sequence):
     engine = setup(load_polls=3)
     cold, base, ready = new_sequence(adapter="cold"), new_sequence(), new_sequence(adapter="a")
     engine.adapters.load_polls = 0
-    engine.adapters.acquire("a", "")
+    engine.adapters.acquire("a", "", "Generate")
     engine.adapters.release("a")
     engine.adapters.load_polls = 3
     engine.add(cold, base, ready)
@@ -163,7 +164,7 @@ def test_a_missing_adapter_delays_no_other_request(setup, new_sequence):
 def test_a_missing_adapter_is_asked_for_once_a_step_and_waited_for_by_all(setup, new_sequence):
     engine = setup(load_polls=3)
     asked, acquire = [], engine.adapters.acquire
-    engine.adapters.acquire = lambda digest, path: asked.append(digest) or acquire(digest, path)
+    engine.adapters.acquire = lambda *asking: asked.append(asking[0]) or acquire(*asking)
     sequences = [new_sequence(adapter="cold") for _ in range(3)]
     engine.add(*sequences)
     engine.step()
@@ -255,6 +256,19 @@ def test_the_last_token_of_a_prompt_is_always_computed(setup, new_sequence):
     engine.step()
     engine.add(again)
     assert engine.step() == {first: 1, again: 4}
+
+
+def test_a_prompt_to_be_pooled_is_computed_whole_and_its_blocks_serve_others(setup, new_sequence):
+    engine = setup()
+    first, pooled, last = (new_sequence(num_prompt=9, salt="") for _ in range(3))
+    pooled.pooling = Embed("mean", normalize=True)
+    engine.add(first)
+    engine.steps_until(engine.is_empty)
+    engine.add(pooled)
+    assert engine.step() == {pooled: 9}
+    engine.scheduler.finish(pooled)
+    engine.add(last)
+    assert engine.step() == {last: 1}
 
 
 @pytest.mark.parametrize(("adapter", "salt"), [("b", "s"), ("a", "t"), ("", "s"), ("a", "")])

@@ -16,7 +16,7 @@ from deltamux.engine import scheduler
 from deltamux.engine.block_allocator import BlockAllocator
 from deltamux.engine.block_keys import block_key
 from deltamux.engine.engine import Engine
-from deltamux.engine.sampler import NonFinite, SampledToken
+from deltamux.engine.outcome import NonFinite, SampledToken
 from deltamux.engine.scheduler import Scheduler
 from deltamux.engine.submission import Limits, Submissions
 from deltamux.errors import InvalidArgument
@@ -58,7 +58,7 @@ class PagedRunner:
             raise torch.OutOfMemoryError
         for item in scheduled:
             self._write(item)
-        return [self._sample(item) for item in scheduled if item.samples]
+        return [self._sample(item) for item in scheduled if item.yields]
 
     def _write(self, item):
         sequence = item.sequence

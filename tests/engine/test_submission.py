@@ -4,7 +4,7 @@ import pytest
 
 from deltamux.engine.submission import Limits, Submissions
 from deltamux.errors import InvalidArgument
-from deltamux.wire.messages import Sampling, Stopping, Submit
+from deltamux.wire.messages import Classify, Sampling, Stopping, Submit
 
 LIMITS = Limits(vocab_size=100, max_model_len=32, kv_cache_tokens=80)
 
@@ -54,3 +54,17 @@ def test_requests_without_a_seed_get_different_ones_repeatably():
     assert seeds() == seeds()
     (kept,) = Submissions(LIMITS, seed=3).sequences(submit(sampling=Sampling(seed=5)), 0.0, "")
     assert kept.sampling.seed == 5
+
+
+def test_a_prompt_that_is_only_pooled_may_fill_the_context_and_the_cache():
+    submissions = Submissions(replace(LIMITS, kv_cache_tokens=32), seed=0)
+    pooled = submit(prompt=range(32), max_tokens=1, pooling=Classify())
+    (sequence,) = submissions.sequences(pooled, 0.0, "")
+    assert (sequence.pooling, sequence.call) == (Classify(), "Classify")
+    with pytest.raises(InvalidArgument, match="33 tokens, not 1 to 32"):
+        submissions.sequences(submit(prompt=range(33), pooling=Classify()), 0.0, "")
+    with pytest.raises(InvalidArgument, match="not 1 to 31"):
+        submissions.sequences(submit(prompt=range(32), max_tokens=1), 0.0, "")
+    small = Submissions(replace(LIMITS, kv_cache_tokens=8), seed=0)
+    with pytest.raises(InvalidArgument, match="need 9 tokens of KV cache"):
+        small.sequences(submit(prompt=range(9), max_tokens=1, pooling=Classify()), 0.0, "")

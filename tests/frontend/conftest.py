@@ -38,6 +38,7 @@ from deltamux.wire.messages import (
     FromEngine,
     LoadAdapter,
     PinAdapter,
+    Pooled,
     Progress,
     Ready,
     Stats,
@@ -141,6 +142,12 @@ class ScriptedEngine:
                 STATS,
             )
         )
+
+    def pool(self, submit: Submit, pooled: Pooled, tier: str = "") -> None:
+        """The one step of a request that wants no tokens."""
+        first = FirstToken(0.25, 0.0, tier)
+        progress = Progress(submit.request_id, 0, finish="stop", first=first, pooled=pooled)
+        self.send(StepDone((progress,), STATS))
 
     async def receive(self, kind: type[Message]) -> Message:
         """The next message of this kind; those before it stay."""
@@ -255,11 +262,11 @@ class Harness:
     async def collect(self, request: v1.GenerateRequest) -> list[v1.GenerateResponse]:
         return [response async for response in self.inference.Generate(request, timeout=20)]
 
-    async def restart_engine(self) -> None:
+    async def restart_engine(self, **overrides: object) -> None:
         """A new engine takes the place of one that has died."""
         self.engine.close()
         self.engine = self.connect()
-        self.engine.ready()
+        self.engine.ready(**overrides)
         await self.client.ready()
 
 

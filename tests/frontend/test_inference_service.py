@@ -408,14 +408,19 @@ async def test_draining_refuses_the_new_and_finishes_the_old(harness, ids, refus
     await asyncio.wait_for(idle, 10)
 
 
+async def test_a_base_that_generates_nothing_says_so(harness, refusal) -> None:
+    harness.client.fail_all(Unavailable("another model"))
+    await harness.restart_engine(generates=False)
+    got = await refusal(harness.collect(request_of()))
+    assert (got.code, got.reason) == ("FAILED_PRECONDITION", "NO_GENERATION")
+
+
 async def test_what_is_not_served_says_so(harness, refusal) -> None:
     blend = request_of(blend=[v1.WeightedAdapter(adapter="a")])
     structured = request_of(structured=v1.StructuredOutput(json_object=True))
     for call, reason in (
         (harness.collect(blend), "BLEND"),
         (harness.collect(structured), "STRUCTURED_OUTPUT"),
-        (harness.inference.Classify(v1.ClassifyRequest(text="a")), "CLASSIFY"),
-        (harness.inference.Embed(v1.EmbedRequest(text="a")), "EMBED"),
     ):
         got = await refusal(call)
         assert (got.code, got.reason) == ("UNIMPLEMENTED", reason)

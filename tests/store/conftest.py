@@ -21,6 +21,7 @@ from deltamux.adapters.parse import parse_adapter
 from deltamux.adapters.rows import Rows
 from deltamux.adapters.sites import DeviceSites
 from deltamux.base.structure import SiteSpec, Structure
+from deltamux.base.task_heads import TaskHeads
 from deltamux.errors import from_code
 from deltamux.store.catalog import Catalog
 from deltamux.store.disk import DiskStore
@@ -88,7 +89,8 @@ class Device:
         self.model.linear = self.linear = torch.nn.Linear(IN, OUT, bias=False)
         self.model.requires_grad_(False)
         sites = {"linear": SiteSpec("linear", "linear", IN, OUT)}
-        self.structure = Structure(sites, {"linear": self.linear}, "", "", tied=False)
+        heads = TaskHeads(OUT, "", {}, (), None, None)
+        self.structure = Structure(sites, {"linear": self.linear}, "", "", False, heads)
         self.sites = DeviceSites(
             self.model, self.structure, self.rows, self.slots, self.arena_bytes, torch.float32, CPU
         )

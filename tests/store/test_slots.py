@@ -57,6 +57,20 @@ def test_an_adapter_comes_from_disk_to_a_slot_and_serves(make_device, files, sto
     torch.testing.assert_close(device.delta(slot), files.delta(1), atol=1e-6, rtol=0)
 
 
+def test_an_adapter_is_leased_only_for_calls_that_it_can_answer(make_device, stored):
+    device = make_device(slots=2)
+    cache, adapter = device.cache(), stored(seed=1)
+    assert cache.acquire(*adapter, "Classify") is None, "nothing is known of it yet"
+    placed(cache, device.loader, adapter)
+    cache.release(adapter[0])
+    with pytest.raises(FailedPrecondition) as caught:
+        cache.acquire(*adapter, "Classify")
+    assert caught.value.reason == "NO_TASK_HEAD"
+    with pytest.raises(Internal):
+        cache.release(adapter[0])
+    assert cache.acquire(*adapter, "Embed") is not None
+
+
 def test_leases_are_counted_by_where_the_adapter_was(make_device, stored):
     device = make_device(slots=1)
     cache = device.cache()

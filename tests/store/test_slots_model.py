@@ -52,6 +52,8 @@ class FakeAdapter:
     rank: int = 1
     parameters: int = 1
     note: str = ""
+    task: str = "generation"
+    head: None = None
 
     @property
     def host_bytes(self) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.task_head import TaskHead
+from deltamux.adapters.task import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,8 +23,12 @@ class Adapter:
     # What a reader should know about how it is served; empty for most.
     note: str
     payloads: Mapping[str, tuple[Payload, ...]]
+    task: Task = "generation"
+    # What takes the place of the language head, for tasks that have it.
+    head: TaskHead | None = None
 
     @property
     def host_bytes(self) -> int:
         tensors = [t for site in self.payloads.values() for p in site for t in p.tensors]
+        tensors += () if self.head is None else self.head.tensors
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -34,6 +34,7 @@ from deltamux.adapters.primitives.row_bias import RowBias, RowBiasBank
 from deltamux.adapters.primitives.row_scale import OutputScale, RowScale, RowScaleBank
 from deltamux.adapters.primitives.sign_delta import SignDelta, SignDeltaBank
 from deltamux.adapters.primitives.sparse_delta import SparseDelta, SparseDeltaBank
+from deltamux.adapters.primitives.task_head import TaskHeadBank
 from deltamux.adapters.primitives.token_rows import EmbeddingTokenBank, HeadTokenBank, TokenRows
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux_kernels.expand import Columns
@@ -77,6 +78,10 @@ class BankFactory:
             return self._embedding(spec)
         banks = self._norm(spec) if spec.kind == "norm" else self._linear(spec)
         return replace(banks, residual=self._residual) if spec.name in self._residuals else banks
+
+    def task_heads(self) -> TaskHeadBank:
+        """The empty bank of what adapters put in place of the language head."""
+        return TaskHeadBank(self._store(self._structure.task_heads.width), self._store(1))
 
     def _norm(self, spec: SiteSpec) -> SiteBanks:
         norm = self._structure.module(spec.name)

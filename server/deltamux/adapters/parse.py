@@ -11,6 +11,7 @@ from deltamux.adapters.checkpoint import read_tensors
 from deltamux.adapters.families import FAMILIES
 from deltamux.adapters.family import Family
 from deltamux.adapters.manifest import Manifest, read_manifest
+from deltamux.adapters.saved_head import take_task_head
 from deltamux.adapters.saved_modules import take_saved_modules
 from deltamux.base.structure import Structure
 from deltamux.errors import FailedPrecondition
@@ -24,15 +25,18 @@ def parse_adapter(folder: Path, digest: str, structure: Structure, dtype: torch.
     """
     manifest = read_manifest(folder)
     family = _family(manifest)
-    saved = take_saved_modules(manifest, read_tensors(folder), structure, dtype)
+    trained = take_task_head(manifest, read_tensors(folder), structure, dtype)
+    saved = take_saved_modules(trained.manifest, trained.tensors, trained.structure, dtype)
     parsed = family.parse(saved.manifest, saved.tensors, saved.structure, dtype)
     return Adapter(
         digest,
         family.name,
         parsed.rank,
-        parsed.parameters + saved.parameters,
+        parsed.parameters + saved.parameters + trained.parameters,
         "; ".join(parsed.notes),
         {**parsed.payloads, **saved.payloads},
+        trained.task,
+        trained.head,
     )
 
 

@@ -20,7 +20,7 @@ from deltamux.adapters.strict_json import quoted
 from deltamux.adapters.weight_tying import require_tied, tied_pair
 from deltamux.base.structure import SiteSpec, Structure
 
-_FIELD = "modules_to_save"
+MODULES_TO_SAVE = "modules_to_save"
 _WEIGHT, _BIAS = "base weight", "base bias"
 
 
@@ -47,8 +47,8 @@ def take_saved_modules(
     they are no sites of the base or do not fit it.
     """
     fields = dict(manifest.fields)
-    value = fields.pop(_FIELD, None) if manifest.library == "peft" else None
-    names = Fields({_FIELD: value}).take_names(_FIELD)
+    value = fields.pop(MODULES_TO_SAVE, None) if manifest.library == "peft" else None
+    names = Fields({MODULES_TO_SAVE: value}).take_names(MODULES_TO_SAVE)
     pair = tied_pair(names, structure) if fields.get(weight_tying.FIELD) is True else {}
     sites = saved_sites(names, structure) | pair
     own = {name for name in tensors if _module(name) in sites}
@@ -73,15 +73,16 @@ def saved_sites(names: Iterable[str], structure: Structure) -> dict[str, SiteSpe
     """
     found = {}
     for name in names:
-        sites = [site for site in structure.sites.values() if _inside(site.name, name)]
+        sites = [site for site in structure.sites.values() if inside(site.name, name)]
         if not sites:
-            raise unsupported(f"{_FIELD} with {quoted(name)}, no site of the base model,")
+            raise unsupported(f"{MODULES_TO_SAVE} with {quoted(name)}, no site of the base model,")
         found.update({site.name: site for site in sites})
     return found
 
 
-def _inside(site: str, name: str) -> bool:
-    parts = site.split(".")
+def inside(module: str, name: str) -> bool:
+    """Whether PEFT's `name` means the module, or one around it: their paths end so."""
+    parts = module.split(".")
     return any(".".join(parts[:end]).endswith(name) for end in range(1, len(parts) + 1))
 
 

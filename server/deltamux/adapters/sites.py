@@ -97,6 +97,12 @@ class _Layout:
     stacks: dict[PackedMatrices, _Stack] = field(default_factory=dict)
     placements: list[tuple[list[Site], Bank, list[int]]] = field(default_factory=list)
 
+    def add(self, sites: list[Site], bank: Bank, payload: Payload) -> None:
+        """A payload for `bank`, which makes these sites act."""
+        pieces = bank.pieces(payload)
+        rows = [self.stacks.setdefault(store, _Stack()).add(matrix) for store, matrix in pieces]
+        self.placements.append((sites, bank, rows))
+
 
 class DeviceSites:
     """All sites of one model, and the arena that their adapters share.
@@ -124,6 +130,7 @@ class DeviceSites:
             for spec in structure.sites.values()
         }
         self._sublayers = structure.sublayers
+        self.task_heads = factory.task_heads()
         self._groups: defaultdict[int | None, list[Site]] = defaultdict(list)
         for site in self._sites.values():
             self._groups[site.spec.group].append(site)
@@ -169,6 +176,8 @@ class DeviceSites:
                 stack.matrices.clear()
             for _, bank, first_rows in layout.placements:
                 bank.placed(slot, first_rows)
+        if adapter.head is not None:
+            self.task_heads.plans[slot] = adapter.head.plan
         for sites, bank, _ in layout.placements:
             bank.slots.add(slot)
             for site in sites:
@@ -181,6 +190,7 @@ class DeviceSites:
             bank.slots.discard(slot)
             for site in sites:
                 site.slots.discard(slot)
+        self.task_heads.plans.pop(slot, None)
         for store in layout.stacks:
             store.clear(slot)
         self._free(layout.stacks.values())
@@ -191,9 +201,9 @@ class DeviceSites:
             site = self._sites[name]
             for payload in payloads:
                 bank = site.banks[type(payload)]
-                pieces = bank.pieces(payload)
-                rows = [layout.stacks.setdefault(store, _Stack()).add(m) for store, m in pieces]
-                layout.placements.append((self._acting(site, bank), bank, rows))
+                layout.add(self._acting(site, bank), bank, payload)
+        if adapter.head is not None:
+            layout.add([], self.task_heads, adapter.head)
         return layout
 
     def _acting(self, site: Site, bank: Bank) -> list[Site]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from deltamux.base.last_hidden import LastHidden
 from deltamux.base.packed_linear import pack_linears
 from deltamux.base.probe import AttentionLayer, probe
 from deltamux.base.structure import Structure, find_structure
@@ -34,6 +35,7 @@ class Base:
     dtype: torch.dtype
     layers: tuple[AttentionLayer, ...]
     structure: Structure
+    last_hidden: LastHidden
     # Rows of the token embedding, and the logits of one row.
     vocab_size: int
     # Positions that the model knows.
@@ -81,6 +83,7 @@ def adopt(model: PreTrainedModel) -> Base:
         dtype=embedding.dtype,
         layers=layers,
         structure=find_structure(model),
+        last_hidden=LastHidden(model),
         vocab_size=vocab_size,
         max_model_len=_max_model_len(model.config),
         attention_name=f"deltamux_{next(_attention_numbers)}",

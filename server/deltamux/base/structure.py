@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from deltamux.base.sublayers import Sublayer, find_sublayers
+from deltamux.base.task_heads import TaskHeads, find_task_heads
 from deltamux.base.trace import Call, is_linear, is_norm, trace
 
 Kind = Literal["linear", "embedding", "head", "norm"]
@@ -53,7 +54,8 @@ class Structure:
     """All sites of a model by module name, in call order, and their frozen parameters.
 
     `embedding` and `head` name those of the vocabulary; `tied` says that they share one weight.
-    `sublayers` are by the name of their output, in call order.
+    `task_heads` says which other heads an adapter may bring, `sublayers` are by the name of their
+    output, in call order.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Structure:
         embedding: str,
         head: str,
         tied: bool,
+        task_heads: TaskHeads,
         sublayers: Iterable[Sublayer] = (),
         model_type: str = "",
     ) -> None:
@@ -70,6 +73,7 @@ class Structure:
         self.embedding = embedding
         self.head = head
         self.tied = tied
+        self.task_heads = task_heads
         self.sublayers = {sublayer.output: sublayer for sublayer in sublayers}
         self.model_type = model_type
         self._modules = dict(modules)
@@ -114,6 +118,7 @@ def find_structure(model: PreTrainedModel) -> Structure:
         names[embedding],
         names[head],
         bool(model.config.get_text_config().tie_word_embeddings),
+        find_task_heads(model),
         find_sublayers(calls),
         model.config.model_type,
     )

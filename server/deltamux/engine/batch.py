@@ -18,10 +18,22 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
+class Pooling:
+    """The rows [start, end) of a sequence whose hidden states are wanted, not tokens."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    # None while more of the prompt is to come.
+    place: int | None
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """The rows of one step, all sequences end to end, ordered by adapter slot, the base's last.
 
-    T rows in all, S of which are the last of a sequence that samples.
+    T rows in all, S of which are the last of a sequence that samples. A place is that of a
+    sequence among those that yield something, as scheduled.
     """
 
     input_ids: Tensor  # int64 [1, T]
@@ -32,9 +44,11 @@ class StepBatch:
     # Of the T rows, and of the S rows.
     token_segments: Segments
     sampled_segments: Segments
-    # Sequences of the S rows, and the place of each among those that sample as scheduled.
+    # Sequences of the S rows, and the place of each.
     sampled: tuple[Sequence, ...]
     sampled_places: tuple[int, ...]
+    # Sequences whose hidden states are wanted.
+    pooled: tuple[Pooling, ...]
 
     @classmethod
     def build(cls, scheduled: Items[Scheduled], block_size: int, device: torch.device) -> StepBatch:
@@ -47,8 +61,8 @@ class StepBatch:
         starts = ends - lengths
         positions = np.arange(ends[-1]) + np.repeat(computed - starts, lengths)
         tables = _block_tables(items, computed + lengths, block_size)
-        place_of_sampled = _places_of_sampled(scheduled)
-        samples = [number for number, item in enumerate(items) if item.samples]
+        places = _places(scheduled, order)
+        samples = [number for number, item in enumerate(items) if _samples(item)]
         return cls(
             input_ids=to_device(_token_ids(items), device)[None],
             position_ids=to_device(positions, device)[None],
@@ -58,7 +72,8 @@ class StepBatch:
             token_segments=_segments(items, starts.tolist(), ends.tolist(), device),
             sampled_segments=_sampled_segments([items[number] for number in samples], device),
             sampled=tuple(items[number].sequence for number in samples),
-            sampled_places=tuple(place_of_sampled[order[number]] for number in samples),
+            sampled_places=tuple(places[number] for number in samples),
+            pooled=_pooled(items, starts.tolist(), places),
         )
 
 
@@ -67,9 +82,25 @@ def _slot_order(item: Scheduled) -> tuple[bool, int]:
     return (True, 0) if slot is None else (False, slot)
 
 
-def _places_of_sampled(scheduled: Items[Scheduled]) -> dict[int, int]:
-    sampling = [place for place, item in enumerate(scheduled) if item.samples]
-    return {place: number for number, place in enumerate(sampling)}
+def _samples(item: Scheduled) -> bool:
+    return item.yields and item.sequence.pooling is None
+
+
+def _places(scheduled: Items[Scheduled], order: list[int]) -> dict[int, int]:
+    """Of each item that yields, by its number in `order`."""
+    yielding = [place for place, item in enumerate(scheduled) if item.yields]
+    numbers = {place: number for number, place in enumerate(order)}
+    return {numbers[place]: rank for rank, place in enumerate(yielding)}
+
+
+def _pooled(
+    items: list[Scheduled], starts: list[int], places: dict[int, int]
+) -> tuple[Pooling, ...]:
+    return tuple(
+        Pooling(item.sequence, starts[number], starts[number] + item.num_tokens, places.get(number))
+        for number, item in enumerate(items)
+        if item.sequence.pooling is not None
+    )
 
 
 def _token_ids(items: list[Scheduled]) -> Array:

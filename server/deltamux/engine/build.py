@@ -44,7 +44,8 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
     rehearse(base, config.block_size)
     # The order matters on a GPU: the KV cache takes what all the others leave.
     rows = Rows(base.device)
-    adapters = _adapter_cache(config, base, rows, link)
+    sites = _device_sites(config, base, rows)
+    adapters = _adapter_cache(config, base, sites, link)
     num_blocks = count_kv_blocks(base, config)
     cache = KVCache(base.layers, num_blocks, config.block_size, base.dtype, base.device)
     allocator = BlockAllocator(num_blocks)
@@ -55,7 +56,7 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
         Scheduler(config, allocator, adapters),
         allocator,
         adapters,
-        ModelRunner(base, cache, rows),
+        ModelRunner(base, cache, rows, sites.task_heads),
     )
     return engine, _ready(config, base, limits)
 
@@ -69,8 +70,8 @@ def _max_model_len(config: EngineConfig, base: Base) -> int:
     return length
 
 
-def _adapter_cache(config: EngineConfig, base: Base, rows: Rows, link: EngineEnd) -> AdapterCache:
-    sites = DeviceSites(
+def _device_sites(config: EngineConfig, base: Base, rows: Rows) -> DeviceSites:
+    return DeviceSites(
         base.model,
         base.structure,
         rows,
@@ -80,6 +81,10 @@ def _adapter_cache(config: EngineConfig, base: Base, rows: Rows, link: EngineEnd
         base.device,
     )
 
+
+def _adapter_cache(
+    config: EngineConfig, base: Base, sites: DeviceSites, link: EngineEnd
+) -> AdapterCache:
     def parse(folder: Path, digest: str) -> Adapter:
         return parse_adapter(folder, digest, base.structure, base.dtype)
 

@@ -4,7 +4,7 @@ One step:
 
 1. receive    the front end's messages, the loader's news, the deadlines that have passed
 2. schedule   which sequences run, and how many tokens of each
-3. run        one forward pass over all of them, and the sampling
+3. run        one forward pass over all of them, then sampling and pooling
 4. update     the sequences with their new tokens; those that end give up blocks and lease
 5. reply      one message with everything that the step produced
 """
@@ -18,9 +18,9 @@ import structlog
 import torch
 
 from deltamux.engine.block_allocator import BlockAllocator
-from deltamux.engine.reply import adapter_error, finish_reason, first_token, non_finite_error
+from deltamux.engine.outcome import NonFinite, Outcome, SampledToken
+from deltamux.engine.reply import adapter_error, admission, finish_reason, non_finite_error
 from deltamux.engine.runner import ModelRunner
-from deltamux.engine.sampler import NonFinite, SampledToken
 from deltamux.engine.scheduler import Scheduler
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.engine.submission import Submissions
@@ -32,6 +32,7 @@ from deltamux.wire.messages import (
     DropAdapter,
     LoadAdapter,
     PinAdapter,
+    Pooled,
     Progress,
     RequestFailed,
     Shutdown,
@@ -96,7 +97,7 @@ class Engine:
         self._idle = not plan.scheduled and not plan.failed
         return plan.scheduled
 
-    def _run(self, scheduled: list[Scheduled]) -> list[SampledToken | NonFinite]:
+    def _run(self, scheduled: list[Scheduled]) -> list[Outcome]:
         if not scheduled:
             return []
         try:
@@ -112,13 +113,11 @@ class Engine:
         scheduled.clear()
         return []
 
-    def _update(
-        self, scheduled: list[Scheduled], outcomes: list[SampledToken | NonFinite]
-    ) -> list[Progress]:
-        sampling = [item.sequence for item in scheduled if item.samples]
+    def _update(self, scheduled: list[Scheduled], outcomes: list[Outcome]) -> list[Progress]:
+        yielding = [item.sequence for item in scheduled if item.yields]
         for item in scheduled:
             self._scheduler.advance(item)
-        rows = list(zip(sampling, outcomes, strict=True))
+        rows = list(zip(yielding, outcomes, strict=True))
         poisoned = {s.request_id: s for s, outcome in rows if isinstance(outcome, NonFinite)}
         for request_id, sequence in poisoned.items():
             self._scheduler.distrust(sequence)
@@ -126,7 +125,7 @@ class Engine:
         return [
             self._advance(sequence, outcome)
             for sequence, outcome in rows
-            if isinstance(outcome, SampledToken) and sequence.request_id not in poisoned
+            if not isinstance(outcome, NonFinite) and sequence.request_id not in poisoned
         ]
 
     def _reply(
@@ -176,18 +175,27 @@ class Engine:
         for sequence in sequences:
             self._scheduler.add(sequence)
 
-    def _advance(self, sequence: Sequence, token: SampledToken) -> Progress:
-        sequence.tokens.append(token.token_id)
+    def _advance(self, sequence: Sequence, outcome: SampledToken | Pooled) -> Progress:
+        if isinstance(outcome, Pooled):
+            self._scheduler.finish(sequence)
+            return Progress(
+                request_id=sequence.request_id,
+                index=sequence.index,
+                finish="stop",
+                first=admission(sequence),
+                pooled=outcome,
+            )
+        sequence.tokens.append(outcome.token_id)
         finish = finish_reason(sequence, self._submissions.limits.max_model_len)
         if finish:
             self._scheduler.finish(sequence)
         return Progress(
             request_id=sequence.request_id,
             index=sequence.index,
-            token_ids=(token.token_id,),
-            logprobs=() if token.logprobs is None else (token.logprobs,),
+            token_ids=(outcome.token_id,),
+            logprobs=() if outcome.logprobs is None else (outcome.logprobs,),
             finish=finish,
-            first=first_token(sequence),
+            first=admission(sequence) if sequence.num_generated == 1 else None,
         )
 
     def _fail(self, request_id: str, error: DeltamuxError) -> None:

@@ -23,9 +23,9 @@ def finish_reason(sequence: Sequence, max_model_len: int) -> str:
     return ""
 
 
-def first_token(sequence: Sequence) -> FirstToken | None:
-    """Told with the first token only. Waiting for the adapter does not count as queueing."""
-    if sequence.num_generated != 1 or sequence.admitted is None:
+def admission(sequence: Sequence) -> FirstToken | None:
+    """Told with a sequence's first outcome. Waiting for the adapter does not count as queueing."""
+    if sequence.admitted is None:
         return None
     missed = sequence.admitted if sequence.adapter_missed is None else sequence.adapter_missed
     return FirstToken(

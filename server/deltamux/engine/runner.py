@@ -1,4 +1,4 @@
-"""One step on the device: packed forward pass, then sampling."""
+"""One step on the device: packed forward pass, then sampling and pooling."""
 
 from __future__ import annotations
 
@@ -7,36 +7,46 @@ from collections.abc import Sequence as Items
 import torch
 from torch import Tensor
 
+from deltamux.adapters.primitives.task_head import TaskHeadBank
 from deltamux.adapters.rows import Rows
 from deltamux.base.load import Base
 from deltamux.engine.attention import PagedAttention
 from deltamux.engine.batch import StepBatch
 from deltamux.engine.kv_cache import KVCache
-from deltamux.engine.sampler import NonFinite, SampledToken, sample
+from deltamux.engine.outcome import Outcome
+from deltamux.engine.pooler import Pooler
+from deltamux.engine.sampler import sample
 from deltamux.engine.sequence import Scheduled
 
 
 class ModelRunner:
     """Drives one base model over one KV cache. Reads sequences, never changes them."""
 
-    def __init__(self, base: Base, cache: KVCache, rows: Rows) -> None:
+    def __init__(
+        self, base: Base, cache: KVCache, rows: Rows, heads: TaskHeadBank | None = None
+    ) -> None:
+        """Without `heads`, nothing is pooled."""
         self._base = base
         self._cache = cache
         self._rows = rows
+        self._pooler = None if heads is None else Pooler(heads)
         self._attention = PagedAttention(cache)
         base.set_attention(self._attention)
 
     @torch.inference_mode()
-    def run(self, scheduled: Items[Scheduled]) -> list[SampledToken | NonFinite]:
-        """Computes the scheduled tokens; one outcome for each that samples, in the given order.
+    def run(self, scheduled: Items[Scheduled]) -> list[Outcome]:
+        """Computes the scheduled tokens; one outcome for each that yields, in the given order.
 
         A row whose logits are not finite is NonFinite; the other rows are not touched by it.
         """
         batch = self.batch(scheduled)
         logits = self.forward(batch, batch.sampled_rows)
-        outcomes = sample(logits, batch.sampled)
-        placed = sorted(zip(batch.sampled_places, outcomes, strict=True), key=lambda pair: pair[0])
-        return [outcome for _, outcome in placed]
+        tokens = sample(logits, batch.sampled)
+        placed: dict[int, Outcome] = dict(zip(batch.sampled_places, tokens, strict=True))
+        if batch.pooled:
+            assert self._pooler is not None
+            placed |= self._pooler.pool(self._base.last_hidden.take(), batch.pooled)
+        return [placed[place] for place in sorted(placed)]
 
     def batch(self, scheduled: Items[Scheduled]) -> StepBatch:
         return StepBatch.build(scheduled, self._cache.block_size, self._base.device)

@@ -10,30 +10,19 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deltamux.engine.logit_edits import edit_logits
+from deltamux.engine.outcome import NonFinite, SampledToken
 from deltamux.engine.sequence import Sequence
 from deltamux.engine.transfer import to_device
 from deltamux.wire.messages import Logprob, Sampling, TokenLogprobs
 
 # Below it, logits divided by the temperature would leave the range of float32.
 _GREEDY_TEMPERATURE = 1e-5
-
-
-@dataclass(frozen=True)
-class SampledToken:
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-
-
-@dataclass(frozen=True)
-class NonFinite:
-    """The row's logits hold NaN or infinity: its adapter overflows, or is broken."""
 
 
 def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[SampledToken | NonFinite]:

@@ -6,6 +6,7 @@ from bisect import insort
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from deltamux.adapters.task import Call
 from deltamux.config import EngineConfig
 from deltamux.engine.block_allocator import BlockAllocator
 from deltamux.engine.block_keys import block_key
@@ -17,8 +18,11 @@ from deltamux.errors import DeltamuxError
 class Slots(Protocol):
     """What the scheduler asks of the adapter cache."""
 
-    def acquire(self, digest: str, path: str) -> int | None:
-        """A slot with a lease on it; None: not now. Raises what made the adapter's load fail."""
+    def acquire(self, digest: str, path: str, call: Call) -> int | None:
+        """A slot with a lease on it; None: not now.
+
+        Raises what made the adapter's load fail, or why it cannot answer the call.
+        """
         ...
 
     def release(self, digest: str) -> None:
@@ -179,7 +183,9 @@ class Scheduler:
         if not sequence.adapter:
             return True
         try:
-            sequence.slot = self._slots.acquire(sequence.adapter, sequence.adapter_path)
+            sequence.slot = self._slots.acquire(
+                sequence.adapter, sequence.adapter_path, sequence.call
+            )
         except DeltamuxError as error:
             plan.failed[sequence.request_id] = error
             return False
@@ -224,6 +230,9 @@ class Scheduler:
 
     def _reusable_blocks(self, sequence: Sequence) -> list[int]:
         """Blocks that already hold what the sequence begins with."""
+        if sequence.pooling is not None:
+            # The hidden states of all its tokens are wanted, and no block holds those.
+            return []
         indices = range(self._num_reusable(sequence.num_tokens))
         return self._allocator.match(block_key(sequence, i, self._block_size) for i in indices)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from deltamux.wire.messages import Sampling, Stopping
+from deltamux.adapters.task import Call
+from deltamux.wire.messages import Classify, Embed, Sampling, Stopping
 
 
 @dataclass(eq=False)
@@ -29,6 +30,8 @@ class Sequence:
     adapter_path: str
     # Sequences of different salts share no block.
     cache_salt: str
+    # None: it generates. Otherwise it ends with its prompt.
+    pooling: Classify | Embed | None = None
     # The first choice of the same request, which computes the prompt for all of them.
     leader: Sequence | None = None
 
@@ -45,6 +48,17 @@ class Sequence:
     # Engine clock, in seconds: when its adapter was first found missing, when it first ran.
     adapter_missed: float | None = None
     admitted: float | None = None
+
+    @property
+    def call(self) -> Call:
+        """What was asked for, by the name of the call."""
+        match self.pooling:
+            case None:
+                return "Generate"
+            case Classify():
+                return "Classify"
+            case Embed():
+                return "Embed"
 
     @property
     def num_tokens(self) -> int:
@@ -69,12 +83,13 @@ class Sequence:
 class Scheduled:
     """A sequence's share of one step: its next `num_tokens` uncomputed tokens.
 
-    `samples` says that these reach the sequence's last token, so that the step yields its next one.
+    `yields` says that these reach the sequence's last token, so that the step brings what the
+    sequence is after: its next token, or what is pooled of its prompt.
     """
 
     sequence: Sequence
     num_tokens: int
 
     @property
-    def samples(self) -> bool:
+    def yields(self) -> bool:
         return self.num_tokens == self.sequence.num_uncomputed

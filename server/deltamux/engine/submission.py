@@ -60,6 +60,7 @@ class Submissions:
                 adapter=submit.adapter,
                 adapter_path=submit.adapter_path,
                 cache_salt=self._salt(submit),
+                pooling=submit.pooling,
                 leader=sequences[0] if sequences else None,
                 tier=tier,
             )
@@ -82,9 +83,10 @@ class Submissions:
 
     def _check_lengths(self, submit: Submit) -> None:
         length, limits = len(submit.prompt), self.limits
-        if not 1 <= length < limits.max_model_len:
+        longest = limits.max_model_len - (submit.pooling is None)
+        if not 1 <= length <= longest:
             raise InvalidArgument(
-                f"the prompt has {length} tokens, not 1 to {limits.max_model_len - 1}",
+                f"the prompt has {length} tokens, not 1 to {longest}",
                 reason="PROMPT_LENGTH",
                 field="input",
             )
@@ -93,10 +95,12 @@ class Submissions:
         if submit.n < 1:
             raise InvalidArgument("n is below 1", field="sampling.n")
         # The last token is only ever an output: it needs no place in the cache.
-        longest = min(length + submit.stopping.max_tokens, limits.max_model_len) - 1
-        if longest > limits.kv_cache_tokens:
+        needed = length
+        if submit.pooling is None:
+            needed = min(length + submit.stopping.max_tokens, limits.max_model_len) - 1
+        if needed > limits.kv_cache_tokens:
             raise InvalidArgument(
-                f"prompt and max_tokens need {longest} tokens of KV cache; "
+                f"prompt and max_tokens need {needed} tokens of KV cache; "
                 f"there are {limits.kv_cache_tokens}",
                 reason="KV_CACHE_TOO_SMALL",
                 field="stopping.max_tokens",

@@ -64,9 +64,12 @@ class Tokenizer:
         eos: int | None = self._tokenizer.eos_token_id
         return eos
 
-    async def encode(self, text: str) -> Prompt:
-        """A plain prompt: special tokens that the client wrote into it count as such."""
-        ids = await self._run(self._encode, text)
+    async def encode(self, text: str, pair: str = "") -> Prompt:
+        """A plain prompt: special tokens that the client wrote into it count as such.
+
+        With `pair`, both texts in the tokenizer's own template.
+        """
+        ids = await self._run(self._encode, (text, pair))
         return Prompt(text, tuple(ids))
 
     async def encode_chat(self, messages: Sequence[ChatMessage]) -> Prompt:
@@ -88,8 +91,9 @@ class Tokenizer:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, function, argument)
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
+    def _encode(self, texts: tuple[str, str]) -> list[int]:
+        text, pair = texts
+        ids: list[int] = self._backend.encode(text, pair or None, add_special_tokens=True).ids
         return ids
 
     def _encode_chat(self, messages: Sequence[ChatMessage]) -> Prompt:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from deltamux.errors import InvalidArgument, Unimplemented
+from deltamux.errors import FailedPrecondition, InvalidArgument, Unimplemented
 from deltamux.frontend import limits
 from deltamux.frontend.defaults import GenerationDefaults
 from deltamux.store.names import Reference
 from deltamux.v1 import inference_pb2 as v1
-from deltamux.wire.messages import Ready, Sampling, Stopping
+from deltamux.wire.messages import Embed, Ready, Sampling, Stopping
 
 # Visible ASCII: safe in logs, headers and URLs.
 REQUEST_ID = re.compile(rf"[!-~]{{1,{limits.MAX_REQUEST_ID}}}")
@@ -30,9 +31,9 @@ def check(condition: bool, field: str, message: str) -> None:
 def check_request(request: v1.GenerateRequest, engine: Ready) -> None:
     """All that can be said of a Generate request without its tokens."""
     _check_implemented(request)
-    check_request_id(request.request_id)
-    if request.adapter:
-        Reference.parse(request.adapter)
+    _check_names(request.request_id, request.adapter)
+    if not engine.generates:
+        raise FailedPrecondition("the base model generates no text", reason="NO_GENERATION")
     check(
         len(request.cache_salt.encode()) <= limits.MAX_CACHE_SALT,
         "cache_salt",
@@ -47,6 +48,31 @@ def check_request(request: v1.GenerateRequest, engine: Ready) -> None:
             "output.logprobs",
             f"at most {limits.MAX_LOGPROBS}",
         )
+
+
+def check_classify(request: v1.ClassifyRequest, engine: Ready) -> None:
+    """All that can be said of a Classify request without its tokens."""
+    _check_names(request.request_id, request.adapter)
+    if not request.adapter:
+        raise FailedPrecondition("the base model has no task head", reason="NO_TASK_HEAD")
+    _check_text_or_tokens(request, engine)
+    if request.text_pair:
+        check(request.WhichOneof("input") == "text", "text_pair", "needs a text before it")
+        _check_characters("text_pair", len(request.text) + len(request.text_pair))
+
+
+def check_embed(request: v1.EmbedRequest, engine: Ready) -> None:
+    """All that can be said of an Embed request without its tokens."""
+    _check_names(request.request_id, request.adapter)
+    _check_text_or_tokens(request, engine)
+    known = v1.EmbedRequest.Pooling.values()
+    check(request.pooling in known, "pooling", f"{request.pooling} is no kind of pooling")
+
+
+def _check_names(request_id: str, adapter: str) -> None:
+    check_request_id(request_id)
+    if adapter:
+        Reference.parse(adapter)
 
 
 def _check_implemented(request: v1.GenerateRequest) -> None:
@@ -69,16 +95,33 @@ def check_request_id(request_id: str) -> None:
 def _check_input(request: v1.GenerateRequest, engine: Ready) -> None:
     match request.WhichOneof("input"):
         case "text":
-            check(bool(request.text), "text", "the prompt is empty")
-            _check_characters("text", len(request.text))
+            _check_text(request.text)
         case "token_ids":
-            ids = request.token_ids.ids
-            check(bool(ids), "token_ids", "the prompt is empty")
-            check_prompt(ids, engine, "token_ids")
+            _check_tokens(request.token_ids, engine)
         case "chat":
             _check_chat(request.chat)
         case _:
             raise invalid("input", "one of text, token_ids and chat is needed")
+
+
+def _check_text_or_tokens(request: v1.ClassifyRequest | v1.EmbedRequest, engine: Ready) -> None:
+    match request.WhichOneof("input"):
+        case "text":
+            _check_text(request.text)
+        case "token_ids":
+            _check_tokens(request.token_ids, engine, answer=0)
+        case _:
+            raise invalid("input", "one of text and token_ids is needed")
+
+
+def _check_text(text: str) -> None:
+    check(bool(text), "text", "the prompt is empty")
+    _check_characters("text", len(text))
+
+
+def _check_tokens(tokens: v1.TokenIds, engine: Ready, answer: int = 1) -> None:
+    check(bool(tokens.ids), "token_ids", "the prompt is empty")
+    check_prompt(tokens.ids, engine, "token_ids", answer)
 
 
 def _check_chat(chat: v1.Chat) -> None:
@@ -98,17 +141,16 @@ def _check_characters(field: str, characters: int) -> None:
         raise invalid(field, f"more than {most} characters", "PROMPT_TOO_LONG")
 
 
-def check_prompt_length(tokens: int, engine: Ready, field: str) -> None:
-    """At least one token must fit behind the prompt."""
+def _check_prompt_length(tokens: int, engine: Ready, field: str, answer: int) -> None:
     check(tokens > 0, field, "the prompt has no tokens")
     room = context_tokens(engine)
-    if tokens >= room:
+    if tokens + answer > room:
         raise invalid(field, f"{tokens} tokens, of a context of {room}", "PROMPT_TOO_LONG")
 
 
-def check_prompt(token_ids: Sequence[int], engine: Ready, field: str) -> None:
-    """What can be said once the prompt is tokenized."""
-    check_prompt_length(len(token_ids), engine, field)
+def check_prompt(token_ids: Sequence[int], engine: Ready, field: str, answer: int = 1) -> None:
+    """What can be said once the prompt is tokenized; `answer` tokens must fit behind it."""
+    _check_prompt_length(len(token_ids), engine, field, answer)
     _check_token_ids(field, token_ids, engine.vocab_size)
 
 
@@ -198,6 +240,19 @@ def resolve_sampling(request: v1.GenerateRequest, defaults: GenerationDefaults) 
         logit_bias=dict(given.logit_bias),
         logprobs=request.output.logprobs if request.output.HasField("logprobs") else None,
     )
+
+
+def resolve_pooling(request: v1.EmbedRequest, engine: Ready) -> Embed:
+    """The checked request, with the usual pooling of such a model where it is left open."""
+    pooling = _POOLINGS.get(request.pooling, "last" if engine.generates else "mean")
+    return Embed(pooling, request.normalize if request.HasField("normalize") else True)
+
+
+_POOLINGS: Mapping[int, Literal["first", "last", "mean"]] = {
+    v1.EmbedRequest.POOLING_FIRST: "first",
+    v1.EmbedRequest.POOLING_LAST: "last",
+    v1.EmbedRequest.POOLING_MEAN: "mean",
+}
 
 
 def resolve_stopping(

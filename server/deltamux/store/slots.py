@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.task import Call, require_fit
 from deltamux.errors import Aborted, DeltamuxError, FailedPrecondition, Internal
 from deltamux.store.entry import Entry
 from deltamux.store.loader import Completed, Loader
@@ -71,12 +72,15 @@ class AdapterCache:
     def host_evictions(self) -> int:
         return self._tiers.host_evictions
 
-    def acquire(self, digest: str, path: str) -> int | None:
+    def acquire(self, digest: str, path: str, call: Call = "Generate") -> int | None:
         """The device slot, with a lease taken; None while the adapter is not there yet.
 
-        Raises the DeltamuxError of the load that failed.
+        Raises the DeltamuxError of the load that failed, or FailedPrecondition for an adapter
+        whose task is not what is called for.
         """
         entry = self._entry(digest, path)
+        if entry.info is not None:
+            require_fit(entry.info.task, call)
         if entry.slot is not None:
             self.device_hits += not entry.counted
             entry.lease()

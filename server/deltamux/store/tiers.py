@@ -144,6 +144,8 @@ class Tiers:
             host_bytes=adapter.host_bytes,
             device_bytes=self._sites.bytes_of(adapter),
             note=adapter.note,
+            task=adapter.task,
+            labels=() if adapter.head is None else adapter.head.plan.labels,
         )
         for digest in self.host.put(adapter):
             self._left_host(self._entries[digest])

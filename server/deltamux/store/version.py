@@ -80,7 +80,7 @@ class Registration:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """One line of the list of adapters; digest, family and sizes are empty until they are known."""
+    """One line of the list of adapters; what only its content tells is empty until it was read."""
 
     name: str
     version: str
@@ -95,6 +95,8 @@ class AdapterFacts:
     host_bytes: int = 0
     device_bytes: int = 0
     note: str = ""
+    task: str = ""
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

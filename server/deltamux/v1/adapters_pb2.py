@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from deltamux.v1 import inference_pb2 as deltamux_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x65ltamux/v1/adapters.proto\x12\x0b\x64\x65ltamux.v1\x1a\x1b\x64\x65ltamux/v1/inference.proto\"\x8a\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x04 \x01(\t\x12\x1f\n\x04tier\x18\x05 \x01(\x0e\x32\x11.deltamux.v1.Tier\x12\x0e\n\x06pinned\x18\x06 \x01(\x08\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x12\n\nparameters\x18\x08 \x01(\x04\x12\x12\n\nhost_bytes\x18\t \x01(\x04\x12\x14\n\x0c\x64\x65vice_bytes\x18\n \x01(\x04\x12\x17\n\x0f\x61\x63tive_requests\x18\x0b \x01(\r\x12\x0e\n\x06tenant\x18\x0c \x01(\t\x12\x0c\n\x04live\x18\r \x01(\x08\x12\x0c\n\x04note\x18\x0e \x01(\t\"\x8b\x01\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x1f\n\x04upto\x18\x03 \x01(\x0e\x32\x11.deltamux.v1.Tier\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x16\n\x0e\x65xpect_version\x18\x06 \x01(\t\"T\n\x13LoadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.deltamux.v1.Adapter\x12\x16\n\x0e\x61lready_loaded\x18\x02 \x01(\x08\"3\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05purge\x18\x02 \x01(\x08\"\x17\n\x15UnloadAdapterResponse\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.deltamux.v1.Adapter\"a\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12#\n\x08\x61t_least\x18\x03 \x01(\x0e\x32\x11.deltamux.v1.Tier\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.deltamux.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xd5\x01\n\x14UpdateAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06pinned\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x13\n\x06tenant\x18\x03 \x01(\tH\x01\x88\x01\x01\x12?\n\x07traffic\x18\x04 \x03(\x0b\x32..deltamux.v1.UpdateAdapterRequest.TrafficEntry\x1a.\n\x0cTrafficEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\t\n\x07_pinnedB\t\n\x07_tenant\">\n\x15UpdateAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.deltamux.v1.Adapter2\xb6\x03\n\x0e\x41\x64\x61pterService\x12P\n\x0bLoadAdapter\x12\x1f.deltamux.v1.LoadAdapterRequest\x1a .deltamux.v1.LoadAdapterResponse\x12V\n\rUnloadAdapter\x12!.deltamux.v1.UnloadAdapterRequest\x1a\".deltamux.v1.UnloadAdapterResponse\x12M\n\nGetAdapter\x12\x1e.deltamux.v1.GetAdapterRequest\x1a\x1f.deltamux.v1.GetAdapterResponse\x12S\n\x0cListAdapters\x12 .deltamux.v1.ListAdaptersRequest\x1a!.deltamux.v1.ListAdaptersResponse\x12V\n\rUpdateAdapter\x12!.deltamux.v1.UpdateAdapterRequest\x1a\".deltamux.v1.UpdateAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x65ltamux/v1/adapters.proto\x12\x0b\x64\x65ltamux.v1\x1a\x1b\x64\x65ltamux/v1/inference.proto\"\xa8\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x04 \x01(\t\x12\x1f\n\x04tier\x18\x05 \x01(\x0e\x32\x11.deltamux.v1.Tier\x12\x0e\n\x06pinned\x18\x06 \x01(\x08\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x12\n\nparameters\x18\x08 \x01(\x04\x12\x12\n\nhost_bytes\x18\t \x01(\x04\x12\x14\n\x0c\x64\x65vice_bytes\x18\n \x01(\x04\x12\x17\n\x0f\x61\x63tive_requests\x18\x0b \x01(\r\x12\x0e\n\x06tenant\x18\x0c \x01(\t\x12\x0c\n\x04live\x18\r \x01(\x08\x12\x0c\n\x04note\x18\x0e \x01(\t\x12\x0c\n\x04task\x18\x0f \x01(\t\x12\x0e\n\x06labels\x18\x10 \x03(\t\"\x8b\x01\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x1f\n\x04upto\x18\x03 \x01(\x0e\x32\x11.deltamux.v1.Tier\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x16\n\x0e\x65xpect_version\x18\x06 \x01(\t\"T\n\x13LoadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.deltamux.v1.Adapter\x12\x16\n\x0e\x61lready_loaded\x18\x02 \x01(\x08\"3\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05purge\x18\x02 \x01(\x08\"\x17\n\x15UnloadAdapterResponse\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.deltamux.v1.Adapter\"a\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12#\n\x08\x61t_least\x18\x03 \x01(\x0e\x32\x11.deltamux.v1.Tier\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.deltamux.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xd5\x01\n\x14UpdateAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06pinned\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x13\n\x06tenant\x18\x03 \x01(\tH\x01\x88\x01\x01\x12?\n\x07traffic\x18\x04 \x03(\x0b\x32..deltamux.v1.UpdateAdapterRequest.TrafficEntry\x1a.\n\x0cTrafficEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\t\n\x07_pinnedB\t\n\x07_tenant\">\n\x15UpdateAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.deltamux.v1.Adapter2\xb6\x03\n\x0e\x41\x64\x61pterService\x12P\n\x0bLoadAdapter\x12\x1f.deltamux.v1.LoadAdapterRequest\x1a .deltamux.v1.LoadAdapterResponse\x12V\n\rUnloadAdapter\x12!.deltamux.v1.UnloadAdapterRequest\x1a\".deltamux.v1.UnloadAdapterResponse\x12M\n\nGetAdapter\x12\x1e.deltamux.v1.GetAdapterRequest\x1a\x1f.deltamux.v1.GetAdapterResponse\x12S\n\x0cListAdapters\x12 .deltamux.v1.ListAdaptersRequest\x1a!.deltamux.v1.ListAdaptersResponse\x12V\n\rUpdateAdapter\x12!.deltamux.v1.UpdateAdapterRequest\x1a\".deltamux.v1.UpdateAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,29 +35,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPDATEADAPTERREQUEST_TRAFFICENTRY']._loaded_options = None
   _globals['_UPDATEADAPTERREQUEST_TRAFFICENTRY']._serialized_options = b'8\001'
   _globals['_ADAPTER']._serialized_start=73
-  _globals['_ADAPTER']._serialized_end=339
-  _globals['_LOADADAPTERREQUEST']._serialized_start=342
-  _globals['_LOADADAPTERREQUEST']._serialized_end=481
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=483
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=567
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=569
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=620
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=622
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=645
-  _globals['_GETADAPTERREQUEST']._serialized_start=647
-  _globals['_GETADAPTERREQUEST']._serialized_end=680
-  _globals['_GETADAPTERRESPONSE']._serialized_start=682
-  _globals['_GETADAPTERRESPONSE']._serialized_end=741
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=743
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=840
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=842
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=929
-  _globals['_UPDATEADAPTERREQUEST']._serialized_start=932
-  _globals['_UPDATEADAPTERREQUEST']._serialized_end=1145
-  _globals['_UPDATEADAPTERREQUEST_TRAFFICENTRY']._serialized_start=1077
-  _globals['_UPDATEADAPTERREQUEST_TRAFFICENTRY']._serialized_end=1123
-  _globals['_UPDATEADAPTERRESPONSE']._serialized_start=1147
-  _globals['_UPDATEADAPTERRESPONSE']._serialized_end=1209
-  _globals['_ADAPTERSERVICE']._serialized_start=1212
-  _globals['_ADAPTERSERVICE']._serialized_end=1650
+  _globals['_ADAPTER']._serialized_end=369
+  _globals['_LOADADAPTERREQUEST']._serialized_start=372
+  _globals['_LOADADAPTERREQUEST']._serialized_end=511
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=513
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=597
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=599
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=650
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=652
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=675
+  _globals['_GETADAPTERREQUEST']._serialized_start=677
+  _globals['_GETADAPTERREQUEST']._serialized_end=710
+  _globals['_GETADAPTERRESPONSE']._serialized_start=712
+  _globals['_GETADAPTERRESPONSE']._serialized_end=771
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=773
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=870
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=872
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=959
+  _globals['_UPDATEADAPTERREQUEST']._serialized_start=962
+  _globals['_UPDATEADAPTERREQUEST']._serialized_end=1175
+  _globals['_UPDATEADAPTERREQUEST_TRAFFICENTRY']._serialized_start=1107
+  _globals['_UPDATEADAPTERREQUEST_TRAFFICENTRY']._serialized_end=1153
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_start=1177
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_end=1239
+  _globals['_ADAPTERSERVICE']._serialized_start=1242
+  _globals['_ADAPTERSERVICE']._serialized_end=1680
 # @@protoc_insertion_point(module_scope)

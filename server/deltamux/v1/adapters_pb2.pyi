@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "version", "source", "family", "tier", "pinned", "rank", "parameters", "host_bytes", "device_bytes", "active_requests", "tenant", "live", "note")
+    __slots__ = ("name", "version", "source", "family", "tier", "pinned", "rank", "parameters", "host_bytes", "device_bytes", "active_requests", "tenant", "live", "note", "task", "labels")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,8 @@ class Adapter(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     LIVE_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     source: str
@@ -37,7 +39,9 @@ class Adapter(_message.Message):
     tenant: str
     live: bool
     note: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., source: _Optional[str] = ..., family: _Optional[str] = ..., tier: _Optional[_Union[_inference_pb2.Tier, str]] = ..., pinned: bool = ..., rank: _Optional[int] = ..., parameters: _Optional[int] = ..., host_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., active_requests: _Optional[int] = ..., tenant: _Optional[str] = ..., live: bool = ..., note: _Optional[str] = ...) -> None: ...
+    task: str
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., source: _Optional[str] = ..., family: _Optional[str] = ..., tier: _Optional[_Union[_inference_pb2.Tier, str]] = ..., pinned: bool = ..., rank: _Optional[int] = ..., parameters: _Optional[int] = ..., host_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., active_requests: _Optional[int] = ..., tenant: _Optional[str] = ..., live: bool = ..., note: _Optional[str] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "source", "upto", "pinned", "tenant", "expect_version")

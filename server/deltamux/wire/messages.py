@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 # A request is named by its gRPC request id; each of its n choices by (request_id, index).
@@ -32,6 +34,18 @@ class Stopping(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()
 
 
+class Classify(msgspec.Struct, frozen=True, tag=True):
+    """Asks for the scores of the adapter's task head."""
+
+
+class Embed(msgspec.Struct, frozen=True, tag=True):
+    """Asks for the pooled last hidden states."""
+
+    pooling: Literal["first", "last", "mean"]
+    # Divide by the Euclidean norm.
+    normalize: bool
+
+
 class ToEngine(msgspec.Struct, frozen=True, tag=True):
     """Base of the messages that the engine receives."""
 
@@ -51,6 +65,8 @@ class Submit(ToEngine, frozen=True, tag=True):
     cache_salt: str = ""
     # Seconds from now; None: no deadline.
     deadline: float | None = None
+    # None: tokens are wanted, as many as `stopping` allows.
+    pooling: Classify | Embed | None = None
 
 
 class Cancel(ToEngine, frozen=True, tag=True):
@@ -104,6 +120,8 @@ class Ready(FromEngine, frozen=True, tag=True):
     block_size: int
     adapter_slots: int
     families: tuple[str, ...]
+    # False: a model whose tokens all see each other, which pools and classifies only.
+    generates: bool = True
 
 
 class StartupFailed(FromEngine, frozen=True, tag=True):
@@ -130,6 +148,17 @@ class FirstToken(msgspec.Struct, frozen=True):
     cached_prompt_tokens: int = 0
 
 
+class Pooled(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The answer to Classify or Embed: rows of numbers, float32 in the machine's byte order."""
+
+    # The embedding, or the logits of each position.
+    numbers: bytes
+    # Of as many numbers: each row of logits after softmax or sigmoid, or as it is.
+    scores: bytes = b""
+    # One for each number of a row.
+    labels: tuple[str, ...] = ()
+
+
 class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one step did for one choice of one request."""
 
@@ -139,8 +168,10 @@ class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: tuple[TokenLogprobs, ...] = ()
     # "", "stop" or "length"; with "stop", the last token is the one that stopped it.
     finish: str = ""
-    # Sent once, with the first token of the choice.
+    # Sent once, with the first token of the choice or what was pooled.
     first: FirstToken | None = None
+    # Sent with "stop", where no tokens were wanted.
+    pooled: Pooled | None = None
 
 
 class RequestFailed(FromEngine, frozen=True, tag=True):
@@ -191,6 +222,10 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     host_bytes: int
     device_bytes: int
     note: str = ""
+    # "generation", "sequence", "token" or "features".
+    task: str = "generation"
+    # Of its task head, in the order of its outputs.
+    labels: tuple[str, ...] = ()
 
 
 class AdapterLoaded(FromEngine, frozen=True, tag=True):

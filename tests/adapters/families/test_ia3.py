@@ -57,7 +57,7 @@ def folder(tune: Make, tmp_path: Path) -> Path:
         ({"target_modules": ["k_proj", "up_proj", "down_proj"]}, "MISSING_TENSORS"),
         ({"target_modules": ["norm"]}, "NO_TARGETS"),
         ({"modules_to_save": ["score"]}, "UNSUPPORTED_FEATURE"),
-        ({"task_type": "SEQ_CLS"}, "UNSUPPORTED_FEATURE"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "UNSUPPORTED_FEATURE"),
         ({"a_new_field": 3}, "UNKNOWN_FIELD"),
     ],
 )

@@ -1,0 +1,188 @@
+"""The task head that PEFT saves beside an adapter of any family, as one of its modules_to_save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from deltamux.adapters.checkpoint import require_finite
+from deltamux.adapters.fields import Fields
+from deltamux.adapters.files import WEIGHTS
+from deltamux.adapters.manifest import Manifest
+from deltamux.adapters.module_tensors import PREFIX
+from deltamux.adapters.primitives.task_head import HeadPlan, Layer, Scoring, TaskHead
+from deltamux.adapters.saved_modules import MODULES_TO_SAVE, inside
+from deltamux.adapters.task import Task, split_task
+from deltamux.base.structure import Structure
+from deltamux.base.task_heads import HeadModule, Level, TaskHeads
+from deltamux.errors import FailedPrecondition, InvalidArgument
+
+# PEFT asks for modules of these names wherever the task is a classification.
+_ALWAYS_SAVED = ("classifier", "score")
+
+
+@dataclass(frozen=True, eq=False)
+class SavedHead:
+    """What a checkpoint was trained for, its head, and what else it holds.
+
+    The rest speaks of modules as if it had been trained for generation; a head of the vocabulary
+    is no target where there was none.
+    """
+
+    task: Task
+    head: TaskHead | None
+    parameters: int
+    manifest: Manifest
+    tensors: Mapping[str, Tensor]
+    structure: Structure
+
+
+def take_task_head(
+    manifest: Manifest, tensors: Mapping[str, Tensor], structure: Structure, dtype: torch.dtype
+) -> SavedHead:
+    """Sets the task and its head apart.
+
+    Raises InvalidArgument where the head's tensors are missing or mis-shaped, FailedPrecondition
+    for a task or a head that does not fit the base.
+    """
+    task, manifest = split_task(manifest)
+    if task == "generation":
+        return SavedHead(task, None, 0, manifest, tensors, structure)
+    bare = structure.without((structure.head,))
+    heads = structure.task_heads
+    if task == "features":
+        return SavedHead(task, None, 0, manifest, _inside_body(tensors, heads.body), bare)
+    reader = _HeadReader(tensors, heads, dtype)
+    head = reader.head(task)
+    return SavedHead(
+        task,
+        head,
+        sum(tensor.numel() for tensor in head.tensors),
+        _without_head(manifest, reader.modules, structure),
+        {name: tensor for name, tensor in tensors.items() if name not in reader.taken},
+        bare,
+    )
+
+
+def _inside_body(tensors: Mapping[str, Tensor], body: str) -> dict[str, Tensor]:
+    """Names of a model without a head, as they are inside one that has one."""
+    return {
+        f"{PREFIX}{body}.{name.removeprefix(PREFIX)}" if name.startswith(PREFIX) else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _without_head(manifest: Manifest, modules: Iterable[str], structure: Structure) -> Manifest:
+    """modules_to_save with what else it names beside the head."""
+    fields = dict(manifest.fields)
+    names = Fields({MODULES_TO_SAVE: fields.pop(MODULES_TO_SAVE, None)}).take_names(MODULES_TO_SAVE)
+    heads = (*modules, *_ALWAYS_SAVED)
+    left = [
+        name
+        for name in names
+        if not any(inside(module, name) for module in heads)
+        or any(inside(site, name) for site in structure.sites)
+    ]
+    return replace(manifest, fields=fields | ({MODULES_TO_SAVE: list(left)} if left else {}))
+
+
+class _HeadReader:
+    """Takes the linear modules of a head, the last of which maps to the labels."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], heads: TaskHeads, dtype: torch.dtype) -> None:
+        # Names of the modules of the head, and of the tensors that belong to them.
+        self.modules: list[str] = []
+        self.taken: set[str] = set()
+        self._tensors = tensors
+        self._heads = heads
+        self._dtype = dtype
+
+    def head(self, level: Level) -> TaskHead:
+        heads = self._heads
+        form = heads.formats[level]
+        parts = [self._module(module) for module in form.modules]
+        labels = _labels(heads, parts[-1].weight.shape[0])
+        for part in parts[:-1]:
+            self._require_width(part.weight.shape[0], part)
+        plan = HeadPlan(
+            level,
+            form.pooling,
+            heads.pad_token_id,
+            tuple(
+                Layer(part.weight.shape[0], module.biased, module.activation)
+                for module, part in zip(form.modules, parts, strict=True)
+            ),
+            labels,
+            _scoring(heads, labels),
+        )
+        biases = tuple(part.bias for part in parts if part.bias is not None)
+        return TaskHead(plan, tuple(part.weight for part in parts), biases)
+
+    def _module(self, module: HeadModule) -> _Linear:
+        found = (name for name in module.names if f"{PREFIX}{name}.weight" in self._tensors)
+        name = next(found, module.names[0])
+        weight = self._take(f"{PREFIX}{name}.weight", 2)
+        bias = self._take(f"{PREFIX}{name}.bias", 1) if module.biased else None
+        if bias is not None and len(bias) != len(weight):
+            raise InvalidArgument(
+                f"{name} has {len(weight)} rows and a bias of {len(bias)}", reason="SHAPE_MISMATCH"
+            )
+        self.modules.append(name)
+        linear = _Linear(name, weight, bias)
+        self._require_width(weight.shape[1], linear)
+        return linear
+
+    def _take(self, name: str, dimensions: int) -> Tensor:
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            message = f"{WEIGHTS} lacks {name}, which belongs to the task head"
+            raise InvalidArgument(message, reason="MISSING_TENSORS")
+        if not tensor.is_floating_point():
+            message = f"{WEIGHTS}: {name} has dtype {tensor.dtype}"
+            raise InvalidArgument(message, reason="MALFORMED_WEIGHTS")
+        if tensor.ndim != dimensions:
+            message = f"{name} has {tensor.ndim} dimensions, not {dimensions}"
+            raise InvalidArgument(message, reason="SHAPE_MISMATCH")
+        self.taken.add(name)
+        served = tensor.to(self._dtype).contiguous()
+        require_finite(f"{name}, in {self._dtype},", served)
+        return served
+
+    def _require_width(self, features: int, linear: _Linear) -> None:
+        if features != self._heads.width:
+            raise FailedPrecondition(
+                f"{linear.name}: weight of {tuple(linear.weight.shape)} does not fit the base "
+                f"model's hidden states, which are {self._heads.width} wide",
+                reason="BASE_MISMATCH",
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Linear:
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _labels(heads: TaskHeads, count: int) -> tuple[str, ...]:
+    """Those of the base's config where it has as many, else as transformers names them."""
+    if len(heads.labels) == count:
+        return heads.labels
+    return tuple(f"LABEL_{number}" for number in range(count))
+
+
+def _scoring(heads: TaskHeads, labels: tuple[str, ...]) -> Scoring:
+    """As transformers' pipelines decide it; one output without a problem type is a regression."""
+    if labels == heads.labels and heads.problem_type is not None:
+        return _SCORINGS[heads.problem_type]
+    return "softmax" if len(labels) > 1 else "none"
+
+
+_SCORINGS: Mapping[str, Scoring] = {
+    "single_label_classification": "softmax",
+    "multi_label_classification": "sigmoid",
+    "regression": "none",
+}

@@ -1,0 +1,69 @@
+"""Requests from plain arguments; what is None takes the server's default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deltamux.v1 import inference_pb2
+
+
+def generate_request(
+    prompt: str | Sequence[int],
+    *,
+    adapter: str = "",
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+) -> inference_pb2.GenerateRequest:
+    """One choice for a text, or for token ids; what is None takes the model's default."""
+    request = inference_pb2.GenerateRequest(
+        adapter=adapter,
+        sampling=inference_pb2.SamplingParams(
+            temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+        ),
+        stopping=inference_pb2.StoppingCriteria(max_tokens=max_tokens, stop=stop),
+        output=inference_pb2.OutputOptions(return_token_ids=True),
+    )
+    _fill(request, prompt)
+    return request
+
+
+def classify_request(
+    prompt: str | Sequence[int], *, adapter: str, text_pair: str = ""
+) -> inference_pb2.ClassifyRequest:
+    """For a text, or two where the head was trained on pairs, or token ids."""
+    request = inference_pb2.ClassifyRequest(adapter=adapter, text_pair=text_pair)
+    _fill(request, prompt)
+    return request
+
+
+def embed_request(
+    prompt: str | Sequence[int],
+    *,
+    adapter: str = "",
+    pooling: str | None = None,
+    normalize: bool | None = None,
+) -> inference_pb2.EmbedRequest:
+    """`pooling` is "mean", "last" or "first"."""
+    request = inference_pb2.EmbedRequest(adapter=adapter)
+    if normalize is not None:
+        request.normalize = normalize
+    if pooling is not None:
+        request.pooling = inference_pb2.EmbedRequest.Pooling.Value(f"POOLING_{pooling.upper()}")
+    _fill(request, prompt)
+    return request
+
+
+def _fill(
+    request: inference_pb2.GenerateRequest
+    | inference_pb2.ClassifyRequest
+    | inference_pb2.EmbedRequest,
+    prompt: str | Sequence[int],
+) -> None:
+    if isinstance(prompt, str):
+        request.text = prompt
+    else:
+        request.token_ids.ids.extend(prompt)
