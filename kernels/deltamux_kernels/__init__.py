@@ -2,9 +2,11 @@
 
 from deltamux_kernels.activate import Activations, activate
 from deltamux_kernels.attention_batch import AttentionBatch
+from deltamux_kernels.captured_segments import CapturedSegments
 from deltamux_kernels.embedding_shrink import embedding_shrink
 from deltamux_kernels.expand import Columns, expand
 from deltamux_kernels.grouped_dense import dense_delta, grouped_dense
+from deltamux_kernels.low_rank_site import SiteCounters, Slice, low_rank_site
 from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
 from deltamux_kernels.paged_attention import paged_attention
 from deltamux_kernels.row_affine import row_affine
@@ -19,11 +21,14 @@ __all__ = [
     "ALIGNMENT",
     "Activations",
     "AttentionBatch",
+    "CapturedSegments",
     "Columns",
     "PackedMatrices",
     "Segments",
     "Shrunk",
     "SignMatrices",
+    "SiteCounters",
+    "Slice",
     "SparseMatrices",
     "TokenTable",
     "activate",
@@ -31,6 +36,7 @@ __all__ = [
     "embedding_shrink",
     "expand",
     "grouped_dense",
+    "low_rank_site",
     "paged_attention",
     "row_affine",
     "shrink",

@@ -83,7 +83,7 @@ def activate_torch(
 def activate_triton(h: torch.Tensor, activations: Activations, segments: Segments) -> torch.Tensor:
     """`activate` in one launch: a program per (tile of rows, block of columns)."""
     packed = activations.packed
-    most = packed.most_rows(segments.slots)
+    most = segments.most_rows(packed)
     a = new_planes(h[0], 1, most)
     if not most:
         return a

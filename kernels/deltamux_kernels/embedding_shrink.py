@@ -45,7 +45,7 @@ def embedding_shrink_triton(
     ids: torch.Tensor, a: PackedMatrices, segments: Segments
 ) -> torch.Tensor:
     """`embedding_shrink` in one launch: a program per (tile of rows, block of ranks)."""
-    most = a.most_rows(segments.slots)
+    most = segments.most_rows(a)
     h = new_planes(ids, 1, most)
     if not most:
         return h

@@ -113,7 +113,7 @@ def expand_triton(
     y: torch.Tensor, h: torch.Tensor, b: PackedMatrices, columns: Columns, segments: Segments
 ) -> None:
     """`expand` in one launch: a program per (tile of rows, block of N)."""
-    if not b.most_rows(segments.slots):
+    if not segments.most_rows(b):
         return
     _expand_kernel[(segments.tiles.shape[0], -(-b.width // BLOCK_N))](
         y,
@@ -165,28 +165,90 @@ def _expand_kernel(
     rank = tl.load(ranks + slot)
     if rank == 0:
         return
-    column = tl.load(columns + slot)
+    expand_tile(
+        y,
+        h,
+        arena + tl.multiple_of(tl.load(offsets + slot), 64),
+        start,
+        count,
+        rank,
+        tl.load(columns + slot),
+        block,
+        None,
+        0,
+        width,
+        planes,
+        y_row,
+        y_column,
+        h_plane,
+        h_row,
+        BLOCK_T,
+        BLOCK_J,
+        BLOCK_N,
+    )
+
+
+@triton.jit
+@no_type_check
+def expand_tile(
+    y,
+    h,
+    matrix,
+    start,
+    count,
+    rank,
+    column,
+    block,
+    arrived,
+    needed,
+    width,
+    planes,
+    y_row,
+    y_column,
+    h_plane,
+    h_row,
+    BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of N of one tile of rows.
+
+    With `arrived`, the planes are read once that counter shows `needed`; the first rows of B are
+    under way by then.
+    """
     i, n = tl.arange(0, BLOCK_T), block * BLOCK_N + tl.arange(0, BLOCK_N)
-    live_i, live_n = i < count, n < width
-    t = (start + i).to(tl.int64)
-    matrix = arena + tl.multiple_of(tl.load(offsets + slot), 64)
+    live_i, live_n = (i < count)[:, None], (n < width)[None, :]
+    t = (start + i).to(tl.int64)[:, None]
+    j = tl.arange(0, BLOCK_J)
+    summands = h + t * h_row + (column + j)[None, :]
+    weights = matrix + j[:, None].to(tl.int64) * width + n[None, :]
     delta = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    for j0 in range(0, rank, BLOCK_J):
-        j = j0 + tl.arange(0, BLOCK_J)
-        live_j = j < rank
-        b = tl.load(
-            matrix + j[:, None].to(tl.int64) * width + n[None, :],
-            mask=live_j[:, None] & live_n[None, :],
-            other=0.0,
-        )
-        summands = h + t[:, None] * h_row + (column + j)[None, :]
-        live_h = live_i[:, None] & live_j[None, :]
-        v = tl.load(summands, mask=live_h, other=0.0)
-        for _ in range(1, planes):
-            summands += h_plane
-            v += tl.load(summands, mask=live_h, other=0.0)
+    first = 0
+    if arrived is not None:
+        b = tl.load(weights, mask=(j < rank)[:, None] & live_n, other=0.0)
+        while tl.atomic_add(arrived, 0, sem="acquire", scope="gpu") < needed:
+            pass
+        v = _sum_of_planes(summands, live_i & (j < rank)[None, :], planes, h_plane)
         delta = tl.dot(v.to(b.dtype), b, delta, input_precision="ieee")
-    target = y + t[:, None] * y_row + n[None, :] * y_column
-    live = live_i[:, None] & live_n[None, :]
-    before = tl.load(target, mask=live, other=0.0).to(tl.float32)
-    tl.store(target, (before + delta).to(y.dtype.element_ty), mask=live)
+        first = BLOCK_J
+    for j0 in range(first, rank, BLOCK_J):
+        live_j = j0 + j < rank
+        b = tl.load(
+            weights + tl.cast(j0, tl.int64) * width, mask=live_j[:, None] & live_n, other=0.0
+        )
+        v = _sum_of_planes(summands + j0, live_i & live_j[None, :], planes, h_plane)
+        delta = tl.dot(v.to(b.dtype), b, delta, input_precision="ieee")
+    target = y + t * y_row + n[None, :] * y_column
+    before = tl.load(target, mask=live_i & live_n, other=0.0).to(tl.float32)
+    tl.store(target, (before + delta).to(y.dtype.element_ty), mask=live_i & live_n)
+
+
+@triton.jit
+@no_type_check
+def _sum_of_planes(summands, live, planes, h_plane):
+    """In their order. Past the first-level cache: other programs of the launch may have stored."""
+    total = tl.load(summands, mask=live, other=0.0, cache_modifier=".cg")
+    for _ in range(1, planes):
+        summands += h_plane
+        total += tl.load(summands, mask=live, other=0.0, cache_modifier=".cg")
+    return total

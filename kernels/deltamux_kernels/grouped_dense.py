@@ -98,7 +98,7 @@ def _launch(
     segments: Segments,
 ) -> None:
     """Replaces y where there are `biases`, adds to it where they are None."""
-    if not weights.most_rows(segments.slots):
+    if not segments.most_rows(weights):
         return
     x = x if x.stride(1) == 1 else x.contiguous()
     out_width = y.shape[1]

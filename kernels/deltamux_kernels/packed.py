@@ -23,8 +23,9 @@ class PackedMatrices:
     All sites share one flat `arena`; a matrix takes `rows * width` of its elements and no padding.
     It begins at a multiple of `alignment` elements: on a CPU that is a whole number of rows, so
     that the arena reads as one `table` [any, width] of rows.
-    `offsets` (int64 [slots], elements) and `rows` (int32 [slots], 0 = no matrix) live on the
-    arena's device for the Triton forms; `views` holds the same matrices for the torch forms.
+    `offsets` (int64, elements) and `rows` (int32, 0 = no matrix), both [slots + 1], live on the
+    arena's device for the Triton forms; `views` holds the same matrices for the torch forms. The
+    slot after the last never has a matrix: tiles that name it end their programs at once.
     """
 
     def __init__(self, arena: torch.Tensor, slots: int, width: int) -> None:
@@ -33,8 +34,8 @@ class PackedMatrices:
         on_cpu = arena.device.type == "cpu"
         self.alignment = math.lcm(ALIGNMENT, width) if on_cpu else ALIGNMENT
         self.table = arena[: arena.numel() // width * width].view(-1, width)
-        self.offsets = torch.zeros(slots, dtype=torch.int64, device=arena.device)
-        self.rows = torch.zeros(slots, dtype=torch.int32, device=arena.device)
+        self.offsets = torch.zeros(slots + 1, dtype=torch.int64, device=arena.device)
+        self.rows = torch.zeros(slots + 1, dtype=torch.int32, device=arena.device)
         self.views: list[torch.Tensor | None] = [None] * slots
         self.transposed: list[torch.Tensor | None] = [None] * slots
         self._rows_on_host = [0] * slots

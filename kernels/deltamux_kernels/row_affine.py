@@ -51,7 +51,7 @@ def row_affine_triton(
     y: torch.Tensor, bias: torch.Tensor | None, g: PackedMatrices, segments: Segments
 ) -> None:
     """`row_affine` in one launch: a program per (tile of rows, block of N)."""
-    if not g.most_rows(segments.slots):
+    if not segments.most_rows(g):
         return
     _row_affine_kernel[(segments.tiles.shape[0], -(-g.width // BLOCK_N))](
         y,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
 from deltamux_kernels.device_table import device_table
+from deltamux_kernels.packed import PackedMatrices
 
 # Rows of one matrix instruction. The tile never depends on the batch, so neither does the
 # instruction that computes a row, and a row's result is the same beside any neighbours.
@@ -32,24 +33,10 @@ class Segments:
     def build(cls, spans: Sequence[Span], device: torch.device) -> Segments:
         """Segments of `spans`; neighbours of one slot become one span, empty spans disappear.
 
-        Raises ValueError when spans overlap or are not sorted by start.
+        The last ones are remembered: a decode step with the members of the step before it builds
+        and copies nothing. Raises ValueError when spans overlap or are not sorted by start.
         """
-        merged: list[Span] = []
-        end_of_previous = 0
-        for slot, start, end in spans:
-            if slot < 0 or start < end_of_previous or end < start:
-                raise ValueError(f"spans must be sorted and disjoint, got {tuple(spans)}")
-            if start == end:
-                continue
-            if merged and merged[-1][0] == slot and merged[-1][2] == start:
-                merged[-1] = (slot, merged[-1][1], end)
-            else:
-                merged.append((slot, start, end))
-            end_of_previous = end
-        segments = cls(tuple(merged), device)
-        if device.type == "cuda" and merged:
-            _ = segments.tiles  # copied now: a captured graph must not copy inside
-        return segments
+        return _build(tuple(spans), device)
 
     def __bool__(self) -> bool:
         return bool(self.spans)
@@ -66,13 +53,21 @@ class Segments:
 
     @cached_property
     def tiles(self) -> torch.Tensor:
-        """`(slot, start, rows)` of every tile of at most `TILE_ROWS` rows: int32 [tiles, 3]."""
-        tiles = [
+        """`tile_list` on the device: int32 [tiles, 3]."""
+        return device_table(self.tile_list, columns=3, device=self.device)
+
+    @cached_property
+    def tile_list(self) -> list[tuple[int, int, int]]:
+        """`(slot, start, rows)` of every tile of at most `TILE_ROWS` rows."""
+        return [
             (slot, row, min(TILE_ROWS, end - row))
             for slot, start, end in self.spans
             for row in range(start, end, TILE_ROWS)
         ]
-        return device_table(tiles, columns=3, device=self.device)
+
+    def most_rows(self, matrices: PackedMatrices) -> int:
+        """Rows of the tallest matrix that a row of the step may meet; 0 when there is none."""
+        return matrices.most_rows(self.slots)
 
     def pieces(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The rows of each span, as views of `x` [T, ...].
@@ -104,3 +99,24 @@ class Segments:
             indices.append(index)
             index, row = index + 1, end
         return indices
+
+
+# Token rows and sampled rows of two kinds of step.
+@lru_cache(maxsize=4)
+def _build(spans: tuple[Span, ...], device: torch.device) -> Segments:
+    merged: list[Span] = []
+    end_of_previous = 0
+    for slot, start, end in spans:
+        if slot < 0 or start < end_of_previous or end < start:
+            raise ValueError(f"spans must be sorted and disjoint, got {tuple(spans)}")
+        if start == end:
+            continue
+        if merged and merged[-1][0] == slot and merged[-1][2] == start:
+            merged[-1] = (slot, merged[-1][1], end)
+        else:
+            merged.append((slot, start, end))
+        end_of_previous = end
+    segments = Segments(tuple(merged), device)
+    if device.type == "cuda" and merged:
+        _ = segments.tiles  # copied now: a captured graph must not copy inside
+    return segments

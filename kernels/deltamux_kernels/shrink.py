@@ -55,7 +55,7 @@ def shrink_torch(
 
 def shrink_triton(x: torch.Tensor, a: PackedMatrices, segments: Segments) -> torch.Tensor:
     """`shrink` in one launch: a program per (tile of rows, block of ranks, chunk of K)."""
-    most = a.most_rows(segments.slots)
+    most = segments.most_rows(a)
     chunks = -(-a.width // CHUNK)
     split = x.shape[0] <= SPLIT_ROWS
     h = new_planes(x, chunks if split else 1, most)
@@ -117,12 +117,52 @@ def _shrink_kernel(
     rank = tl.load(rows + slot)
     if block * BLOCK_J >= rank:
         return
+    shrink_tile(
+        x,
+        h + plane.to(tl.int64) * h_plane,
+        arena + tl.multiple_of(tl.load(offsets + slot), 64),
+        start,
+        count,
+        rank,
+        block,
+        plane * chunks,
+        chunks,
+        width,
+        x_row,
+        h_row,
+        CHUNK,
+        BLOCK_T,
+        BLOCK_J,
+        BLOCK_K,
+    )
+
+
+@triton.jit
+@no_type_check
+def shrink_tile(
+    x,
+    h,
+    matrix,
+    start,
+    count,
+    rank,
+    block,
+    first_chunk,
+    chunks,
+    width,
+    x_row,
+    h_row,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One block of ranks of one tile of rows, summed over `chunks` chunks of K into a plane `h`."""
     i, j = tl.arange(0, BLOCK_T), block * BLOCK_J + tl.arange(0, BLOCK_J)
     live_i, live_j = i < count, j < rank
     t = (start + i).to(tl.int64)
-    matrix = arena + tl.multiple_of(tl.load(offsets + slot), 64)
     total = tl.zeros((BLOCK_T, BLOCK_J), dtype=tl.float32)
-    for chunk in range(plane * chunks, plane * chunks + chunks):
+    for chunk in range(first_chunk, first_chunk + chunks):
         products = tl.zeros((BLOCK_T, BLOCK_J), dtype=tl.float32)
         for k0 in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, width), BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
@@ -139,8 +179,4 @@ def _shrink_kernel(
             )
             products = tl.dot(xs, a.to(xs.dtype), products, input_precision="ieee")
         total += products
-    tl.store(
-        h + plane.to(tl.int64) * h_plane + t[:, None] * h_row + j[None, :],
-        total,
-        mask=live_i[:, None] & live_j[None, :],
-    )
+    tl.store(h + t[:, None] * h_row + j[None, :], total, mask=live_i[:, None] & live_j[None, :])

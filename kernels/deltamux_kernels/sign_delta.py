@@ -107,7 +107,7 @@ def sign_delta_triton(
     y: torch.Tensor, x: torch.Tensor, d: SignMatrices, segments: Segments
 ) -> None:
     """`sign_delta` in one launch: a program per (tile of rows, block of N)."""
-    if not d.words.most_rows(segments.slots):
+    if not segments.most_rows(d.words):
         return
     x = x if x.stride(1) == 1 else x.contiguous()
     out_width, in_width = d.shape

@@ -89,7 +89,7 @@ def sparse_delta_triton(
     y: torch.Tensor, x: torch.Tensor, s: SparseMatrices, segments: Segments
 ) -> None:
     """`sparse_delta` in one launch: a program per (tile of rows, block of N)."""
-    if not s.values.most_rows(segments.slots):
+    if not segments.most_rows(s.values):
         return
     x = x if x.stride(1) == 1 else x.contiguous()
     width = s.shape[0]

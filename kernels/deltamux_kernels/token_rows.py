@@ -89,7 +89,7 @@ def token_rows_triton(
     y: torch.Tensor, tokens: torch.Tensor, table: TokenTable, segments: Segments
 ) -> None:
     """`token_rows` in one launch: a program per (tile of rows, block of N)."""
-    most = table.rows.most_rows(segments.slots)
+    most = segments.most_rows(table.rows)
     if not most:
         return
     width = table.rows.width
@@ -115,7 +115,7 @@ def token_columns_triton(
     y: torch.Tensor, x: torch.Tensor, table: TokenTable, segments: Segments
 ) -> None:
     """`token_columns` in one launch: a program per (tile of rows, block of the slot's ids)."""
-    most = table.rows.most_rows(segments.slots)
+    most = segments.most_rows(table.rows)
     if not most:
         return
     x = x if x.stride(1) == 1 else x.contiguous()

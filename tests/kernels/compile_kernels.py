@@ -34,6 +34,7 @@ from deltamux_kernels.activate import Activations, activate_triton
 from deltamux_kernels.embedding_shrink import embedding_shrink_triton
 from deltamux_kernels.expand import expand_triton
 from deltamux_kernels.grouped_dense import dense_delta_triton, grouped_dense_triton
+from deltamux_kernels.low_rank_site import SiteCounters, Slice, low_rank_site_triton
 from deltamux_kernels.paged_attention_triton import paged_attention_triton
 from deltamux_kernels.row_affine import row_affine_triton
 from deltamux_kernels.scoring import Scoring
@@ -124,6 +125,10 @@ def low_rank(dtype: torch.dtype, rows: int) -> None:
     activations = Activations(arena, slots=2)
     activations.packed.write(0, 0, torch.zeros(17, 1))
     activate_triton(h, activations, segments)
+    slices = [Slice(x, packed, Columns(2, CPU))] * 3
+    for counters in (None, SiteCounters(segments.tiles.shape[0], CPU)):
+        for several in (slices, slices[:1]):
+            low_rank_site_triton(several, x, packed, segments, counters)
     embedding_shrink_triton(torch.zeros(rows, dtype=torch.int64), packed, segments)
     row_affine_triton(x, x[0], scale, segments)
     row_affine_triton(x, None, scale, segments)

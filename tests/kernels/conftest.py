@@ -2,7 +2,11 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +19,12 @@ if not GPU:
 from deltamux_kernels import ALIGNMENT, PackedMatrices  # noqa: E402
 from deltamux_kernels.shrink import _shrink_kernel  # noqa: E402
 
+JITFunction: Any = type(_shrink_kernel)
 TRITON_RUNS = GPU or type(_shrink_kernel).__name__ == "InterpretedFunction"
 
-Pack = Callable[[Sequence[torch.Tensor | None], int], PackedMatrices]
+Matrices = Sequence[torch.Tensor | None]
+Pack = Callable[[Matrices, int], PackedMatrices]
+PackInOne = Callable[..., list[PackedMatrices]]
 
 
 @pytest.fixture
@@ -47,18 +54,119 @@ def dtype(request: pytest.FixtureRequest, form: str) -> torch.dtype:
 
 
 @pytest.fixture
-def pack(device: torch.device, dtype: torch.dtype) -> Pack:
-    """Packs matrices, in an arena that is NaN wherever no matrix lies."""
+def pack(pack_in_one: PackInOne) -> Pack:
+    """Packs the matrices of one store, in an arena of its own."""
+    return lambda matrices, width: pack_in_one((matrices, width))[0]
 
-    def packed(matrices: Sequence[torch.Tensor | None], width: int) -> PackedMatrices:
-        step = math.lcm(ALIGNMENT, width)
-        extents = [0 if m is None else -(-m.numel() // step) * step + step for m in matrices]
-        arena = torch.full((sum(extents) + step,), torch.nan, dtype=dtype, device=device)
-        result, end = PackedMatrices(arena, len(matrices), width), step
-        for slot, (matrix, extent) in enumerate(zip(matrices, extents, strict=True)):
-            if matrix is not None:
-                result.write(slot, end, matrix)
-            end += extent
-        return result
+
+@pytest.fixture
+def pack_in_one(device: torch.device, dtype: torch.dtype) -> PackInOne:
+    """Packs stores `(matrices, width)` in one arena that is NaN wherever no matrix lies."""
+
+    def packed(*stores: tuple[Matrices, int]) -> list[PackedMatrices]:
+        elements = sum(
+            2 * math.lcm(ALIGNMENT, width) + (0 if matrix is None else matrix.numel())
+            for matrices, width in stores
+            for matrix in matrices
+        )
+        arena = torch.full((elements + ALIGNMENT,), torch.nan, dtype=dtype, device=device)
+        results, end = [], 1
+        for matrices, width in stores:
+            store, step = PackedMatrices(arena, len(matrices), width), math.lcm(ALIGNMENT, width)
+            for slot, matrix in enumerate(matrices):
+                if matrix is not None:
+                    offset = -(-end // step) * step
+                    store.write(slot, offset, matrix)
+                    end = offset + matrix.numel() + 1
+            results.append(store)
+        return results
 
     return packed
+
+
+@dataclass
+class Launch:
+    """One launch of a kernel, which can be repeated with the same arguments.
+
+    `read` and `written` are bytes by the name of the kernel's parameter that they belong to, a
+    masked element being neither.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    read: Counter[str] = field(default_factory=Counter)
+    written: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__).strip("_")
+
+    def replay(self) -> None:
+        self.kernel.run(*self.arguments, grid=self.grid, warmup=False, **self.options)
+
+    def owner(self, address: int) -> str:
+        """The parameter whose tensor an address lies in."""
+        flat = [
+            (name, tensor)
+            for name, argument in zip(self.kernel.arg_names, self.arguments, strict=False)
+            for tensor in _tensors(argument)
+        ]
+        for name, tensor in flat:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() <= address < storage.data_ptr() + storage.nbytes():
+                return name
+        return "nobody"
+
+
+def _tensors(argument: Any) -> list[torch.Tensor]:
+    if isinstance(argument, tuple):
+        return [tensor for part in argument for tensor in _tensors(part)]
+    return [argument] if isinstance(argument, torch.Tensor) else []
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """`with traced() as launches:` all launches inside; in the interpreter with their traffic."""
+
+    @contextmanager
+    def trace() -> Iterator[list[Launch]]:
+        launches: list[Launch] = []
+        run = JITFunction.run
+
+        def recorded(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            launches.append(Launch(self, grid, args, options))
+            return run(self, *args, grid=grid, warmup=warmup, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(JITFunction, "run", recorded)
+            if not GPU:
+                _count_traffic(patch, launches)
+            yield launches
+
+    return trace
+
+
+def _count_traffic(patch: pytest.MonkeyPatch, launches: list[Launch]) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def count(pointers: Any, mask: Any, counters: str) -> None:
+        live = pointers.data[mask.data]
+        if live.size:
+            launch = launches[-1]
+            item = pointers.get_element_ty().primitive_bitwidth // 8
+            getattr(launch, counters)[launch.owner(int(live.flat[0]))] += live.size * item
+
+    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        count(pointers, mask, "read")
+        return load(self, pointers, mask, *rest)
+
+    def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        count(pointers, mask, "written")
+        return store(self, pointers, value, mask, *rest)
+
+    patch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+    patch.setattr(InterpreterBuilder, "create_masked_store", counted_store)

@@ -1,12 +1,11 @@
 """Dense products, replaced and added, against float64, and rows whose slot has none."""
 
-import math
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from deltamux_kernels import ALIGNMENT, PackedMatrices, Segments
+from deltamux_kernels import PackedMatrices, Segments
 from deltamux_kernels.grouped_dense import (
     dense_delta_torch,
     dense_delta_triton,
@@ -22,7 +21,7 @@ def test_rows_are_replaced_by_the_product_of_their_own_slot(
     form: str,
     dtype: torch.dtype,
     device: torch.device,
-    pack_in_one: Callable[..., tuple[PackedMatrices, PackedMatrices]],
+    pack_in_one: Callable[..., list[PackedMatrices]],
 ) -> None:
     torch.manual_seed(inputs)
 
@@ -40,7 +39,7 @@ def test_rows_are_replaced_by_the_product_of_their_own_slot(
             if (bias := biases[slot]) is not None:
                 expected[start:end] += bias.double()
     y = before.clone()
-    packed = pack_in_one(weights, biases)
+    packed = pack_in_one((weights, inputs), (biases, outputs))
     (grouped_dense_torch if form == "torch" else grouped_dense_triton)(y, x, *packed, segments)
     untouched = [0, 19, 20, 21, 23, 24]
     assert torch.equal(y[untouched], before[untouched])
@@ -74,28 +73,3 @@ def test_the_product_of_their_own_slot_is_added_to_rows(
     untouched = [0, 19, 20, 21, 23, 24]
     assert torch.equal(y[untouched], before[untouched])
     assert ((y - expected).abs() <= 8 * torch.finfo(dtype).eps * (1 + expected.abs())).all()
-
-
-@pytest.fixture
-def pack_in_one(
-    dtype: torch.dtype, device: torch.device
-) -> Callable[..., tuple[PackedMatrices, PackedMatrices]]:
-    """pack_in_one(weights, biases): both in one arena, as all stores of a model are."""
-
-    def packed(
-        *stores: list[torch.Tensor | None],
-    ) -> tuple[PackedMatrices, ...]:
-        arena = torch.full((1 << 16,), torch.nan, dtype=dtype, device=device)
-        end, results = 1, []
-        for matrices in stores:
-            width = next(matrix.shape[1] for matrix in matrices if matrix is not None)
-            extent = math.lcm(ALIGNMENT, width)
-            results.append(PackedMatrices(arena, len(matrices), width))
-            for slot, matrix in enumerate(matrices):
-                if matrix is not None:
-                    offset = -(-end // extent) * extent
-                    results[-1].write(slot, offset, matrix)
-                    end = offset + matrix.numel() + 1
-        return tuple(results)
-
-    return packed

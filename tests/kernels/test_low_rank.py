@@ -8,13 +8,16 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from deltamux_kernels import Columns, PackedMatrices, Segments
+from deltamux_kernels import Columns, PackedMatrices, Segments, SiteCounters, Slice
 from deltamux_kernels.expand import expand_torch, expand_triton
+from deltamux_kernels.low_rank_site import low_rank_site_torch, low_rank_site_triton
 from deltamux_kernels.shrink import shrink_torch, shrink_triton
 
 Pack = Callable[[list[torch.Tensor | None], int], PackedMatrices]
+PackInOne = Callable[..., list[PackedMatrices]]
 # The package's own name `shrink` is the function.
 shrink_module = importlib.import_module("deltamux_kernels.shrink")
+site_module = importlib.import_module("deltamux_kernels.low_rank_site")
 RANKS = (1, 2, 3, 4, 7, 8, 16, 17, 24, 40)
 
 
@@ -75,21 +78,41 @@ def draw(
     )
 
 
-def run(case: Case, form: str, pack: Pack, device: torch.device) -> list[torch.Tensor]:
-    slots = len(case.a)
-    a = pack(case.a, case.x.shape[1])
-    ys = [y.clone() for y in case.ys]
-    h = (shrink_torch if form == "torch" else shrink_triton)(case.x, a, case.segments)
-    for y, matrices, first in zip(ys, case.b, case.columns, strict=True):
-        columns = Columns(slots, device)
+def packed(case: Case, pack_in_one: PackInOne) -> tuple[PackedMatrices, list[Slice]]:
+    """A and the slices of the site, with copies of what is in their outputs."""
+    slots, widths = len(case.a), [y.shape[1] for y in case.ys]
+    a, *bs = pack_in_one((case.a, case.x.shape[1]), *zip(case.b, widths, strict=True))
+    slices = []
+    for y, b, first in zip(case.ys, bs, case.columns, strict=True):
+        columns = Columns(slots, case.x.device)
         for slot, column in enumerate(first):
             columns.set(slot, column)
-        b = pack(matrices, y.shape[1])
+        slices.append(Slice(y.clone(), b, columns))
+    return a, slices
+
+
+def run(case: Case, form: str, pack_in_one: PackInOne) -> list[torch.Tensor]:
+    """One shrink, then an expand for each slice."""
+    a, slices = packed(case, pack_in_one)
+    h = (shrink_torch if form == "torch" else shrink_triton)(case.x, a, case.segments)
+    for y, b, columns in slices:
         if isinstance(h, torch.Tensor):
             expand_triton(y, h, b, columns, case.segments)
         else:
             expand_torch(y, h, b, columns, case.segments)
-    return ys
+    return [part.y for part in slices]
+
+
+def run_site(
+    case: Case, form: str, pack_in_one: PackInOne, counters: SiteCounters | None
+) -> list[torch.Tensor]:
+    """The site in two launches, or with `counters` in one."""
+    a, slices = packed(case, pack_in_one)
+    if form == "torch":
+        low_rank_site_torch(slices, case.x, a, case.segments)
+    else:
+        low_rank_site_triton(slices, case.x, a, case.segments, counters)
+    return [part.y for part in slices]
 
 
 def check(case: Case, ys: list[torch.Tensor], dtype: torch.dtype) -> None:
@@ -115,21 +138,43 @@ def check(case: Case, ys: list[torch.Tensor], dtype: torch.dtype) -> None:
 def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bridge between shrink and expand starts as NaN: nothing unwritten may be read."""
     new = shrink_module.new_planes
-    monkeypatch.setattr(shrink_module, "new_planes", lambda *args: new(*args).fill_(torch.nan))
+    for module in (shrink_module, site_module):
+        monkeypatch.setattr(module, "new_planes", lambda *args: new(*args).fill_(torch.nan))
 
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.usefixtures("poisoned_scratch")
 def test_random_steps_agree_with_the_formula(
-    seed: int, form: str, dtype: torch.dtype, device: torch.device, pack: Pack
+    seed: int, form: str, dtype: torch.dtype, device: torch.device, pack_in_one: PackInOne
 ) -> None:
     case = draw(seed, device, dtype)
-    check(case, run(case, form, pack, device), dtype)
+    check(case, run(case, form, pack_in_one), dtype)
+
+
+@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize("seed", [0, 1, 3, 9, 99])
+@pytest.mark.usefixtures("poisoned_scratch")
+def test_a_site_at_once_is_the_shrink_and_its_expands_to_the_bit(
+    seed: int,
+    launches: int,
+    form: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    pack_in_one: PackInOne,
+) -> None:
+    case = draw(seed, device, dtype, width=1100 if seed == 99 else None)
+    counters = SiteCounters(len(case.segments.tile_list), device) if launches == 1 else None
+    expected = run(case, form, pack_in_one)
+    for _ in range(2):  # the counters of the first time must be zero again
+        ys = run_site(case, form, pack_in_one, counters)
+        assert all(torch.equal(y, e) for y, e in zip(ys, expected, strict=True))
+    check(case, ys, dtype)
+    assert counters is None or not counters.table.any()
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_decode_steps_of_many_adapters_agree_with_the_formula(
-    rows: int, form: str, dtype: torch.dtype, device: torch.device, pack: Pack
+    rows: int, form: str, dtype: torch.dtype, device: torch.device, pack_in_one: PackInOne
 ) -> None:
     """One or two rows a span, side by side, rows without an adapter after them."""
     case = draw(3, device, dtype)
@@ -144,7 +189,7 @@ def test_decode_steps_of_many_adapters_agree_with_the_formula(
         segments=Segments.build(spans, device),
     )
     assert len(slots) >= 4
-    check(decode, run(decode, form, pack, device), dtype)
+    check(decode, run(decode, form, pack_in_one), dtype)
 
 
 def test_repeated_and_changed_spans_each_get_their_own_rows(pack: Pack, dtype: torch.dtype) -> None:
@@ -171,20 +216,20 @@ def test_rank_256_and_several_chunks_agree_with_the_formula(
     form: str,
     dtype: torch.dtype,
     device: torch.device,
-    pack: Pack,
+    pack_in_one: PackInOne,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(shrink_module, "SPLIT_ROWS", split_rows)
     case = draw(99, device, dtype, width=1100, rank=256)
-    check(case, run(case, form, pack, device), dtype)
+    check(case, run(case, form, pack_in_one), dtype)
 
 
 def test_a_step_without_adapters_changes_nothing(
-    form: str, dtype: torch.dtype, device: torch.device, pack: Pack
+    form: str, dtype: torch.dtype, device: torch.device, pack_in_one: PackInOne
 ) -> None:
     case = draw(1, device, dtype)
     case.segments = Segments.build([], device)
-    for y, before in zip(run(case, form, pack, device), case.ys, strict=True):
+    for y, before in zip(run(case, form, pack_in_one), case.ys, strict=True):
         assert torch.equal(y, before)
 
 
@@ -194,7 +239,7 @@ def test_a_rows_bits_depend_on_neither_neighbours_nor_the_size_of_the_batch(
     form: str,
     dtype: torch.dtype,
     device: torch.device,
-    pack: Pack,
+    pack_in_one: PackInOne,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = draw(3, device, dtype, width=1100, rank=24)
@@ -202,13 +247,13 @@ def test_a_rows_bits_depend_on_neither_neighbours_nor_the_size_of_the_batch(
     case.x = torch.randn(rows, case.x.shape[1]).to(case.x)
     case.ys = [torch.randn(rows, y.shape[1]).to(y) for y in case.ys]
     case.segments = Segments.build([(slot, 0, rows)], device)
-    together = run(case, form, pack, device)
+    together = run(case, form, pack_in_one)
     monkeypatch.setattr(shrink_module, "SPLIT_ROWS", 0)
-    unsplit = run(case, form, pack, device)
+    unsplit = run(case, form, pack_in_one)
     monkeypatch.undo()
     case.x, case.ys = case.x[17:18], [y[17:18] for y in case.ys]
     case.segments = Segments.build([(slot, 0, 1)], device)
-    alone = run(case, form, pack, device)
+    alone = run(case, form, pack_in_one)
     for one, many, whole in zip(alone, together, unsplit, strict=True):
         assert torch.equal(one[0], many[17])
         assert torch.equal(many, whole)

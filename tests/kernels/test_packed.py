@@ -12,7 +12,7 @@ def test_a_matrix_takes_its_own_elements_and_nothing_beside_them() -> None:
     packed.write(1, 5 * ALIGNMENT, torch.arange(15.0).view(3, 5))
     assert torch.equal(arena[320:335], torch.arange(15.0))
     assert arena[:320].isnan().all() and arena[335:].isnan().all()
-    assert packed.rows_of(1) == 3 and packed.rows.tolist() == [0, 3]
+    assert packed.rows_of(1) == 3 and packed.rows.tolist() == [0, 3, 0]
     assert packed.offsets[1] == 320
     assert torch.equal(packed.table[packed.rows_in_table(1)], torch.arange(15.0).view(3, 5))
     assert packed.most_rows({0, 1}) == 3 and packed.most_rows({0}) == 0
@@ -22,7 +22,7 @@ def test_a_cleared_slot_has_no_matrix() -> None:
     packed = PackedMatrices(torch.zeros(128), slots=2, width=4)
     packed.write(0, 64, torch.ones(2, 4))
     packed.clear(0)
-    assert packed.rows_of(0) == 0 and packed.rows.tolist() == [0, 0]
+    assert packed.rows_of(0) == 0 and packed.rows.tolist() == [0, 0, 0]
     assert packed.views[0] is None and packed.transposed[0] is None
 
 

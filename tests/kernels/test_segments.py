@@ -49,3 +49,9 @@ def test_pieces_are_views_of_the_rows_of_each_span(rows: int) -> None:
     for piece, (_, start, end) in zip(segments.pieces(x), segments.spans, strict=True):
         assert torch.equal(piece, x[start:end])
         assert piece.data_ptr() == x[start].data_ptr()
+
+
+def test_the_spans_of_the_step_before_build_and_copy_nothing() -> None:
+    first = Segments.build([(3, 0, 2), (1, 2, 3)], CPU)
+    assert Segments.build(((3, 0, 2), (1, 2, 3)), CPU) is first
+    assert Segments.build([(3, 0, 2), (1, 2, 4)], CPU).tiles.tolist() == [[3, 0, 2], [1, 2, 2]]
