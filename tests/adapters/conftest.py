@@ -31,6 +31,7 @@ from deltamux_kernels.segments import Segments
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
+PEERS = Path(__file__).parents[1] / "peers"
 SLOTS = 6
 # Leave nothing of the base's answer to rounding: an adapter must move its logits by more.
 LEAST_EFFECT = 0.1
@@ -66,7 +67,15 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
 
 
 def build_base(name: str) -> PreTrainedModel:
-    """A frozen random model whose matrices are large enough for every part to matter."""
+    """A frozen random model whose matrices are large enough for every part to matter.
+
+    Under the name of a folder in tests/peers it is the one whose answers are kept there.
+    """
+    if "/" in name:
+        kept = AutoModelForCausalLM.from_pretrained(
+            PEERS / name, dtype=torch.float32, attn_implementation="eager"
+        )
+        return kept.eval().requires_grad_(False)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager")
     with torch.no_grad():

@@ -8,8 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from deltamux.adapters.files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, open_config, open_weights
-from deltamux.errors import InvalidArgument
+from deltamux.adapters.files import (
+    ADAPTERHUB_WEIGHTS,
+    CONFIG,
+    PICKLES,
+    WEIGHTS,
+    open_config,
+    open_weights,
+)
+from deltamux.errors import DeltamuxError, InvalidArgument
 
 
 def test_regular_files_open(tmp_path: Path) -> None:
@@ -44,11 +51,36 @@ def test_anything_else_is_refused(
     assert name in caught.value.message
 
 
-def test_a_pickle_in_place_of_the_weights_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / PICKLED_WEIGHTS).write_bytes(b"\x80\x02.")
-    with pytest.raises(InvalidArgument, match=PICKLED_WEIGHTS) as caught:
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_pickle_in_place_of_the_weights_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x80\x02.")
+    with pytest.raises(InvalidArgument, match=f"{name}.*deltamux convert") as caught:
         open_weights(tmp_path)
     assert caught.value.reason == "PICKLE_REFUSED"
+
+
+def test_weights_have_another_name_in_adapterhub(tmp_path: Path) -> None:
+    (tmp_path / ADAPTERHUB_WEIGHTS).write_bytes(b"weights")
+    with open_weights(tmp_path) as weights:
+        assert weights.read() == b"weights"
+
+
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [
+        (WEIGHTS, "BAD_FILE"),
+        ("head_config.json", "UNSUPPORTED_FEATURE"),
+        ("adapter_interface.json", "UNSUPPORTED_FEATURE"),
+    ],
+)
+def test_what_adapterhub_saves_beside_is_not_passed_over(
+    tmp_path: Path, beside: str, reason: str
+) -> None:
+    (tmp_path / ADAPTERHUB_WEIGHTS).write_bytes(b"weights")
+    (tmp_path / beside).write_bytes(b"{}")
+    with pytest.raises(DeltamuxError, match=beside) as caught:
+        open_weights(tmp_path)
+    assert caught.value.reason == reason
 
 
 def test_missing_files_have_their_own_reasons(tmp_path: Path) -> None:

@@ -53,6 +53,29 @@ def test_a_foreign_type_or_two_types_are_refused(tmp_path: Path, fields: dict[st
     assert caught.value.reason == "UNKNOWN_TYPE"
 
 
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ({"mh_adapter": True}, "bottleneck"),
+        ({"architecture": None}, "bottleneck"),
+        ({"architecture": "prefix_tuning"}, "prefix_tuning"),
+    ],
+)
+def test_adapterhub_tells_the_type_inside(
+    tmp_path: Path, config: dict[str, Any], kind: str
+) -> None:
+    manifest = read_manifest(write(tmp_path, config=config, model_type="llama", name="a"))
+    assert (manifest.library, manifest.type, manifest.peft_type) == ("adapterhub", kind, None)
+    assert manifest.fields == {"config": config, "model_type": "llama", "name": "a"}
+
+
+@pytest.mark.parametrize("config", [{"architecture": "mystery"}, {"architecture": 7}, "pfeiffer"])
+def test_unknown_architectures_are_refused(tmp_path: Path, config: Any) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        read_manifest(write(tmp_path, config=config, model_type="llama"))
+    assert caught.value.reason == "UNKNOWN_TYPE"
+
+
 def test_bi_31_a_large_file_is_refused_unread(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument) as caught:
         read_manifest(write(tmp_path, peft_type="LORA", filler="x" * (64 << 10)))

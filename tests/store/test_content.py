@@ -48,3 +48,13 @@ def test_a_link_is_not_followed(tmp_path):
     (folder / "adapter_config.json").symlink_to("/etc/hostname")
     with pytest.raises(InvalidArgument):
         content_digest(folder)
+
+
+def test_weights_under_another_library_s_name_are_the_same_content(tmp_path):
+    named = write(tmp_path / "a", b"{}", b"weights")
+    other = write(tmp_path / "b", b"{}", b"weights")
+    (other / "adapter_model.safetensors").rename(other / "adapter.safetensors")
+    assert content_digest(other) == content_digest(named)
+    before = fingerprint(other)
+    (other / "adapter.safetensors").write_bytes(b"changed")
+    assert fingerprint(other) != before

@@ -42,6 +42,15 @@ def test_the_same_content_is_kept_once(files, make_disk):
     assert disk.used_bytes == used
 
 
+def test_a_copy_has_one_name_for_weights(files, make_disk):
+    disk = make_disk()
+    source = files.write("a", seed=1)
+    (source / WEIGHTS).rename(source / "adapter.safetensors")
+    copy = disk.path(disk.ingest(source))
+    assert (copy / WEIGHTS).read_bytes() == (source / "adapter.safetensors").read_bytes()
+    assert len(list(copy.iterdir())) == 2
+
+
 def test_copies_survive_a_restart_and_unfinished_ones_do_not(files, make_disk, tmp_path):
     disk = make_disk()
     digest = disk.ingest(files.write("a", seed=1))

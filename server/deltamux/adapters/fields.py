@@ -24,10 +24,10 @@ class Fields:
         """The value whatever its type, or None."""
         return self._left.pop(name, None)
 
-    def take_bool(self, name: str) -> bool:
+    def take_bool(self, name: str, default: bool = False) -> bool:
         value = self.take(name)
         if value is None:
-            return False
+            return default
         return value if isinstance(value, bool) else refuse_field(name, value, "true or false")
 
     def take_names(self, name: str) -> tuple[str, ...]:
@@ -89,5 +89,5 @@ def refuse_field(name: str, value: Json, wanted: str) -> NoReturn:
 
 
 def unsupported(feature: str) -> FailedPrecondition:
-    """The refusal of something that PEFT knows and this server does not serve."""
+    """The refusal of something that a library knows and this server does not serve."""
     return FailedPrecondition(f"{CONFIG}: {feature} is not served", reason="UNSUPPORTED_FEATURE")

@@ -7,11 +7,19 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from deltamux.errors import InvalidArgument
+from deltamux.errors import FailedPrecondition, InvalidArgument
 
 CONFIG = "adapter_config.json"
+# As PEFT saves them; whatever they were called, this is the name of our own copies.
 WEIGHTS = "adapter_model.safetensors"
-PICKLED_WEIGHTS = "adapter_model.bin"
+ADAPTERHUB_WEIGHTS = "adapter.safetensors"
+PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
+
+# What AdapterHub saves beside an adapter, and changes what it computes.
+_COMPANIONS = {
+    "head_config.json": "a prediction head (with_head=False leaves it out)",
+    "adapter_interface.json": "how a custom model takes adapters",
+}
 
 
 def open_config(folder: Path) -> BinaryIO:
@@ -22,18 +30,47 @@ def open_config(folder: Path) -> BinaryIO:
         raise InvalidArgument(f"{CONFIG} is missing", reason="MISSING_CONFIG") from None
 
 
+def weights_path(folder: Path) -> Path:
+    """Where the weights are, or would be."""
+    path = folder / ADAPTERHUB_WEIGHTS
+    return path if os.path.lexists(path) else folder / WEIGHTS
+
+
 def open_weights(folder: Path) -> BinaryIO:
-    """Opens adapter_model.safetensors. A pickle in its place is refused by name, never read."""
+    """Opens the weights. A pickle in their place is refused by name, never read.
+
+    Raises FailedPrecondition for what belongs to the adapter in further files.
+    """
+    path = weights_path(folder)
+    if path.name == ADAPTERHUB_WEIGHTS:
+        _refuse_companions(folder)
     try:
-        return _open_regular(folder / WEIGHTS)
+        return _open_regular(path)
     except FileNotFoundError:
-        if os.path.lexists(folder / PICKLED_WEIGHTS):
-            raise InvalidArgument(
-                f"{PICKLED_WEIGHTS} is a pickle, which can run code and is never read; "
-                f"save the adapter as {WEIGHTS}",
+        raise _missing_weights(folder) from None
+
+
+def _refuse_companions(folder: Path) -> None:
+    if os.path.lexists(folder / WEIGHTS):
+        raise InvalidArgument(
+            f"{ADAPTERHUB_WEIGHTS} and {WEIGHTS} are both there", reason="BAD_FILE"
+        )
+    for name, what in _COMPANIONS.items():
+        if os.path.lexists(folder / name):
+            raise FailedPrecondition(
+                f"{name} is there: {what}, which is not served", reason="UNSUPPORTED_FEATURE"
+            )
+
+
+def _missing_weights(folder: Path) -> InvalidArgument:
+    for name in PICKLES:
+        if os.path.lexists(folder / name):
+            return InvalidArgument(
+                f"{name} is a pickle, which can run code and is never read here; "
+                "`deltamux convert` makes safetensors of it",
                 reason="PICKLE_REFUSED",
-            ) from None
-        raise InvalidArgument(f"{WEIGHTS} is missing", reason="MISSING_WEIGHTS") from None
+            )
+    return InvalidArgument(f"{WEIGHTS} is missing", reason="MISSING_WEIGHTS")
 
 
 def _open_regular(path: Path) -> BinaryIO:

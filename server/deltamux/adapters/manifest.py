@@ -14,7 +14,7 @@ from deltamux.errors import InvalidArgument
 _MAX_BYTES = 64 << 10
 
 # Who wrote the adapter.
-Library = Literal["peft", "deltamux"]
+Library = Literal["peft", "adapterhub", "deltamux"]
 
 # Every type that PEFT has written up to 0.21; a name outside is no PEFT adapter at all.
 # fmt: off
@@ -34,6 +34,11 @@ _TYPES: dict[Library, tuple[str, frozenset[str]]] = {
     "peft": ("peft_type", _PEFT_TYPES),
     "deltamux": ("deltamux_type", frozenset(("delta",))),
 }
+
+# AdapterHub tells the type inside its `config`, or nothing of it for bottlenecks.
+_ADAPTERHUB_TYPES = frozenset(
+    ("bottleneck", "lora", "mtl_lora", "prefix_tuning", "prompt_tuning", "reft", "union")
+)
 
 
 @dataclass(frozen=True)
@@ -58,15 +63,26 @@ def read_manifest(folder: Path) -> Manifest:
         raise InvalidArgument(f"{CONFIG} has more than {_MAX_BYTES} bytes", reason="TOO_LARGE")
     fields = parse_object(data, CONFIG)
     library = _library(fields)
+    if library == "adapterhub":
+        return Manifest(library, _adapterhub_type(fields), fields)
     name, known = _TYPES[library]
-    value = fields.pop(name, None)
+    return Manifest(library, _known(name, fields.pop(name, None), known), fields)
+
+
+def _adapterhub_type(fields: Mapping[str, Json]) -> str:
+    config = fields["config"]
+    assert isinstance(config, dict)
+    return _known("architecture", config.get("architecture") or "bottleneck", _ADAPTERHUB_TYPES)
+
+
+def _known(name: str, value: Json, known: frozenset[str]) -> str:
     if not isinstance(value, str) or value not in known:
         raise InvalidArgument(
             f"{CONFIG}: {name} {quoted(value)} is no known type of adapter",
             reason="UNKNOWN_TYPE",
             field=name,
         )
-    return Manifest(library, value, fields)
+    return value
 
 
 def _library(fields: Mapping[str, Json]) -> Library:
@@ -75,4 +91,6 @@ def _library(fields: Mapping[str, Json]) -> Library:
     if len(named) > 1:
         names = " and ".join(_TYPES[library][0] for library in named)
         raise InvalidArgument(f"{CONFIG} has both {names}", reason="UNKNOWN_TYPE")
+    if not named and isinstance(fields.get("config"), dict) and "model_type" in fields:
+        return "adapterhub"
     return named[0] if named else "peft"

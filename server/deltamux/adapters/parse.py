@@ -45,5 +45,6 @@ def _family(manifest: Manifest) -> Family:
         if family.claims(manifest):
             return family
     raise FailedPrecondition(
-        f"adapters of type {manifest.type} are not served", reason="UNSUPPORTED_TYPE"
+        f"adapters of type {manifest.type} ({manifest.library}) are not served",
+        reason="UNSUPPORTED_TYPE",
     )

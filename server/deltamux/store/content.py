@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from deltamux.adapters.files import CONFIG, WEIGHTS, open_config, open_weights
+from deltamux.adapters.files import CONFIG, WEIGHTS, open_config, open_weights, weights_path
 
 # In the order in which the digest takes them.
 OPENERS: dict[str, Callable[[Path], BinaryIO]] = {CONFIG: open_config, WEIGHTS: open_weights}
@@ -57,7 +57,7 @@ def content_digest(folder: Path) -> str:
 
 def fingerprint(folder: Path) -> Fingerprint:
     """What changes when a file is written or replaced; costs no reading. Raises OSError."""
-    return tuple(_fingerprint(os.lstat(folder / name)) for name in OPENERS)
+    return tuple(_fingerprint(os.lstat(path)) for path in (folder / CONFIG, weights_path(folder)))
 
 
 def _fingerprint(status: os.stat_result) -> tuple[int, ...]:

@@ -1,0 +1,216 @@
+"""Bottleneck adapters against the logits that AdapterHub gave, kept in tests/peers/adapterhub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deltamux.adapters.files import ADAPTERHUB_WEIGHTS, CONFIG
+from deltamux.errors import DeltamuxError
+
+Make = Callable[..., Any]
+
+GOLDENS = Path(__file__).parents[2] / "peers" / "adapterhub"
+LLAMA = GOLDENS / "llama"
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    """`ids`, and logits by adapter; "base" has none."""
+    return load_file(GOLDENS / name / "logits.safetensors")
+
+
+def assert_close(logits: Tensor, expected: Tensor, name: str = "") -> None:
+    torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-5, msg=name or None)
+
+
+@pytest.mark.parametrize(
+    ("name", "adapters"),
+    [
+        ("llama", ["houlsby", "pfeiffer", "parallel", "scaled_parallel", "adapter_plus"]),
+        ("llama", ["compacter", "compacter_plus", "own_phm_rules", "shared_phm_weights"]),
+        ("llama", ["some_layers", "normed_after", "houlsby", "compacter"]),
+        ("mistral", ["houlsby", "pfeiffer", "parallel"]),
+        ("gpt2", ["houlsby", "pfeiffer", "parallel"]),
+        ("bert", ["houlsby", "pfeiffer", "parallel", "compacter"]),
+        ("roberta", ["houlsby", "pfeiffer"]),
+    ],
+)
+def test_each_answers_as_in_adapterhub(name: str, adapters: list[str], serve: Make) -> None:
+    """In one batch, with a row without adapter first."""
+    served, expected = serve(f"adapterhub/{name}"), golden(name)
+    for slot, adapter in enumerate(adapters):
+        served.load(slot, GOLDENS / name / adapter)
+    rows = expected["ids"].expand(len(adapters) + 1, -1)
+    mixed = served.logits(rows, [None, *range(len(adapters))])
+    for row, adapter in zip(mixed, ["base", *adapters], strict=True):
+        assert_close(row, expected[adapter][0], adapter)
+
+
+def test_lora_stands_beside_them(serve: Make, save: Make, reference: Make) -> None:
+    name, expected = "adapterhub/llama", golden("llama")
+    lora = save(name, target_modules=["o_proj", "down_proj", "q_proj"])
+    served = serve(name)
+    for slot, folder in enumerate([LLAMA / "pfeiffer", lora, LLAMA / "parallel"]):
+        served.load(slot, folder)
+    mixed = served.logits(expected["ids"].expand(4, -1), [0, 1, None, 2])
+    assert_close(mixed[0], expected["pfeiffer"][0])
+    assert_close(mixed[1], reference(name, lora, expected["ids"])[0])
+    assert_close(mixed[2], expected["base"][0])
+    assert_close(mixed[3], expected["parallel"][0])
+
+
+def test_a_bare_model_leaves_its_own_name_out(changed: Make, serve: Make) -> None:
+    folder = changed("pfeiffer", tensors=lambda name: name.removeprefix("model."))
+    served, expected = serve("adapterhub/llama"), golden("llama")
+    served.load(0, folder)
+    assert_close(served.logits(expected["ids"], [0])[0], expected["pfeiffer"][0])
+
+
+def test_a_slot_taken_over_keeps_nothing(serve: Make) -> None:
+    served, expected = serve("adapterhub/llama"), golden("llama")
+    for adapter in ("normed_after", "houlsby"):
+        served.load(0, LLAMA / adapter)
+        assert_close(served.logits(expected["ids"], [0])[0], expected[adapter][0])
+        served.sites.release(0)
+    assert_close(served.logits(expected["ids"], [0])[0], expected["base"][0])
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_orig"])
+def test_without_a_version_names_are_the_old_ones(name: str, changed: Make, serve: Make) -> None:
+    outer = {"version": None}
+    old = serve("adapterhub/llama").parse(changed("pfeiffer", outer, non_linearity=name))
+    activations = {payload.activation for (payload,) in old.payloads.values()}
+    assert activations == {{"gelu": "gelu_tanh", "gelu_orig": "gelu"}[name]}
+
+
+REFUSED_FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"use_gating": True}, "UNSUPPORTED_FEATURE"),
+    ({"inv_adapter": "nice"}, "UNSUPPORTED_FEATURE"),
+    ({"cross_adapter": True}, "UNSUPPORTED_FEATURE"),
+    ({"non_linearity": "mish"}, "UNSUPPORTED_FEATURE"),
+    ({"non_linearity": None}, "BAD_FIELD"),
+    ({"original_ln_after": False}, "UNSUPPORTED_FEATURE"),
+    ({"residual_before_ln": False}, "UNSUPPORTED_FEATURE"),
+    ({"residual_before_ln": "post_add"}, "UNSUPPORTED_FEATURE"),
+    ({"residual_before_ln": "pre_add"}, "BAD_FIELD"),
+    ({"ln_after": True, "adapter_residual_before_ln": True}, "UNSUPPORTED_FEATURE"),
+    ({"scaling": 2}, "BAD_FIELD"),
+    ({"scaling": "guessed"}, "BAD_FIELD"),
+    ({"scaling": "learned"}, "MISSING_TENSORS"),
+    ({"ln_before": True}, "MISSING_TENSORS"),
+    ({"mh_adapter": True}, "MISSING_TENSORS"),
+    ({"output_adapter": False}, "NO_TARGETS"),
+    ({"leave_out": [1]}, "EXTRA_TENSORS"),
+    ({"leave_out": 1}, "BAD_FIELD"),
+    ({"reduction_factor": 8}, "BASE_MISMATCH"),
+    ({"reduction_factor": {"0": 4}}, "BAD_FIELD"),
+    ({"reduction_factor": 0}, "BAD_FIELD"),
+    ({"phm_layer": True}, "MISSING_TENSORS"),
+    ({"phm_dim": 0}, "BAD_FIELD"),
+    ({"mystery": 1}, "UNKNOWN_FIELD"),
+]
+
+
+@pytest.mark.parametrize(("fields", "reason"), REFUSED_FIELDS, ids=lambda value: str(value))
+def test_what_the_config_asks_for_is_served_or_refused(
+    fields: dict[str, Any], reason: str, changed: Make, serve: Make
+) -> None:
+    assert refusal(serve("adapterhub/llama"), changed("pfeiffer", **fields)) == reason
+
+
+@pytest.mark.parametrize(
+    ("outer", "reason"),
+    [
+        ({"model_type": "mistral"}, "BASE_MISMATCH"),
+        ({"hidden_size": 64}, "BASE_MISMATCH"),
+        ({"name": "other"}, "MISSING_TENSORS"),
+        ({"model_class": "LlamaForSequenceClassification"}, "UNSUPPORTED_FEATURE"),
+        ({"mystery": 1}, "UNKNOWN_FIELD"),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_another_model_is_refused(
+    outer: dict[str, Any], reason: str, changed: Make, serve: Make
+) -> None:
+    assert refusal(serve("adapterhub/llama"), changed("pfeiffer", outer)) == reason
+
+
+@pytest.mark.parametrize(
+    ("rename", "reason"),
+    [
+        (lambda name: name.replace("layers.1", "layers.2"), "MISSING_TENSORS"),
+        (lambda name: name.replace("adapter_down.0.bias", "gate.bias"), "MISSING_TENSORS"),
+        (lambda name: name.replace("model.layers.0", "layers.0"), None),
+    ],
+)
+def test_every_tensor_has_its_place(
+    rename: Callable[[str], str], reason: str | None, changed: Make, serve: Make
+) -> None:
+    folder = changed("pfeiffer", tensors=rename)
+    assert refusal(serve("adapterhub/llama"), folder) == reason
+
+
+@pytest.mark.parametrize("fields", [{"original_ln_after": False, "residual_before_ln": False}])
+def test_layers_that_norm_last_need_their_residual(
+    fields: dict[str, Any], changed: Make, serve: Make
+) -> None:
+    folder = changed("pfeiffer", base="bert", **fields)
+    assert refusal(serve("adapterhub/bert"), folder) == "UNSUPPORTED_FEATURE"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_neox"])
+def test_bases_whose_sublayers_are_not_known_are_refused(
+    name: str, changed: Make, serve: Make
+) -> None:
+    folder = changed("pfeiffer", {"model_type": name})
+    assert refusal(serve(name), folder) == "UNSUPPORTED_FEATURE"
+
+
+@pytest.mark.parametrize("architecture", ["lora", "prefix_tuning", "reft", "union"])
+def test_other_methods_of_adapterhub_are_refused_by_name(
+    architecture: str, changed: Make, serve: Make
+) -> None:
+    with pytest.raises(DeltamuxError, match=architecture) as caught:
+        serve("adapterhub/llama").parse(changed("pfeiffer", architecture=architecture))
+    assert caught.value.reason == "UNSUPPORTED_TYPE"
+
+
+def refusal(served: Any, folder: Path) -> str | None:
+    try:
+        served.parse(folder)
+    except DeltamuxError as error:
+        return error.reason
+    return None
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Callable[..., Path]:
+    """changed(adapter, outer, tensors=, base=, **fields): a copy with other fields and names."""
+
+    def changed(
+        adapter: str,
+        outer: dict[str, Any] | None = None,
+        tensors: Callable[[str], str] = str,
+        base: str = "llama",
+        **fields: Any,
+    ) -> Path:
+        folder = shutil.copytree(GOLDENS / base / adapter, tmp_path / "changed")
+        config = json.loads((folder / CONFIG).read_text())
+        config["config"].update(fields)
+        config.update(outer or {})
+        kept = {name: value for name, value in config.items() if value is not None}
+        (folder / CONFIG).write_text(json.dumps(kept))
+        weights = load_file(folder / ADAPTERHUB_WEIGHTS)
+        renamed = {tensors(name): tensor for name, tensor in weights.items()}
+        save_file(renamed, folder / ADAPTERHUB_WEIGHTS)
+        return folder
+
+    return changed

@@ -1,0 +1,165 @@
+"""Makes tiny bases and bottleneck adapters with AdapterHub, and keeps what AdapterHub answers.
+
+    python -m venv /tmp/adapterhub
+    /tmp/adapterhub/bin/pip install torch==2.13.0 adapters==1.3.0
+    /tmp/adapterhub/bin/python tests/peers/make_adapterhub_goldens.py tests/peers/adapterhub
+
+`adapters` 1.3.0 needs transformers 4.57.6, which cannot live beside the transformers that deltamux
+drives; so the answers are kept as files. The folder gets, for each base, its config and weights,
+the adapters as `save_adapter` writes them, and `logits.safetensors`: the logits of `ids` without an
+adapter and with each one alone. All weights are random, rounded to 16 bits so that they take half
+the room, and computed with in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import adapters
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+_SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+_GROUPED = {**_SMALL, "num_key_value_heads": 2}
+_CAUSAL_BERT = {**_SMALL, "is_decoder": True, "position_embedding_type": "absolute"}
+
+BASES = {
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**_GROUPED)),
+    "mistral": (
+        transformers.MistralForCausalLM,
+        transformers.MistralConfig(**_GROUPED, sliding_window=4),
+    ),
+    "gpt2": (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    ),
+    "bert": (transformers.BertLMHeadModel, transformers.BertConfig(**_CAUSAL_BERT)),
+    "roberta": (
+        transformers.RobertaForCausalLM,
+        transformers.RobertaConfig(**_CAUSAL_BERT, pad_token_id=0),
+    ),
+}
+
+_EVERYWHERE = {
+    "houlsby": adapters.DoubleSeqBnConfig(reduction_factor=8),
+    "pfeiffer": adapters.SeqBnConfig(reduction_factor={"0": 4, "default": 16}),
+    "parallel": adapters.ParBnConfig(reduction_factor=2),
+}
+RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
+    "llama": {
+        **_EVERYWHERE,
+        "scaled_parallel": adapters.ParBnConfig(
+            reduction_factor=4, scaling="learned", non_linearity="tanh"
+        ),
+        "adapter_plus": adapters.AdapterPlusConfig(
+            reduction_factor=4, non_linearity="gelu_new", stochastic_depth=0.0
+        ),
+        "compacter": adapters.CompacterConfig(reduction_factor=4),
+        "compacter_plus": adapters.CompacterPlusPlusConfig(reduction_factor=8, phm_rank=2),
+        "own_phm_rules": adapters.CompacterPlusPlusConfig(
+            reduction_factor=8,
+            shared_phm_rule=False,
+            factorized_phm_rule=True,
+            factorized_phm_W=False,
+            phm_dim=2,
+        ),
+        "shared_phm_weights": adapters.CompacterConfig(
+            reduction_factor=8,
+            shared_W_phm=True,
+            factorized_phm_rule=True,
+            phm_bias=False,
+            non_linearity="sigmoid",
+        ),
+        "some_layers": adapters.DoubleSeqBnConfig(leave_out=[0], non_linearity="leakyrelu"),
+        "normed": adapters.DoubleSeqBnConfig(reduction_factor=4, ln_before=True, ln_after=True),
+        "normed_after": adapters.ParBnConfig(
+            reduction_factor=8, ln_after=True, non_linearity="linear"
+        ),
+    },
+    "mistral": _EVERYWHERE,
+    "gpt2": _EVERYWHERE,
+    "bert": {**_EVERYWHERE, "compacter": adapters.CompacterConfig(reduction_factor=4)},
+    "roberta": {"houlsby": _EVERYWHERE["houlsby"], "pfeiffer": _EVERYWHERE["pfeiffer"]},
+}
+# Adapters whose two names for one norm safetensors cannot hold.
+_PICKLED = {"normed"}
+
+
+def main(folder: Path) -> None:
+    for name, (model_class, config) in BASES.items():
+        torch.manual_seed(0)
+        config._attn_implementation = "eager"
+        model = model_class(config).eval()
+        _draw(model.named_parameters(), 0.1)
+        base = folder / name
+        base.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(base)
+        state = model.state_dict().items()
+        tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
+        save_file(
+            {key: value.half().clone() for key, value in state if key not in tied},
+            base / "model.safetensors",
+        )
+        answers = _answers(model, base, RECIPES[name])
+        save_file(dict(answers), base / "logits.safetensors")
+
+
+def _answers(
+    model: transformers.PreTrainedModel, base: Path, recipes: dict[str, adapters.AdapterConfig]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    ids = torch.randint(3, 61, (1, 9), generator=torch.Generator().manual_seed(1))
+    # Given, since models count them from different numbers on.
+    positions = torch.arange(ids.shape[1])[None]
+    yield "ids", ids
+    with torch.no_grad():
+        yield "base", model(ids, position_ids=positions).logits
+        adapters.init(model)
+        for name, config in recipes.items():
+            model.add_adapter(name, config=config)
+            _draw(
+                ((key, value) for key, value in model.named_parameters() if f".{name}." in key), 0.3
+            )
+            model.set_active_adapters(name)
+            yield name, model(ids, position_ids=positions).logits
+            model.save_adapter(
+                str(base / name), name, with_head=False, use_safetensors=name not in _PICKLED
+            )
+            _halve(base / name)
+            model.delete_adapter(name)
+
+
+def _draw(parameters: Iterator[tuple[str, torch.nn.Parameter]], scale: float) -> None:
+    """Random numbers that 16 bits can hold; scales and weights of norms stay around 1."""
+    with torch.no_grad():
+        for key, parameter in parameters:
+            around = 1.0 if parameter.ndim == 1 and not key.endswith(("bias", ".b")) else 0.0
+            drawn = around + torch.randn_like(parameter) * scale
+            parameter.copy_(drawn.half().float())
+
+
+def _halve(folder: Path) -> None:
+    """Keeps weights in 16 bits, and the files that belong to the adapter only."""
+    weights = folder / "adapter.safetensors"
+    if weights.exists():
+        halves = {key: value.half() for key, value in load_file(weights).items()}
+        save_file(halves, weights)
+    for file in folder.iterdir():
+        if not file.name.startswith(("adapter", "pytorch_adapter")):
+            file.unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
