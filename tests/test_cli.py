@@ -27,7 +27,9 @@ def test_overview_names_every_command(capsys):
     assert capsys.readouterr().out == f"deltamux {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "extract", "demo", "health", "bench"])
+@pytest.mark.parametrize(
+    "command", ["serve", "generate", "extract", "inspect", "verify", "demo", "health", "bench"]
+)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         run(command, "--help")

@@ -24,7 +24,7 @@ def parse_adapter(folder: Path, digest: str, structure: Structure, dtype: torch.
     this base or this server cannot serve exactly.
     """
     manifest = read_manifest(folder)
-    family = _family(manifest)
+    family = family_of(manifest)
     trained = take_task_head(manifest, read_tensors(folder), structure, dtype)
     saved = take_saved_modules(trained.manifest, trained.tensors, trained.structure, dtype)
     parsed = family.parse(saved.manifest, saved.tensors, saved.structure, dtype)
@@ -40,7 +40,8 @@ def parse_adapter(folder: Path, digest: str, structure: Structure, dtype: torch.
     )
 
 
-def _family(manifest: Manifest) -> Family:
+def family_of(manifest: Manifest) -> Family:
+    """The family that serves such adapters; raises FailedPrecondition where there is none."""
     for family in FAMILIES:
         if family.claims(manifest):
             return family

@@ -15,6 +15,8 @@ COMMANDS = {
     "generate": ("deltamux.cli.generate", "send a prompt to a server, stream its answer"),
     "adapters": ("deltamux.cli.adapters", "list, load, unload or pin a server's adapters"),
     "extract": ("deltamux.cli.extract", "make an adapter of a full fine-tune and its base"),
+    "inspect": ("deltamux.cli.inspect", "say what an adapter is, and whether a model can serve it"),
+    "verify": ("deltamux.cli.verify", "hold an adapter to the library that trained it"),
     "demo": ("deltamux.cli.demo", "see one model answer through many adapters at once"),
     "bench": ("deltamux.cli.bench", "load a server and measure it"),
     "health": ("deltamux.cli.health", "exit 0 when a server is ready, 1 when not"),

@@ -35,7 +35,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    _console().print(table)
 
 
 def print_facts(facts: dict[str, str]) -> None:
@@ -44,7 +44,15 @@ def print_facts(facts: dict[str, str]) -> None:
     for name, value in facts.items():
         if value:
             table.add_row(f"[bold]{name}", value)
-    Console(highlight=False).print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        # A file or a pipe has no width to keep to.
+        console.width = 200
+    return console
 
 
 def in_words(size: int) -> str:

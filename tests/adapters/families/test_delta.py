@@ -195,6 +195,10 @@ def changed(tensors: Tensors, part: str, change: Callable[[Tensor], Tensor]) -> 
         (changed(parts(sparse), "sparse.columns", lambda c: c[1:]), "MALFORMED_WEIGHTS"),
         (changed(parts(sparse), "sparse.starts", lambda s: s.flip(0)), "MALFORMED_WEIGHTS"),
         (changed(parts(sparse), "sparse.starts", lambda s: s[1:]), "MALFORMED_WEIGHTS"),
+        (
+            changed(parts(sparse), "sparse.starts", lambda s: s[[*range(33), -1]]),
+            "MALFORMED_WEIGHTS",
+        ),
         (changed(parts(sparse), "sparse.values", lambda v: v.int()), "MALFORMED_WEIGHTS"),
         (parts(one_bit, (32, 31)), "BASE_MISMATCH"),
         (changed(parts(one_bit), "one_bit.signs", lambda s: s.long()), "MALFORMED_WEIGHTS"),

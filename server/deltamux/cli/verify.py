@@ -1,0 +1,61 @@
+"""`deltamux verify`: does an adapter answer here as in the library that trained it?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic_settings import CliPositionalArg
+from transformers.utils.logging import disable_progress_bar
+
+from deltamux.cli.command import option
+from deltamux.cli.tables import Report, print_facts, print_json, progress_bar
+from deltamux.errors import DeltamuxError
+from deltamux.extract.samples import sample_texts
+from deltamux.verify.run import Verification, verify
+
+PROGRAM = "deltamux verify"
+
+
+class Verify(Report):
+    """Run an adapter in the engine's mixed batch and alone in the library that trained it, and
+    compare; exit 0 when they agree, 1 when not."""
+
+    adapter: CliPositionalArg[Path] = option(help="the adapter's folder")
+    model: str = option(help="the base model, a folder or a hub id", metavar="MODEL")
+    prompts: Path | None = option(None, help="these prompts, one a line", metavar="FILE")
+    tolerance: float = option(1e-4, gt=0, help="largest difference of a logit", metavar="X")
+    dtype: str = option("float32", help="to compute in: float32, bfloat16, float16", metavar="TYPE")
+    device: str = option("auto", help="cpu, cuda, cuda:N or auto", metavar="DEVICE")
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = Verify.parse(PROGRAM, arguments)
+    disable_progress_bar()
+    try:
+        texts = sample_texts(options.prompts)
+        with progress_bar("running both"):
+            found = verify(options.adapter, options.model, texts, options.device, options.dtype)
+    except DeltamuxError as error:
+        print(f"{PROGRAM}: {error.message}", file=sys.stderr)
+        return 1
+    agrees = found.within(options.tolerance)
+    if options.as_json:
+        print_json(found.as_json() | {"tolerance": options.tolerance, "agrees": agrees})
+    else:
+        _show(found, options.tolerance, agrees)
+    return 0 if agrees else 1
+
+
+def _show(found: Verification, tolerance: float, agrees: bool) -> None:
+    print_facts(
+        {
+            "compared": f"{found.tokens} tokens of {found.prompts} prompts, with {found.library}",
+            "adapter": f"logits differ by {found.largest:.1e} at most, "
+            f"where the adapter moves them by up to {found.effect:.2g}",
+            "base rows": f"logits differ by {found.base_largest:.1e} at most",
+            "greedy": f"the same next token after {found.same_choice:.1%} of the tokens",
+            "verdict": f"{'equal' if agrees else 'not equal'} within {tolerance:.0e}",
+        }
+    )

@@ -1,0 +1,1 @@
+"""What an adapter is and needs: from its files alone, or against a base model."""

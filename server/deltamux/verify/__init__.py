@@ -1,0 +1,1 @@
+"""Holds an adapter in the engine's own path to the library that trained it."""

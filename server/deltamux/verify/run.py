@@ -1,0 +1,88 @@
+"""One adapter through the engine's packed, mixed step, against its library alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltamux.adapters.parse import parse_adapter
+from deltamux.adapters.rows import Rows
+from deltamux.adapters.sites import DeviceSites
+from deltamux.base.load import Base, load_base
+from deltamux.engine.rehearsal import packed_logits
+from deltamux.errors import FailedPrecondition
+from deltamux.extract.samples import token_ids
+from deltamux.verify.reference import reference_logits
+
+_BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Over all tokens of all prompts: how far the adapter's rows are from the library's, and how
+    far the base's rows of the same steps are from the base's; the share of tokens behind which
+    both choose the same next one; and how much the adapter moves the logits at all."""
+
+    library: str
+    prompts: int
+    tokens: int
+    largest: float
+    base_largest: float
+    same_choice: float
+    effect: float
+
+    def within(self, tolerance: float) -> bool:
+        return self.largest <= tolerance and self.base_largest <= tolerance
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify(
+    adapter: Path, model: str, texts: tuple[str, ...], device: str, dtype: str
+) -> Verification:
+    """Loads the model twice, one after the other.
+
+    Raises StartupError for a model, and InvalidArgument or FailedPrecondition for an adapter,
+    that is not served, or for a library that is not installed.
+    """
+    base = load_base(model, device, dtype)
+    prompts = token_ids(texts, model, base.vocab_size)
+    place, number = base.device, base.dtype
+    ours = mixed_logits(base, adapter, prompts)
+    del base
+    reference = reference_logits(adapter, model, prompts, place, number)
+    with_adapter, without = torch.cat(ours[: len(prompts)]), torch.cat(ours[len(prompts) :])
+    adapted, plain = torch.cat(reference.adapted), torch.cat(reference.plain)
+    return Verification(
+        library=reference.library,
+        prompts=len(prompts),
+        tokens=len(adapted),
+        largest=float((with_adapter - adapted).abs().max()),
+        base_largest=float((without - plain).abs().max()),
+        same_choice=float((with_adapter.argmax(-1) == adapted.argmax(-1)).float().mean()),
+        effect=float((adapted - plain).abs().max()),
+    )
+
+
+def mixed_logits(base: Base, adapter: Path, prompts: list[list[int]]) -> list[Tensor]:
+    """Logits [tokens, V], float32 on the host, of each prompt with the adapter, then of each
+    without: all of them rows of the same steps."""
+    parsed = parse_adapter(adapter, adapter.name, base.structure, base.dtype)
+    if parsed.task != "generation":
+        raise FailedPrecondition(
+            f"only generation is verified; this adapter's task is {parsed.task}"
+        )
+    rows = Rows(base.device)
+    memory = 2 * parsed.host_bytes + (64 << 20)
+    sites = DeviceSites(base.model, base.structure, rows, 1, memory, base.dtype, base.device)
+    if not sites.reserve(0, parsed):
+        raise FailedPrecondition(f"the adapter does not fit {memory} bytes")
+    sites.write(0, parsed)
+    slots = [0] * len(prompts) + [None] * len(prompts)
+    logits = packed_logits(base, prompts * 2, _BLOCK_SIZE, rows, slots)
+    return [piece.cpu() for piece in logits]

@@ -1,0 +1,48 @@
+"""The engine's own step with an adapter at embedding, head and layers, against PEFT alone."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from deltamux.demo.tasks import weights_path
+from deltamux.errors import FailedPrecondition
+from deltamux.verify.reference import reference_logits
+from deltamux.verify.run import verify
+
+BASE = str(weights_path() / "base")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "down_proj"])
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(model, config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_every_row_of_the_head_has_its_adapter(adapter: Path) -> None:
+    found = verify(adapter, BASE, ("good morning\n", "a hat, a bear and a kite"), "cpu", "float32")
+    assert found.prompts == 2
+    assert found.effect > 1
+    assert found.largest < 1e-4 and found.base_largest < 1e-4
+    assert found.within(1e-4) and not found.within(1e-9)
+
+
+def test_what_peft_cannot_load_is_said_in_one_line(adapter: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(FailedPrecondition, match="PEFT cannot load the adapter"):
+        reference_logits(adapter, BASE, [[1, 2]], torch.device("cpu"), torch.float32)
