@@ -3,12 +3,14 @@
 from deltamux_kernels.activate import Activations, activate
 from deltamux_kernels.attention_batch import AttentionBatch
 from deltamux_kernels.captured_segments import CapturedSegments
+from deltamux_kernels.block_rotate import block_rotate
 from deltamux_kernels.embedding_shrink import embedding_shrink
 from deltamux_kernels.expand import Columns, expand
 from deltamux_kernels.grouped_dense import dense_delta, grouped_dense
 from deltamux_kernels.low_rank_site import SiteCounters, Slice, low_rank_site
 from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
 from deltamux_kernels.paged_attention import paged_attention
+from deltamux_kernels.pair_rotate import PairFactors, pair_rotate
 from deltamux_kernels.row_affine import row_affine
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.shrink import Shrunk, shrink
@@ -24,6 +26,7 @@ __all__ = [
     "CapturedSegments",
     "Columns",
     "PackedMatrices",
+    "PairFactors",
     "Segments",
     "Shrunk",
     "SignMatrices",
@@ -32,12 +35,14 @@ __all__ = [
     "SparseMatrices",
     "TokenTable",
     "activate",
+    "block_rotate",
     "dense_delta",
     "embedding_shrink",
     "expand",
     "grouped_dense",
     "low_rank_site",
     "paged_attention",
+    "pair_rotate",
     "row_affine",
     "shrink",
     "sign_delta",

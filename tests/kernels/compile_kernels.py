@@ -25,17 +25,20 @@ from deltamux_kernels import (
     AttentionBatch,
     Columns,
     PackedMatrices,
+    PairFactors,
     Segments,
     SignMatrices,
     SparseMatrices,
     TokenTable,
 )
 from deltamux_kernels.activate import Activations, activate_triton
+from deltamux_kernels.block_rotate import block_rotate_triton
 from deltamux_kernels.embedding_shrink import embedding_shrink_triton
 from deltamux_kernels.expand import expand_triton
 from deltamux_kernels.grouped_dense import dense_delta_triton, grouped_dense_triton
 from deltamux_kernels.low_rank_site import SiteCounters, Slice, low_rank_site_triton
 from deltamux_kernels.paged_attention_triton import paged_attention_triton
+from deltamux_kernels.pair_rotate import pair_rotate_triton
 from deltamux_kernels.row_affine import row_affine_triton
 from deltamux_kernels.scoring import Scoring
 from deltamux_kernels.shrink import shrink_triton
@@ -146,6 +149,10 @@ def low_rank(dtype: torch.dtype, rows: int) -> None:
     tokens.rows.write(0, 0, torch.zeros(17, WIDTH))
     token_rows_triton(x, torch.zeros(rows, dtype=torch.int64), tokens, segments)
     token_columns_triton(x, x, tokens, segments)
+    block_rotate_triton(x, x, packed, segments)
+    factors = PairFactors(arena, 2, WIDTH)
+    factors.factors.write(0, 0, torch.zeros(2, WIDTH))
+    pair_rotate_triton(x, factors, segments)
 
 
 def attention(dtype: torch.dtype, dim: int, queries: int, scoring: Scoring) -> None:

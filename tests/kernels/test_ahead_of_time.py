@@ -38,6 +38,8 @@ LIMITS = {
     "grouped_dense_kernel": Limit(56, 20_480),
     "token_rows_kernel": Limit(32, 0),
     "token_columns_kernel": Limit(72, 20_480),
+    "block_rotate_kernel": Limit(104, 4_096),
+    "pair_rotate_kernel": Limit(56, 0),
     "write_kv_kernel": Limit(16, 0),
     "paged_attention_kernel": Limit(280, 82_720),
 }

@@ -6,6 +6,12 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from deltamux.adapters.primitives.block_rotation import (
+    InputRotation,
+    InputRotationBank,
+    OutputRotation,
+    OutputRotationBank,
+)
 from deltamux.adapters.primitives.bottleneck import (
     BottleneckBank,
     OutputBottleneck,
@@ -29,6 +35,7 @@ from deltamux.adapters.primitives.embedding_low_rank import EmbeddingLowRank, Em
 from deltamux.adapters.primitives.input_scale import InputScale, InputScaleBank
 from deltamux.adapters.primitives.low_rank import LowRank, LowRankBank, SharedInput
 from deltamux.adapters.primitives.norm_parameters import NormParameters, NormParametersBank
+from deltamux.adapters.primitives.pair_rotation import PairRotation, PairRotationBank
 from deltamux.adapters.primitives.payload import InputBank, OutputBank, Payload
 from deltamux.adapters.primitives.row_bias import RowBias, RowBiasBank
 from deltamux.adapters.primitives.row_scale import OutputScale, RowScale, RowScaleBank
@@ -39,6 +46,7 @@ from deltamux.adapters.primitives.token_rows import EmbeddingTokenBank, HeadToke
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux_kernels.expand import Columns
 from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.pair_rotate import PairFactors
 from deltamux_kernels.sign_delta import SignMatrices
 from deltamux_kernels.sparse_delta import SparseMatrices
 from deltamux_kernels.token_rows import TokenTable
@@ -99,6 +107,7 @@ class BankFactory:
             TokenRows: EmbeddingTokenBank(self._tokens(spec.out_features)),
             EmbeddingLowRank: EmbeddingLowRankBank(a, b, self._columns()),
             RowScale: RowScaleBank(self._store(spec.out_features), None),
+            OutputRotation: OutputRotationBank(self._store(spec.out_features)),
         }
         return SiteBanks(banks)
 
@@ -117,9 +126,14 @@ class BankFactory:
             RowScale: RowScaleBank(self._store(spec.out_features), bias),
             RowBias: RowBiasBank(self._store(spec.out_features)),
             OutputScale: RowScaleBank(self._store(spec.out_features), None),
+            PairRotation: PairRotationBank(self._pair_factors(spec)),
             **self._bottlenecks(spec),
         }
-        return SiteBanks(banks, {InputScale: InputScaleBank(self._store(spec.in_features))})
+        inputs: dict[type[Payload], InputBank] = {
+            InputScale: InputScaleBank(self._store(spec.in_features)),
+            InputRotation: InputRotationBank(self._store(spec.in_features)),
+        }
+        return SiteBanks(banks, inputs)
 
     def _bottlenecks(self, spec: SiteSpec) -> dict[type[Payload], OutputBank]:
         """Those at the end of a sublayer; elsewhere there are none."""
@@ -157,6 +171,8 @@ class BankFactory:
 
     def _tokens(self, width: int) -> TokenTable:
         return TokenTable(self._arena, self._slots, width)
+    def _pair_factors(self, spec: SiteSpec) -> PairFactors:
+        return PairFactors(self._arena, self._slots, spec.out_features)
 
     def _columns(self) -> Columns:
         return Columns(self._slots, self._arena.device)
