@@ -2,8 +2,8 @@
 
 from deltamux_kernels.activate import Activations, activate
 from deltamux_kernels.attention_batch import AttentionBatch
-from deltamux_kernels.captured_segments import CapturedSegments
 from deltamux_kernels.block_rotate import block_rotate
+from deltamux_kernels.captured_segments import CapturedSegments
 from deltamux_kernels.embedding_shrink import embedding_shrink
 from deltamux_kernels.expand import Columns, expand
 from deltamux_kernels.grouped_dense import dense_delta, grouped_dense

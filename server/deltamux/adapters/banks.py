@@ -171,6 +171,7 @@ class BankFactory:
 
     def _tokens(self, width: int) -> TokenTable:
         return TokenTable(self._arena, self._slots, width)
+
     def _pair_factors(self, spec: SiteSpec) -> PairFactors:
         return PairFactors(self._arena, self._slots, spec.out_features)
 

@@ -20,9 +20,9 @@ class Fields:
     def __init__(self, values: Mapping[str, Json]) -> None:
         self._left = {name: value for name, value in values.items() if value is not None}
 
-    def take(self, name: str) -> Json:
-        """The value whatever its type, or None."""
-        return self._left.pop(name, None)
+    def take(self, name: str, default: Json = None) -> Json:
+        """The value whatever its type, or the default."""
+        return self._left.pop(name, default)
 
     def take_bool(self, name: str, default: bool = False) -> bool:
         value = self.take(name)

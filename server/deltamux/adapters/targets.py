@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
 from deltamux.adapters.fields import Fields, as_integer, refuse_field
 from deltamux.adapters.files import CONFIG
 from deltamux.adapters.patterns import ALL_LINEAR, LayerFilter, Pattern, Selector
+from deltamux.adapters.per_module import PerModule
 from deltamux.adapters.strict_json import Json
+from deltamux.adapters.trained_biases import Trained, read_trained_biases
 from deltamux.base.structure import Kind, SiteSpec, Structure
 from deltamux.errors import InvalidArgument
+
+LINEAR: frozenset[Kind] = frozenset(("linear", "head"))
+LINEAR_OR_EMBEDDING: frozenset[Kind] = LINEAR | frozenset[Kind](("embedding",))
 
 _MAX_LAYER = 1 << 16
 
 # What a config targets in PEFT that has nothing but modules_to_save.
 _NOTHING = "dummy-target-modules"
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The modules that a tuner changes and the biases that it trained."""
+
+    selector: Selector
+    trained_biases: Trained = "none"
+
+    def sites(
+        self,
+        structure: Structure,
+        tables: Iterable[PerModule[Any]] = (),
+        kinds: frozenset[Kind] = LINEAR,
+    ) -> list[SiteSpec]:
+        """The targeted sites; every key of `tables` has to mean one of them."""
+        sites = targeted_sites(self.selector, structure, kinds)
+        for table in tables:
+            table.require_used([site.name for site in sites])
+        return sites
+
+
+def read_targets(fields: Fields, biases: str | None = None) -> Targets:
+    """Takes the fields that select modules, and `bias` where the tuner has it.
+
+    `biases` is what the tuner calls the biases of its targets alone ("vera_only").
+    """
+    trained: Trained = "none"
+    if biases is not None:
+        trained = read_trained_biases(fields.take("bias"), biases)
+    return Targets(read_selector(fields), trained)
 
 
 def targeted_sites(

@@ -1,0 +1,160 @@
+"""OFT in PEFT's format: the input of a module is rotated block by block."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltamux.adapters.family import Parsed
+from deltamux.adapters.fields import Fields, as_integer, as_number, refuse_field, unsupported
+from deltamux.adapters.manifest import Manifest
+from deltamux.adapters.module_family import parse_modules
+from deltamux.adapters.module_tensors import ModuleTensors
+from deltamux.adapters.primitives.block_rotation import InputRotation, OutputRotation
+from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.rotations import cayley, side_by_side, skew_symmetric
+from deltamux.adapters.shared_fields import tuner_fields
+from deltamux.adapters.strict_json import Json, quoted
+from deltamux.adapters.targets import LINEAR_OR_EMBEDDING, Targets, read_targets
+from deltamux.base.structure import SiteSpec, Structure
+
+_LINEAR, _EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
+
+# PEFT rotates the inputs of linear modules only, whose weights lie one way.
+_HARMLESS = ("fan_in_fan_out", "init_weights", "module_dropout")
+
+_MAX = 1 << 20
+_MAX_TERMS = 64
+
+
+class Oft:
+    """Rotations by Cayley's transform, or by the first terms of its Neumann series."""
+
+    name = "oft"
+
+    def claims(self, manifest: Manifest) -> bool:
+        return manifest.peft_type == "OFT"
+
+    def parse(
+        self,
+        manifest: Manifest,
+        tensors: Mapping[str, Tensor],
+        structure: Structure,
+        dtype: torch.dtype,
+    ) -> Parsed:
+        config = _read_config(manifest.fields)
+        modules = ModuleTensors(tensors, structure, {p: p for p in (_LINEAR, _EMBEDDING)})
+
+        def read(site: SiteSpec) -> list[Payload]:
+            embedding = site.kind == "embedding"
+            width = site.out_features if embedding else site.in_features
+            part, shape = _EMBEDDING if embedding else _LINEAR, config.shape(width)
+            rotations = _rotations(modules.take_shaped(site, part, shape), config)
+            size = rotations.shape[1]
+            blocks = side_by_side(rotations.expand(width // size, size, size))
+            return [OutputRotation(blocks) if embedding else InputRotation(blocks)]
+
+        sites = config.targets.sites(structure, kinds=LINEAR_OR_EMBEDDING)
+        return parse_modules(config.targets, sites, modules, structure, dtype, read)
+
+
+@dataclass(frozen=True, eq=False)
+class _Config:
+    targets: Targets
+    # One of the two is 0.
+    block_number: int
+    block_size: int
+    shared: bool
+    # The largest norm of a block's parameters, over the root of their number; None for any.
+    constraint: float | None
+    # Terms of the Neumann series; None for the exact transform.
+    terms: int | None
+
+    def shape(self, width: int) -> tuple[int, int]:
+        """Blocks, parameters of each; as in PEFT the nearest divisor of the width decides."""
+        number = _nearest_divisor(width, self.block_number or self.block_size)
+        size = width // number
+        if self.block_size:
+            number, size = size, number
+        return 1 if self.shared else number, size * (size - 1) // 2
+
+
+def _read_config(values: Mapping[str, Json]) -> _Config:
+    with tuner_fields(values, _HARMLESS) as fields:
+        number, size = _blocking(fields)
+        eps = as_number("eps", fields.take("eps", 6e-5), 1e6)
+        return _Config(
+            targets=read_targets(fields, "oft_only"),
+            block_number=number,
+            block_size=size,
+            shared=fields.take_bool("block_share"),
+            constraint=eps if fields.take_bool("coft") else None,
+            terms=_terms(fields),
+        )
+
+
+def _blocking(fields: Fields) -> tuple[int, int]:
+    """The number of blocks and their size, of which one is 0."""
+    number, size = fields.take("r", 0), fields.take("oft_block_size")
+    if size is None:
+        raise unsupported("OFT without oft_block_size (written before PEFT 0.14)")
+    number, size = as_integer("r", number, 0, _MAX), as_integer("oft_block_size", size, 0, _MAX)
+    if bool(number) == bool(size):
+        refuse_field("oft_block_size", size, f"0 if r (here {number}) is not, and only then")
+    return number, size
+
+
+def _terms(fields: Fields) -> int | None:
+    terms = as_integer(
+        "num_cayley_neumann_terms", fields.take("num_cayley_neumann_terms", 5), 1, _MAX_TERMS
+    )
+    version = fields.take("peft_version")
+    if fields.take("use_cayley_neumann") is False:
+        return None
+    if not _settled(version):
+        raise unsupported(
+            f"the Neumann series of PEFT before 0.18 (peft_version {quoted(version)})"
+        )
+    return terms
+
+
+def _settled(version: Json) -> bool:
+    """Whether the series is the one that PEFT has had since 0.18."""
+    found = re.match(r"(\d{1,4})\.(\d{1,4})\.\d+(\.dev)?", str(version))
+    if found is None:
+        return False
+    release = int(found[1]), int(found[2])
+    return release > (0, 18) or (release == (0, 18) and not found[3])
+
+
+def _nearest_divisor(width: int, wanted: int) -> int:
+    divisors = (d for d in range(1, width + 1) if width % d == 0)
+    return min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor))
+
+
+def _rotations(upper: Tensor, config: _Config) -> Tensor:
+    """The blocks [number, size, size] whose parameters are the rows of `upper`."""
+    size = (1 + math.isqrt(1 + 8 * upper.shape[1])) // 2
+    skew = skew_symmetric(upper, size)
+    if config.constraint is not None:
+        most = config.constraint / math.sqrt(len(skew))
+        norms = torch.linalg.matrix_norm(skew, keepdim=True)
+        skew = torch.where(norms <= most, skew, most * skew / norms)
+    return cayley(skew) if config.terms is None else _neumann(skew, config.terms)
+
+
+def _neumann(skew: Tensor, terms: int) -> Tensor:
+    """I + 2 Q + 2 Q^2 + ... + Q^last: as many terms as PEFT takes, which are four for three."""
+    identity = torch.eye(skew.shape[1]).expand_as(skew)
+    if terms < 3:
+        return identity + (terms - 1) * 2 * skew
+    total, power = identity + 2 * skew, skew
+    for _ in range(2, max(terms - 1, 3)):
+        power = power @ skew
+        total = total + 2 * power
+    return total + power @ skew
