@@ -39,6 +39,7 @@ CONFIGS = {
     ),
 }
 QUERY = "model.layers.0.self_attn.q_proj.weight"
+DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
 def build(name: str, **config: object) -> PreTrainedModel:
@@ -159,6 +160,27 @@ def test_a_form_that_is_no_smaller_gives_way_to_the_exact_one(
     move(tuned)
     report = run(base, tuned, Form("low-rank", energy=1.0))
     assert {stored.form for stored in report.stored} == {"exact"}
+
+
+@pytest.mark.parametrize("form", [EXACT, Form("one-bit")], ids=lambda form: form.name)
+def test_few_changed_numbers_or_rows_are_stored_alone_and_without_loss(
+    form: Form, run: Callable[..., Extraction], tmp_path: Path
+) -> None:
+    base = build("llama").bfloat16()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.get_parameter(DOWN)[3, ::11] *= 1.5
+        tuned.model.embed_tokens.weight[[5, 60]] += 1
+        tuned.lm_head.weight[60] += 1
+    report = run(base, tuned, form)
+    assert [(stored.parameter, stored.form) for stored in report.stored] == [
+        ("model.embed_tokens.weight", "exact, by row"),
+        (DOWN, "exact, sparse"),
+        ("lm_head.weight", "exact, by row"),
+    ]
+    assert all(stored.bytes < stored.full_bytes for stored in report.stored)
+    for name, parameter in rebuilt(base, tmp_path).named_parameters():
+        assert torch.equal(parameter, tuned.get_parameter(name)), name
 
 
 def test_shards_and_one_file_give_the_same_adapter(

@@ -18,10 +18,13 @@ SPARSE_VALUES, SPARSE_COLUMNS, SPARSE_STARTS, SPARSE_SHAPE = (
     "sparse.starts",
     "sparse.shape",
 )
+ROW_IDS, ROW_VALUES = "rows.ids", "rows.values"
 SIGNS, SIGN_SCALE, SIGN_SHAPE = "one_bit.signs", "one_bit.scale", "one_bit.shape"
 
 PARTS = (
     VALUE,
+    ROW_IDS,
+    ROW_VALUES,
     SAMPLE,
     LOW_RANK_A,
     LOW_RANK_B,
@@ -33,7 +36,7 @@ PARTS = (
     SIGN_SCALE,
     SIGN_SHAPE,
 )
-INTEGERS = (SPARSE_COLUMNS, SPARSE_STARTS, SPARSE_SHAPE, SIGNS, SIGN_SHAPE)
+INTEGERS = (ROW_IDS, SPARSE_COLUMNS, SPARSE_STARTS, SPARSE_SHAPE, SIGNS, SIGN_SHAPE)
 
 _SAMPLES = 64
 

@@ -83,7 +83,8 @@ def tied_token_rows(
     if structure.tied and structure.embedding in ids:
         source.setdefault(structure.head, structure.embedding)
     return {
-        site: _payload(site, ids[of], rows[of], structure, dtype) for site, of in source.items()
+        site: token_payload(site, ids[of], rows[of], structure, dtype)
+        for site, of in source.items()
     }
 
 
@@ -101,9 +102,13 @@ def _site(name: str, structure: Structure) -> str:
     return found[0]
 
 
-def _payload(
+def token_payload(
     name: str, ids: Sequence[int], rows: Tensor, structure: Structure, dtype: torch.dtype
 ) -> TokenRows:
+    """Of different `ids` and their rows [tokens, width] at one embedding or head.
+
+    Raises FailedPrecondition where the site is none that can be served so, or has another width.
+    """
     site = structure.sites.get(name)
     if site is None or structure.bias(name) is not None:
         raise unsupported(f"trained tokens at {name}, which has a bias or was replaced,")

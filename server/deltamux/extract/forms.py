@@ -53,6 +53,11 @@ def change(parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
     return total
 
 
+def size_of(parts: Mapping[str, Tensor]) -> int:
+    """Their bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
+
+
 def _low_rank(delta: Tensor, rank: int | None, energy: float, dtype: torch.dtype) -> Parts:
     left, singular, right = torch.linalg.svd(delta, full_matrices=False)
     if rank is None:
@@ -69,8 +74,14 @@ def _low_rank(delta: Tensor, rank: int | None, energy: float, dtype: torch.dtype
 
 def _sparse(delta: Tensor, share: float, dtype: torch.dtype) -> Parts:
     count = max(1, round(share * delta.numel()))
-    places = delta.abs().flatten().topk(count).indices.sort().values
-    rows, columns = places // delta.shape[1], places % delta.shape[1]
+    kept = torch.zeros(delta.numel(), dtype=torch.bool)
+    kept[delta.abs().flatten().topk(count).indices] = True
+    return sparse_parts(delta, kept.view(delta.shape), dtype)
+
+
+def sparse_parts(delta: Tensor, kept: Tensor, dtype: torch.dtype) -> Parts:
+    """The numbers of `delta` where `kept` [out, in] says so."""
+    rows, columns = kept.nonzero(as_tuple=True)
     starts = torch.zeros(delta.shape[0] + 1, dtype=torch.int32)
     starts[1:] = torch.bincount(rows, minlength=delta.shape[0]).cumsum(0)
     return {

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltamux.errors import InvalidArgument
 from deltamux.extract.checkpoint import ModelCheckpoint
+from deltamux.extract.exact import Use
 
 
 class Parameters:
@@ -88,11 +89,16 @@ class Parameters:
                 )
         return tensor.T if isinstance(self._module(name), Conv1D) and tensor.ndim == 2 else tensor
 
-    def is_linear(self, name: str) -> bool:
-        """Whether it is the weight of a linear module, not the language head."""
+    def use(self, name: str) -> Use:
+        """Whether it is a linear module's weight, or a table with a row a token: the head's too."""
         module = self._module(name)
-        linear = isinstance(module, nn.Linear | Conv1D) and name.endswith(".weight")
-        return linear and module is not self._model.get_output_embeddings()
+        if not name.endswith(".weight") or not isinstance(
+            module, nn.Linear | Conv1D | nn.Embedding
+        ):
+            return "whole"
+        if module is self._model.get_output_embeddings():
+            return "whole" if module.bias is not None else "table"
+        return "table" if isinstance(module, nn.Embedding) else "linear"
 
     def is_of_a_site(self, name: str) -> bool:
         """Whether a changed one can be served at all: no expert or router of a mixture."""

@@ -60,5 +60,7 @@ def _apply(model: PreTrainedModel, parameter: str, parts: Mapping[str, Tensor]) 
     matrix = target.T if isinstance(module, Conv1D) and name == "weight" else target
     if words.VALUE in parts:
         matrix.copy_(parts[words.VALUE])
+    elif words.ROW_IDS in parts:
+        matrix[parts[words.ROW_IDS].long()] = parts[words.ROW_VALUES].to(matrix)
     elif parts.keys() != {words.SAMPLE}:
         matrix.add_(change(parts, matrix.shape).to(matrix))

@@ -12,7 +12,8 @@ from torch import Tensor
 from deltamux.adapters import delta_format as words
 from deltamux.adapters.files import CONFIG, WEIGHTS
 from deltamux.errors import InvalidArgument
-from deltamux.extract.forms import Form, Parts, change
+from deltamux.extract.exact import Use, exact_parts
+from deltamux.extract.forms import Form, Parts, change, size_of
 from deltamux.extract.parameters import Parameters, require_same_model
 from deltamux.extract.report import Extraction, Stored
 from deltamux.extract.weights_file import WeightsFile
@@ -90,13 +91,13 @@ def _store(
         return None
     if not tuned.is_of_a_site(name):
         raise InvalidArgument(f"{name} changed, and changes of such a parameter are not served")
-    parts, error = _parts(tuned.is_linear(name), value, before, form)
+    form_name, parts, error = _parts(value, before, tuned.use(name), form)
     written = {f"{name}.{part}": tensor for part, tensor in parts.items()}
     if before is not None:
         written[f"{name}.{words.SAMPLE}"] = words.base_sample(before)
     return Stored(
         name,
-        "exact" if words.VALUE in parts else form.name,
+        form_name,
         parts[words.LOW_RANK_A].shape[0] if words.LOW_RANK_A in parts else None,
         sum(file.add(key, tensor) for key, tensor in written.items()),
         value.numel() * value.element_size(),
@@ -114,15 +115,16 @@ def _check(name: str, value: Tensor, before: Tensor | None) -> None:
         raise InvalidArgument(f"{name} of the fine-tune holds NaN or infinity")
 
 
-def _parts(linear: bool, value: Tensor, before: Tensor | None, form: Form) -> tuple[Parts, float]:
-    """The parts and their error; the whole value where the form is no smaller."""
-    if linear and before is not None and form.name != "exact":
+def _parts(value: Tensor, before: Tensor | None, use: Use, form: Form) -> tuple[str, Parts, float]:
+    """The name of the form, the parts and their error; no loss where none takes no more."""
+    name, exact = exact_parts(value, before, use)
+    if use == "linear" and before is not None and form.name != "exact":
         delta = value.float() - before.float()
         parts = form.parts(delta, value.dtype)
-        if sum(map(_bytes, parts.values())) < _bytes(value):
+        if size_of(parts) < size_of(exact):
             error = torch.linalg.vector_norm(change(parts, delta.shape) - delta)
-            return parts, float(error / torch.linalg.vector_norm(delta))
-    return {words.VALUE: value}, 0.0
+            return form.name, parts, float(error / torch.linalg.vector_norm(delta))
+    return name, exact, 0.0
 
 
 def _same(value: Tensor, before: Tensor) -> bool:
@@ -130,7 +132,3 @@ def _same(value: Tensor, before: Tensor) -> bool:
     if value.dtype != before.dtype:
         value, before = value.float(), before.float()
     return torch.equal(value, before)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -51,7 +51,10 @@ def _by_peft(
     model: PreTrainedModel, adapter: Path, library: Library
 ) -> tuple[str, PreTrainedModel]:
     if library != "peft":
-        raise FailedPrecondition(f"there is no library to compare an adapter of {library} with")
+        raise FailedPrecondition(
+            f"adapters of {library} are not verified: its library does not run beside deltamux's "
+            "version of transformers"
+        )
     try:
         import peft
     except ImportError:

@@ -24,6 +24,7 @@ Make = Callable[..., Any]
 Tensors = dict[str, Tensor]
 
 CONFIGURATION = {"deltamux_type": "delta", "version": 1, "base_model_name_or_path": "base"}
+EMBEDDING = "model.embed_tokens.weight"
 QUERY = "model.layers.0.self_attn.q_proj"
 
 
@@ -151,6 +152,30 @@ def test_biases_where_the_base_has_none(base: Make, write: Make, answers: Make) 
     answers("llama", write(tensors), model)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gemma3"])
+def test_tokens_with_rows_of_their_own(
+    name: str, base: Make, write: Make, answers: Make, ids: Tensor
+) -> None:
+    torch.manual_seed(0)
+    model, tokens = copy.deepcopy(base(name)), ids[1:4, :4].flatten().unique()
+    embedding = model.get_input_embeddings().weight
+    rows = embedding[tokens] + torch.randn(len(tokens), 32) * 0.2 * embedding.std()
+    embedding[tokens] = rows
+    order = torch.randperm(len(tokens))
+    parts = {"rows.ids": tokens[order].int(), "rows.values": rows[order]}
+    answers(name, write({f"{EMBEDDING}.{part}": t for part, t in parts.items()}), model)
+
+
+def test_rows_of_an_untied_head(base: Make, write: Make, answers: Make) -> None:
+    model, tokens = copy.deepcopy(base("llama")), torch.tensor([60, 3, 17])
+    model.lm_head.weight[tokens] *= 1.5
+    tensors = {
+        "lm_head.weight.rows.ids": tokens,
+        "lm_head.weight.rows.values": model.lm_head.weight[tokens],
+    }
+    answers("llama", write(tensors), model)
+
+
 def test_a_head_of_its_own_is_no_longer_tied(base: Make, write: Make, answers: Make) -> None:
     model = copy.deepcopy(base("llama_tied"))
     model.lm_head.weight = nn.Parameter(base("llama_tied").lm_head.weight * 1.1)
@@ -165,6 +190,13 @@ def test_memory_is_that_of_what_is_stored(base: Make, write: Make, serve: Make) 
     assert adapter.host_bytes == 32 * 32 // 8 + 4
     assert adapter.parameters == 32 * 32 + 1
     assert served.sites.used_bytes == 2 * 64 * 4  # an aligned extent for either part
+
+
+def rows(*ids: int, width: int = 32, module: str = "model.embed_tokens") -> Tensors:
+    return {
+        f"{module}.weight.rows.ids": torch.tensor(ids, dtype=torch.int32),
+        f"{module}.weight.rows.values": torch.ones(3, width),
+    }
 
 
 def parts(form: Make, shape: tuple[int, int] = (32, 32)) -> Tensors:
@@ -207,10 +239,19 @@ def changed(tensors: Tensors, part: str, change: Callable[[Tensor], Tensor]) -> 
         (parts(sparse) | {f"{QUERY}.weight.value": torch.zeros(32, 32)}, "EXTRA_TENSORS"),
         ({f"{QUERY}.weight.value": torch.zeros(32, 31)}, "BASE_MISMATCH"),
         ({f"{QUERY}.weight.value": torch.zeros(32)}, "SHAPE_MISMATCH"),
+        (without(rows(1, 2, 3), "ids"), "MISSING_TENSORS"),
+        (without(rows(1, 2, 3), "values"), "EXTRA_TENSORS"),
+        (rows(1, 2, 2), "MALFORMED_WEIGHTS"),
+        (rows(1, -2, 3), "MALFORMED_WEIGHTS"),
+        (rows(1, 2), "BASE_MISMATCH"),
+        (rows(1, 2, 61), "BASE_MISMATCH"),
+        (rows(1, 2, 3, width=31), "BASE_MISMATCH"),
+        (rows(1, 2, 3, module=QUERY), "EXTRA_TENSORS"),
+        (rows(1, 2, 3) | {f"{EMBEDDING}.value": torch.zeros(61, 32)}, "EXTRA_TENSORS"),
         ({f"{QUERY}.weight": torch.zeros(32, 32)}, "EXTRA_TENSORS"),
         ({f"{QUERY}.bias.value": torch.zeros(31)}, "BASE_MISMATCH"),
         ({"model.norm.weight.value": torch.zeros(31)}, "BASE_MISMATCH"),
-        ({"model.embed_tokens.weight.low_rank.a": torch.zeros(2, 32)}, "EXTRA_TENSORS"),
+        ({f"{EMBEDDING}.low_rank.a": torch.zeros(2, 32)}, "EXTRA_TENSORS"),
         ({"model.layers.9.mlp.up_proj.weight.value": torch.zeros(48, 32)}, "BASE_MISMATCH"),
         (parts(one_bit) | {f"{QUERY}.weight.base": torch.zeros(64)}, "BASE_MISMATCH"),
         (parts(one_bit) | {f"{QUERY}.bias.base": torch.zeros(32)}, "BASE_MISMATCH"),

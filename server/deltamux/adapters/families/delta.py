@@ -21,6 +21,7 @@ from deltamux.adapters.primitives.sign_delta import SignDelta
 from deltamux.adapters.primitives.sparse_delta import SparseDelta
 from deltamux.adapters.replacement import replacement
 from deltamux.adapters.strict_json import Json
+from deltamux.adapters.trained_tokens import token_payload
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import FailedPrecondition, InvalidArgument
 
@@ -30,6 +31,10 @@ _INTEGERS = tuple(f"weight.{part}" for part in words.INTEGERS)
 
 # What does not change what the adapter computes.
 _HARMLESS = ("base_model_name_or_path", "form")
+
+
+# Different token ids, and a row for each.
+_Tokens = tuple[list[int], Tensor]
 
 
 class Delta:
@@ -73,8 +78,8 @@ class _Reader:
         self._modules = modules
         self._structure = structure
         self._dtype = dtype
-        # The embeddings that a tied head shares.
-        self._table: Tensor | None = None
+        # What the embeddings have of their own, for a head that is tied to them.
+        self._shared: tuple[Tensor | None, _Tokens | None] = (None, None)
         self.rank = 0
         self.parameters = 0
 
@@ -88,20 +93,24 @@ class _Reader:
         if site.kind == "norm":
             yield from self._norm(site, value, bias)
             return
-        changes: list[Payload] = [] if site.kind == "embedding" else list(self._changes(site))
+        tokens = self._tokens(site)
+        changes = [] if site.kind == "embedding" else list(self._changes(site))
         if site.name == self._structure.embedding and self._structure.tied:
-            self._table = value
-        if site.name == self._structure.head and value is None and not changes:
-            value = self._table
-        if value is None:
-            yield from changes
-            if bias is not None:
-                yield self._shift(site, bias)
-        elif changes:
+            self._shared = (value, tokens)
+        unchanged = value is None and tokens is None and not changes
+        if unchanged and site.name == self._structure.head:
+            value, tokens = self._shared
+        if (value is not None) + (tokens is not None) + bool(changes) > 1:
             raise _conflict(site)
-        else:
+        if value is not None:
             own = self._base_bias(site) if bias is None else bias
             yield replacement(site, value, own, self._structure, self._dtype)
+            return
+        if tokens is not None:
+            yield token_payload(site.name, *tokens, self._structure, self._dtype)
+        yield from changes
+        if bias is not None:
+            yield self._shift(site, bias)
 
     def _norm(
         self, site: SiteSpec, weight: Tensor | None, bias: Tensor | None
@@ -123,6 +132,18 @@ class _Reader:
         base = self._base_bias(site)
         shift = bias.float() if base is None else bias.float() - base.float()
         return RowBias(to_serving(site, shift, self._dtype))
+
+    def _tokens(self, site: SiteSpec) -> _Tokens | None:
+        """Tokens with rows of their own; they fit an embedding or a head."""
+        if site.kind == "linear" or (rows := self._take(site, words.ROW_VALUES, 2)) is None:
+            return None
+        ids = self._need(site, words.ROW_IDS, 1).tolist()
+        if min(ids) < 0 or len(set(ids)) < len(ids):
+            raise InvalidArgument(
+                f"{site.name}: {words.ROW_IDS} are not different tokens", reason="MALFORMED_WEIGHTS"
+            )
+        self._count(rows)
+        return ids, rows
 
     def _changes(self, site: SiteSpec) -> Iterator[Payload]:
         """What is added to the base's weight."""
@@ -209,6 +230,6 @@ class _Reader:
 
 def _conflict(site: SiteSpec) -> InvalidArgument:
     return InvalidArgument(
-        f"{site.name} has a weight of its own and changes of the base's; only one can hold",
+        f"{site.name} has a weight or rows of its own and changes of the base's; one alone holds",
         reason="EXTRA_TENSORS",
     )
