@@ -1,0 +1,1 @@
+"""What bench/gpu.py measures: shapes, plan, weights, arms, peers, timing and report."""

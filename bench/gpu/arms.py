@@ -1,0 +1,142 @@
+"""Ways to add the adapters' products of one site to what the base has put there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from deltamux_kernels import CapturedSegments, Segments, SiteCounters, Slice
+from deltamux_kernels.expand import expand_triton
+from deltamux_kernels.low_rank_site import low_rank_site_triton
+from deltamux_kernels.shrink import SPLIT_ROWS, shrink_triton
+from gpu.shapes import Step
+from gpu.weights import SiteWeights
+
+
+class Arm(Protocol):
+    """One way. `before` may run beside the base's product, `after` runs when y holds it."""
+
+    # Whether `before` reads only x, so that a second stream may run it.
+    beside: bool
+
+    def before(self, site: int, x: torch.Tensor) -> None: ...
+
+    def after(self, site: int, x: torch.Tensor, y: torch.Tensor) -> None: ...
+
+
+class Nothing:
+    """The base alone."""
+
+    beside = False
+
+    def before(self, site: int, x: torch.Tensor) -> None:
+        return
+
+    def after(self, site: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        return
+
+
+class Deltamux(Nothing):
+    """Packed by rank. `form` is one of plan.FORMS; `capacity`: the grid of a graph for any mix."""
+
+    def __init__(
+        self,
+        sites: Sequence[SiteWeights],
+        step: Step,
+        form: str,
+        *,
+        capacity: bool = False,
+        beside: bool = False,
+        spans: Sequence[tuple[int, int, int]] | None = None,
+    ) -> None:
+        """`spans`: of other rows than the step's."""
+        self.beside = beside
+        self._sites, self.form = sites, form
+        device = sites[0].base.device
+        self._segments = Segments.build(step.spans if spans is None else spans, device)
+        slots = len(step.ranks)
+        tiles = CapturedSegments.capacity_for(step.rows, slots)
+        if capacity:
+            captured = CapturedSegments(tiles, slots, device)
+            captured.fill(self._segments)
+            self._segments = captured
+        self._counters = SiteCounters(tiles, device) if form == "one launch" else None
+        self._products: dict[int, torch.Tensor] = {}
+
+    def before(self, site: int, x: torch.Tensor) -> None:
+        if self.form == "apart":
+            self._products[site] = shrink_triton(x, self._sites[site].a, self._segments)
+
+    def after(self, site: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        weights = self._sites[site]
+        slices = [
+            Slice(part, b, columns)
+            for part, b, columns in zip(
+                y.split(weights.shape.outputs, 1), weights.bs, weights.columns, strict=True
+            )
+        ]
+        if self.form == "apart":
+            h = self._products.pop(site)
+            for part in slices:
+                expand_triton(part.y, h, part.b, part.columns, self._segments)
+        else:
+            low_rank_site_triton(slices, x, weights.a, self._segments, self._counters)
+
+
+class CublasLoop(Nothing):
+    """Two matrix products an adapter and a slice."""
+
+    def __init__(self, sites: Sequence[SiteWeights], step: Step) -> None:
+        self._sites, self._step = sites, step
+
+    def after(self, site: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        weights = self._sites[site]
+        parts = y.split(weights.shape.outputs, 1)
+        for part, a, b in zip(parts, weights.padded_a, weights.padded_b, strict=True):
+            for slot, start, end in self._step.spans:
+                rank = self._step.ranks[slot]
+                h = torch.mm(x[start:end], a[slot, :rank].t())
+                part[start:end].addmm_(h, b[slot, :, :rank].t())
+
+
+class GroupedMM(Nothing):
+    """torch's grouped products, every adapter padded to the largest rank."""
+
+    def __init__(self, sites: Sequence[SiteWeights], step: Step) -> None:
+        self._sites = sites
+        ends = [end for _, _, end in step.spans]
+        self._ends = torch.tensor(ends, dtype=torch.int32, device=sites[0].base.device)
+
+    def after(self, site: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        weights = self._sites[site]
+        parts = y.split(weights.shape.outputs, 1)
+        for part, a, b in zip(parts, weights.padded_a, weights.padded_b, strict=True):
+            h = torch.nn.functional.grouped_mm(x, a.transpose(1, 2), offs=self._ends)
+            part += torch.nn.functional.grouped_mm(h, b.transpose(1, 2), offs=self._ends)
+
+
+Arms = dict[str, Callable[[], Arm]]
+
+
+def own_arms(sites: Sequence[SiteWeights], step: Step, *, one_launch: bool) -> Arms:
+    """deltamux in its forms, and what torch has; the base alone comes first."""
+
+    def deltamux(form: str, **options: bool) -> Callable[[], Arm]:
+        return lambda: Deltamux(sites, step, form, **options)
+
+    arms: Arms = {
+        "base alone": Nothing,
+        "deltamux, apart": deltamux("apart"),
+        "deltamux, apart, beside the base": deltamux("apart", beside=True),
+        "deltamux, site": deltamux("site"),
+        "deltamux, site, graph for any mix": deltamux("site", capacity=True),
+    }
+    if one_launch and step.rows <= SPLIT_ROWS:
+        arms["deltamux, one launch"] = deltamux("one launch")
+    # A graph of more products than this takes longer to capture than to tell.
+    if len(step.ranks) <= 32:
+        arms["cuBLAS loop"] = lambda: CublasLoop(sites, step)
+    arms["torch grouped_mm"] = lambda: GroupedMM(sites, step)
+    return arms
