@@ -28,7 +28,8 @@ def test_overview_names_every_command(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "generate", "extract", "inspect", "verify", "demo", "health", "bench"]
+    "command",
+    ["serve", "generate", "extract", "convert", "inspect", "verify", "demo", "health", "bench"],
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:

@@ -71,6 +71,7 @@ def test_weights_have_another_name_in_adapterhub(tmp_path: Path) -> None:
         (WEIGHTS, "BAD_FILE"),
         ("head_config.json", "UNSUPPORTED_FEATURE"),
         ("adapter_interface.json", "UNSUPPORTED_FEATURE"),
+        ("adapter_fusion_config.json", "UNSUPPORTED_FEATURE"),
     ],
 )
 def test_what_adapterhub_saves_beside_is_not_passed_over(

@@ -83,6 +83,7 @@ RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
         ),
         "some_layers": adapters.DoubleSeqBnConfig(leave_out=[0], non_linearity="leakyrelu"),
         "normed": adapters.DoubleSeqBnConfig(reduction_factor=4, ln_before=True, ln_after=True),
+        "with_head": adapters.SeqBnConfig(reduction_factor=16),
         "normed_after": adapters.ParBnConfig(
             reduction_factor=8, ln_after=True, non_linearity="linear"
         ),
@@ -92,8 +93,8 @@ RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
     "bert": {**_EVERYWHERE, "compacter": adapters.CompacterConfig(reduction_factor=4)},
     "roberta": {"houlsby": _EVERYWHERE["houlsby"], "pfeiffer": _EVERYWHERE["pfeiffer"]},
 }
-# Adapters whose two names for one norm safetensors cannot hold.
-_PICKLED = {"normed"}
+# AdapterHub's default, and the only way for `normed`, whose norm has two names.
+_PICKLED = {"normed", "with_head"}
 
 
 def main(folder: Path) -> None:
@@ -131,10 +132,16 @@ def _answers(
                 ((key, value) for key, value in model.named_parameters() if f".{name}." in key), 0.3
             )
             model.set_active_adapters(name)
+            own_head = name == "with_head"
+            if own_head:
+                kept = model.lm_head.weight.clone()
+                _draw(model.lm_head.named_parameters(), 0.3)
             yield name, model(ids, position_ids=positions).logits
             model.save_adapter(
-                str(base / name), name, with_head=False, use_safetensors=name not in _PICKLED
+                str(base / name), name, with_head=own_head, use_safetensors=name not in _PICKLED
             )
+            if own_head:
+                model.lm_head.weight.copy_(kept)
             _halve(base / name)
             model.delete_adapter(name)
 
@@ -149,14 +156,11 @@ def _draw(parameters: Iterator[tuple[str, torch.nn.Parameter]], scale: float) ->
 
 
 def _halve(folder: Path) -> None:
-    """Keeps weights in 16 bits, and the files that belong to the adapter only."""
+    """Keeps weights in 16 bits, those of pickles excepted."""
     weights = folder / "adapter.safetensors"
     if weights.exists():
         halves = {key: value.half() for key, value in load_file(weights).items()}
         save_file(halves, weights)
-    for file in folder.iterdir():
-        if not file.name.startswith(("adapter", "pytorch_adapter")):
-            file.unlink()
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
 

@@ -16,16 +16,18 @@ ADAPTERHUB_WEIGHTS = "adapter.safetensors"
 PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
 
 # What AdapterHub saves beside an adapter, and changes what it computes.
+HEAD_CONFIG = "head_config.json"
 _COMPANIONS = {
-    "head_config.json": "a prediction head (with_head=False leaves it out)",
+    HEAD_CONFIG: "a prediction head; `deltamux convert` takes in a language head",
     "adapter_interface.json": "how a custom model takes adapters",
+    "adapter_fusion_config.json": "a fusion of several adapters",
 }
 
 
 def open_config(folder: Path) -> BinaryIO:
     """Opens adapter_config.json. Raises InvalidArgument where it is missing or no regular file."""
     try:
-        return _open_regular(folder / CONFIG)
+        return open_regular(folder / CONFIG)
     except FileNotFoundError:
         raise InvalidArgument(f"{CONFIG} is missing", reason="MISSING_CONFIG") from None
 
@@ -43,22 +45,21 @@ def open_weights(folder: Path) -> BinaryIO:
     """
     path = weights_path(folder)
     if path.name == ADAPTERHUB_WEIGHTS:
-        _refuse_companions(folder)
+        require_alone(folder)
+        if os.path.lexists(folder / WEIGHTS):
+            raise InvalidArgument(f"{path.name} and {WEIGHTS} are both there", reason="BAD_FILE")
     try:
-        return _open_regular(path)
+        return open_regular(path)
     except FileNotFoundError:
         raise _missing_weights(folder) from None
 
 
-def _refuse_companions(folder: Path) -> None:
-    if os.path.lexists(folder / WEIGHTS):
-        raise InvalidArgument(
-            f"{ADAPTERHUB_WEIGHTS} and {WEIGHTS} are both there", reason="BAD_FILE"
-        )
+def require_alone(folder: Path, but: str | None = None) -> None:
+    """Raises FailedPrecondition for files beside the adapter that belong to it, `but` for one."""
     for name, what in _COMPANIONS.items():
-        if os.path.lexists(folder / name):
+        if name != but and os.path.lexists(folder / name):
             raise FailedPrecondition(
-                f"{name} is there: {what}, which is not served", reason="UNSUPPORTED_FEATURE"
+                f"{name} is there: {what}; it is not served", reason="UNSUPPORTED_FEATURE"
             )
 
 
@@ -73,8 +74,8 @@ def _missing_weights(folder: Path) -> InvalidArgument:
     return InvalidArgument(f"{WEIGHTS} is missing", reason="MISSING_WEIGHTS")
 
 
-def _open_regular(path: Path) -> BinaryIO:
-    """Never follows a link and never waits on a FIFO."""
+def open_regular(path: Path) -> BinaryIO:
+    """Never follows a link and never waits on a FIFO. Raises FileNotFoundError, InvalidArgument."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:

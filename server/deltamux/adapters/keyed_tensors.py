@@ -26,6 +26,12 @@ class KeyedTensors:
                 raise _extra(name, "there with and without its prefix")
             self._left[key] = tensor
 
+    def take_any(self, name: str) -> Tensor | None:
+        """A tensor of any shape that may be missing, as it is in the file."""
+        tensor = self._left.pop(name, None)
+        self.taken += 0 if tensor is None else tensor.numel()
+        return tensor
+
     def take(self, name: str, *shape: int) -> Tensor:
         """In float32. Raises InvalidArgument where it is missing or mis-shaped."""
         if name not in self._left:

@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": ("deltamux.cli.generate", "send a prompt to a server, stream its answer"),
     "adapters": ("deltamux.cli.adapters", "list, load, unload or pin a server's adapters"),
     "extract": ("deltamux.cli.extract", "make an adapter of a full fine-tune and its base"),
+    "convert": ("deltamux.cli.convert", "make safetensors of an adapter saved as a pickle"),
     "inspect": ("deltamux.cli.inspect", "say what an adapter is, and whether a model can serve it"),
     "verify": ("deltamux.cli.verify", "hold an adapter to the library that trained it"),
     "demo": ("deltamux.cli.demo", "see one model answer through many adapters at once"),

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deltamux.adapters.convert import convert
 from deltamux.adapters.files import ADAPTERHUB_WEIGHTS, CONFIG
 from deltamux.errors import DeltamuxError
 
@@ -65,6 +66,41 @@ def test_lora_stands_beside_them(serve: Make, save: Make, reference: Make) -> No
     assert_close(mixed[1], reference(name, lora, expected["ids"])[0])
     assert_close(mixed[2], expected["base"][0])
     assert_close(mixed[3], expected["parallel"][0])
+
+
+def test_pickles_and_a_head_beside_answer_once_converted(serve: Make, tmp_path: Path) -> None:
+    served, expected = serve("adapterhub/llama"), golden("llama")
+    for slot, adapter in enumerate(["normed", "with_head"]):
+        with pytest.raises(DeltamuxError, match="deltamux convert"):
+            served.parse(LLAMA / adapter)
+        served.load(slot, convert(LLAMA / adapter, tmp_path / adapter))
+    mixed = served.logits(expected["ids"].expand(3, -1), [0, None, 1])
+    for row, adapter in zip(mixed, ["normed", "base", "with_head"], strict=True):
+        assert_close(row, expected[adapter][0], adapter)
+
+
+def test_a_copy_of_the_base_s_head_is_left_out(serve: Make, changed: Make) -> None:
+    served, expected = serve("adapterhub/llama"), golden("llama")
+    head = {"lm_head.weight": served.base.lm_head.weight}
+    adapter = served.load(0, changed("pfeiffer", more=head))
+    assert adapter.note == "copy of the base left out: lm_head.weight"
+    assert_close(served.logits(expected["ids"], [0])[0], expected["pfeiffer"][0])
+
+
+def test_a_trained_head_that_is_tied_to_the_embeddings_is_refused(
+    serve: Make, changed: Make
+) -> None:
+    served = serve("adapterhub/gpt2")
+    head = {"lm_head.weight": served.base.lm_head.weight + 1}
+    assert refusal(served, changed("pfeiffer", base="gpt2", more=head)) == "UNSUPPORTED_FEATURE"
+
+
+def test_a_norm_with_two_names_must_be_one(serve: Make, tmp_path: Path) -> None:
+    folder = convert(LLAMA / "normed", tmp_path / "normed")
+    tensors = load_file(folder / ADAPTERHUB_WEIGHTS)
+    name = next(name for name in tensors if name.endswith("adapter_norm_before.bias"))
+    save_file({**tensors, name: tensors[name] + 1}, folder / ADAPTERHUB_WEIGHTS)
+    assert refusal(serve("adapterhub/llama"), folder) == "MALFORMED_WEIGHTS"
 
 
 def test_a_bare_model_leaves_its_own_name_out(changed: Make, serve: Make) -> None:
@@ -193,13 +229,15 @@ def refusal(served: Any, folder: Path) -> str | None:
 
 @pytest.fixture
 def changed(tmp_path: Path) -> Callable[..., Path]:
-    """changed(adapter, outer, tensors=, base=, **fields): a copy with other fields and names."""
+    """changed(adapter, outer, tensors=, base=, more=, **fields): a copy with other fields, names
+    and tensors."""
 
     def changed(
         adapter: str,
         outer: dict[str, Any] | None = None,
         tensors: Callable[[str], str] = str,
         base: str = "llama",
+        more: dict[str, Tensor] | None = None,
         **fields: Any,
     ) -> Path:
         folder = shutil.copytree(GOLDENS / base / adapter, tmp_path / "changed")
@@ -210,7 +248,7 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
         (folder / CONFIG).write_text(json.dumps(kept))
         weights = load_file(folder / ADAPTERHUB_WEIGHTS)
         renamed = {tensors(name): tensor for name, tensor in weights.items()}
-        save_file(renamed, folder / ADAPTERHUB_WEIGHTS)
+        save_file(renamed | (more or {}), folder / ADAPTERHUB_WEIGHTS)
         return folder
 
     return changed

@@ -12,9 +12,11 @@ from deltamux.adapters.family import Parsed
 from deltamux.adapters.keyed_tensors import KeyedTensors
 from deltamux.adapters.layer_ends import LayerEnds, layer_ends, model_prefix
 from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import to_serving
+from deltamux.adapters.module_tensors import is_copy, to_serving
 from deltamux.adapters.phm import PhmWeights, Position
 from deltamux.adapters.primitives.bottleneck import Bottleneck
+from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.replacement import replacement
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import FailedPrecondition, InvalidArgument
 
@@ -44,9 +46,31 @@ class Bottlenecks:
         }
         if not payloads:
             raise InvalidArgument("the config puts no adapter anywhere", reason="NO_TARGETS")
+        head, notes = _language_head(keyed, structure, dtype)
         keyed.require_none_left()
         width = max(payload.down.shape[0] for (payload,) in payloads.values())
-        return Parsed(payloads, rank=width, parameters=keyed.taken)
+        return Parsed({**payloads, **head}, rank=width, parameters=keyed.taken, notes=notes)
+
+
+def _language_head(
+    tensors: KeyedTensors, structure: Structure, dtype: torch.dtype
+) -> tuple[dict[str, tuple[Payload, ...]], tuple[str, ...]]:
+    """AdapterHub saves the base's head beside an adapter, trained or not.
+
+    Raises FailedPrecondition (UNSUPPORTED_FEATURE) for a trained one that changes embeddings too.
+    """
+    weight = tensors.take_any("lm_head.weight")
+    if weight is None:
+        return {}, ()
+    if is_copy(weight, structure.weight(structure.head)):
+        return {}, ("copy of the base left out: lm_head.weight",)
+    if structure.tied:
+        raise FailedPrecondition(
+            "lm_head.weight differs from the base model's, which is tied to its embeddings",
+            reason="UNSUPPORTED_FEATURE",
+        )
+    site = structure.sites[structure.head]
+    return {site.name: (replacement(site, weight, None, structure, dtype),)}, ()
 
 
 def _ends(config: BottleneckConfig, layer: LayerEnds) -> Iterator[tuple[SiteSpec, str]]:
