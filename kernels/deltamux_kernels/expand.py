@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import no_type_check
 
 import torch
 
 from deltamux_kernels._triton import tl, triton
-from deltamux_kernels.gather_rows import GatherRows
 from deltamux_kernels.packed import PackedMatrices
-from deltamux_kernels.segments import TILE_ROWS, Segments, Span
-from deltamux_kernels.shrink import Shrunk
+from deltamux_kernels.row_pattern import RowPattern
+from deltamux_kernels.segments import TILE_ROWS, Segments
+from deltamux_kernels.shrink import GatheredProducts, Shrunk
 
 # The least depth of a matrix instruction on half types: a rank is rounded up to it in registers
 # only, never in memory.
 BLOCK_J = 16
 BLOCK_N = 128
-# From so many spans on, of two rows on average at most, the CPU gathers the matrix rows of the
-# whole step in one operation: 6 instead of 12 ms for a decode step of 16 adapters over the 84
-# layers of the 125 M model.
-GATHER_SPANS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """How the rows of a step weigh their rows of B: a sparse matrix, filled anew in each step."""
+
+    of: RowPattern  # of the products
+    pattern: RowPattern  # of B
+    matrix: torch.Tensor  # sparse [covered rows, rows of B's table]
+    values: torch.Tensor  # its values
+    entries: torch.Tensor  # int64, the product that each of them is
 
 
 class Columns:
@@ -32,13 +40,24 @@ class Columns:
     def __init__(self, slots: int, device: torch.device) -> None:
         self.first = [0] * slots
         self.table = torch.zeros(slots, dtype=torch.int32, device=device)
-        # The work list of the last spans; decode repeats them step after step.
-        self.gathered: tuple[tuple[Span, ...], GatherRows] | None = None
+        # Of the last step of many adapters; decode repeats it.
+        self._work: _Work | None = None
 
     def set(self, slot: int, column: int) -> None:
         self.first[slot] = column
         self.table[slot] = column
-        self.gathered = None
+        self._work = None
+
+    def work(self, of: RowPattern, b: PackedMatrices, segments: Segments) -> _Work:
+        """The work list of the CPU, the same as before where nothing changed."""
+        pattern, matrix = b.pattern(segments.spans)
+        if self._work is None or self._work.of is not of or self._work.pattern is not pattern:
+            columns = [
+                range(self.first[slot], self.first[slot] + b.rows_of(slot))
+                for slot, _, _ in segments.spans
+            ]
+            self._work = _Work(of, pattern, matrix, matrix.values(), of.entries(columns))
+        return self._work
 
 
 def expand(
@@ -57,13 +76,13 @@ def expand(
 
 def expand_torch(
     y: torch.Tensor,
-    h: list[torch.Tensor | None],
+    h: list[torch.Tensor | None] | GatheredProducts,
     b: PackedMatrices,
     columns: Columns,
     segments: Segments,
 ) -> None:
     """`expand` in plain torch; half types are multiplied and added in float32."""
-    if y.dtype == torch.float32 and _gathers(b, segments):
+    if isinstance(h, GatheredProducts):
         _expand_gathered(y, h, b, columns, segments)
         return
     wide = y.dtype in (torch.float16, torch.bfloat16)
@@ -80,33 +99,12 @@ def expand_torch(
             rows.addmm_(products, matrix)
 
 
-def _gathers(b: PackedMatrices, segments: Segments) -> bool:
-    """Whether the rows are few per span and side by side, and all have a matrix."""
-    spans = segments.spans
-    if len(spans) < GATHER_SPANS:
-        return False
-    rows = spans[-1][2] - spans[0][1]
-    return rows == segments.num_rows <= 2 * len(spans) and all(b.rows_of(s) for s, _, _ in spans)
-
-
 def _expand_gathered(
-    y: torch.Tensor,
-    h: list[torch.Tensor | None],
-    b: PackedMatrices,
-    columns: Columns,
-    segments: Segments,
+    y: torch.Tensor, h: GatheredProducts, b: PackedMatrices, columns: Columns, segments: Segments
 ) -> None:
-    products = [product for product in h if product is not None]
-    if columns.gathered is None or columns.gathered[0] != segments.spans:
-        widths = [product.shape[1] for product in products]
-        work = GatherRows.build(b, columns.first, widths, segments)
-        columns.gathered = (segments.spans, work)
-    work = columns.gathered[1]
-    weights = torch.cat([product.view(-1) for product in products])[work.weights]
-    delta, *_ = torch.embedding_bag(
-        b.table, work.rows, work.bags, mode=0, per_sample_weights=weights
-    )
-    y[segments.spans[0][1] : segments.spans[-1][2]] += delta
+    work = columns.work(h.pattern, b, segments)
+    torch.index_select(h.values, 0, work.entries, out=work.values)
+    y[work.pattern.covered] += torch.sparse.mm(work.matrix, b.table, "sum")
 
 
 def expand_triton(

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
+from deltamux_kernels.row_pattern import RowPattern, Span
+
 # Elements. An offset that is a multiple of it lets the kernels load 16 bytes at a time in every
 # dtype, and starts each matrix on a cache line of its own.
 ALIGNMENT = 64
@@ -40,6 +42,8 @@ class PackedMatrices:
         self.transposed: list[torch.Tensor | None] = [None] * slots
         self._rows_on_host = [0] * slots
         self._first_row = [0] * slots
+        # Of the last spans; decode repeats them step after step.
+        self._pattern: tuple[RowPattern, torch.Tensor] | None = None
 
     def write(self, slot: int, offset: int, matrix: torch.Tensor) -> None:
         """Copy `matrix` [rows, width] to `arena[offset:]` and make it the slot's own.
@@ -62,6 +66,7 @@ class PackedMatrices:
         self._first_row[slot] = offset // width
         self.views[slot] = view if rows else None
         self.transposed[slot] = view.t() if rows else None
+        self._pattern = None
 
     def clear(self, slot: int) -> None:
         """Forget the slot's matrix; its extent belongs to the caller again."""
@@ -69,6 +74,7 @@ class PackedMatrices:
         self._rows_on_host[slot] = 0
         self.views[slot] = None
         self.transposed[slot] = None
+        self._pattern = None
 
     def rows_of(self, slot: int) -> int:
         """Rows of the slot's matrix; 0 when it has none."""
@@ -78,6 +84,17 @@ class PackedMatrices:
         """Which rows of `table` are the slot's matrix, on a CPU."""
         first = self._first_row[slot]
         return range(first, first + self._rows_on_host[slot])
+
+    def pattern(self, spans: tuple[Span, ...]) -> tuple[RowPattern, torch.Tensor]:
+        """Which rows of `table` each row of the spans is multiplied with, on a CPU, and a sparse
+        matrix of that pattern for the caller to fill.
+
+        The same objects as before, as long as neither the spans nor a matrix changed.
+        """
+        if self._pattern is None or self._pattern[0].spans != spans:
+            pattern = RowPattern.build(spans, [self.rows_in_table(slot) for slot, _, _ in spans])
+            self._pattern = (pattern, pattern.matrix(self.table))
+        return self._pattern
 
     def most_rows(self, slots: Iterable[int]) -> int:
         """Rows of the tallest matrix among `slots`; 0 when none has one."""

@@ -10,12 +10,11 @@ import torch
 
 from deltamux_kernels.device_table import device_table
 from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.row_pattern import Span
 
 # Rows of one matrix instruction. The tile never depends on the batch, so neither does the
 # instruction that computes a row, and a row's result is the same beside any neighbours.
 TILE_ROWS = 16
-
-Span = tuple[int, int, int]
 
 
 @dataclass(frozen=True)

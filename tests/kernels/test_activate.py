@@ -23,16 +23,22 @@ FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
 }
 WIDTH, OUTPUTS = 600, 40
-SPANS = [(2, 1, 19), (1, 19, 21), (0, 22, 23)]
+# A prefill beside others, and a decode step of many.
+STEPS = {
+    "prefill": [(2, 1, 19), (1, 19, 21), (0, 22, 23)],
+    "decode": [(2, 1, 2), (0, 2, 3), (1, 3, 4), (2, 4, 5), (0, 5, 6)],
+}
 
 
 def test_each_activation_has_a_formula() -> None:
     assert tuple(FORMULAS) == ACTIVATIONS
 
 
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_a_bottleneck_of_each_slot_is_that_of_the_formula(
     name: str,
+    step: str,
     form: str,
     dtype: torch.dtype,
     device: torch.device,
@@ -50,24 +56,28 @@ def test_a_bottleneck_of_each_slot_is_that_of_the_formula(
     down, up = (PackedMatrices(arena, 3, width) for width in (WIDTH, OUTPUTS))
     activations = Activations(arena, 3)
     x, before = normal(25, WIDTH), normal(25, OUTPUTS)
-    expected = before.double()
-    for slot, start, end in SPANS:
-        width, function = widths[slot], names[slot]
-        if width is None or function is None:
-            continue
-        d, b, u = normal(width, WIDTH) / WIDTH**0.5, normal(width) * 2, normal(width + 1, OUTPUTS)
-        place(slot, (down, d), (up, u), (activations.packed, activations.column(b, function)))
-        activations.placed(slot)
-        a = FORMULAS[function](x[start:end].double() @ d.double().T + b.double())
-        expected[start:end] += a @ u[:-1].double() + u[-1].double()
-    segments = Segments.build(SPANS, device)
+    weights: dict[int, tuple[str, Tensor, Tensor, Tensor]] = {}
+    for slot, (width, function) in enumerate(zip(widths, names, strict=True)):
+        if width is not None and function is not None:
+            d, b = normal(width, WIDTH) / WIDTH**0.5, normal(width) * 2
+            weights[slot] = function, d, b, normal(width + 1, OUTPUTS)
+            column = activations.column(b, function)
+            place(slot, (down, d), (up, weights[slot][3]), (activations.packed, column))
+            activations.placed(slot)
+    expected, untouched = before.double(), torch.ones(25, dtype=torch.bool)
+    for slot, start, end in STEPS[step]:
+        if slot in weights:
+            function, d, b, u = weights[slot]
+            a = FORMULAS[function](x[start:end].double() @ d.double().T + b.double())
+            expected[start:end] += a @ u[:-1].double() + u[-1].double()
+            untouched[start:end] = False
+    segments = Segments.build(STEPS[step], device)
     if form == "torch":
         a = activate_torch(shrink_torch(x, down, segments), activations, segments)
     else:
         a = activate_triton(shrink_triton(x, down, segments), activations, segments)
     y = before.clone()
     expand(y, a, up, Columns(3, device), segments)
-    untouched = [0, 19, 20, 21, 23, 24]
     assert torch.equal(y[untouched], before[untouched])
     assert ((y - expected).abs() <= 40 * torch.finfo(dtype).eps * (1 + expected.abs())).all()
 

@@ -209,6 +209,21 @@ def test_repeated_and_changed_spans_each_get_their_own_rows(pack: Pack, dtype: t
     assert y[0, 0] == 18.0
 
 
+def test_a_slot_that_lost_its_matrix_at_one_slice_is_left_alone_there(
+    pack: Pack, dtype: torch.dtype
+) -> None:
+    """The next adapter of a slot may act at a sibling only; the spans stay the same."""
+    a, b = [torch.eye(4)[:2] for _ in range(4)], [torch.ones(2, 3) for _ in range(4)]
+    packed_a, packed_b, columns = pack(a, 4), pack(b, 3), Columns(4, torch.device("cpu"))
+    x, y = torch.ones(4, 4, dtype=dtype), torch.zeros(4, 3, dtype=dtype)
+    segments = Segments.build([(slot, slot, slot + 1) for slot in range(4)], x.device)
+    expand_torch(y, shrink_torch(x, packed_a, segments), packed_b, columns, segments)
+    packed_a.write(1, 0, torch.full((3, 4), 5.0, dtype=dtype))
+    packed_b.clear(1)
+    expand_torch(y, shrink_torch(x, packed_a, segments), packed_b, columns, segments)
+    assert y[:, 0].tolist() == [4.0, 2.0, 4.0, 4.0]
+
+
 @pytest.mark.parametrize("split_rows", [0, 256])
 @pytest.mark.usefixtures("poisoned_scratch")
 def test_rank_256_and_several_chunks_agree_with_the_formula(
