@@ -74,6 +74,13 @@ def poisoned(value: float) -> Callable[[Tensor], Tensor]:
             without(A, B), "INVALID_ARGUMENT", "MISSING_TENSORS", "q_proj", id="a module is missing"
         ),
         pytest.param(
+            replaced(A, lambda a: a[:0]),
+            "INVALID_ARGUMENT",
+            "SHAPE_MISMATCH",
+            "empty",
+            id="BI-5 zero size",
+        ),
+        pytest.param(
             replaced(A, lambda a: a[:2]),
             "INVALID_ARGUMENT",
             "SHAPE_MISMATCH",

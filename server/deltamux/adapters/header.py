@@ -20,7 +20,7 @@ MAX_TENSORS = 16_384
 _MAX_DIMENSIONS = 8
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,512}")
 # The integers are places in a matrix, never weights.
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I16": 2, "I32": 4, "I64": 8}
 
 # How files begin that are often found under the name of a safetensors file.
 _IMPOSTORS = (
@@ -51,7 +51,8 @@ def check_weights(folder: Path) -> Mapping[str, TensorInfo]:
 def read_header(file: BinaryIO) -> Mapping[str, TensorInfo]:
     """Reads and checks the header of a file opened at its start.
 
-    The tensors have plain names and dtypes, are not empty, and fill the file's data exactly.
+    The tensors have plain names and dtypes and fill the file's data exactly. Some may be empty:
+    AdaLoRA leaves nothing of a module whose whole rank it cut.
     Raises InvalidArgument with reason NOT_SAFETENSORS, TOO_LARGE, MALFORMED_JSON or
     MALFORMED_WEIGHTS.
     """
@@ -109,10 +110,7 @@ def _tensor(name: str, entry: Json) -> TensorInfo:
 def _sizes(name: str, values: list[Json]) -> tuple[int, ...]:
     if len(values) > _MAX_DIMENSIONS:
         raise _malformed(f"{name} has {len(values)} dimensions")
-    sizes = tuple(_size(name, value) for value in values)
-    if 0 in sizes:
-        raise _malformed(f"{name} is empty: {sizes}")
-    return sizes
+    return tuple(_size(name, value) for value in values)
 
 
 def _size(name: str, value: Json) -> int:
@@ -124,7 +122,7 @@ def _size(name: str, value: Json) -> int:
 def _check_layout(tensors: Mapping[str, TensorInfo], size: int) -> None:
     """The data has no gap, no overlap and nothing behind the last tensor."""
     position = 0
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].begin):
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:
             raise _malformed(f"{name} begins at byte {info.begin} of the data, not at {position}")
         position = info.end

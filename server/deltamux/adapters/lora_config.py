@@ -23,7 +23,7 @@ from deltamux.errors import InvalidArgument
 
 # Training and how weights were first drawn; fan_in_fan_out says what the base shows. PEFT pools
 # the input of modules quantised by GPTQ alone (QALoRA), and this base has none.
-_HARMLESS = (
+HARMLESS = (
     *PROVENANCE,
     "corda_config",
     "eva_config",
@@ -35,7 +35,7 @@ _HARMLESS = (
 )
 
 # What each feature that is not served says when it is off.
-_UNSERVED: Mapping[str, Json] = {
+UNSERVED: Mapping[str, Json] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "layer_replication": None,
@@ -75,7 +75,7 @@ def read_lora_config(values: Mapping[str, Json]) -> LoraConfig:
     """Raises InvalidArgument for what is wrong, FailedPrecondition for what is not served."""
     fields = Fields(values)
     refuse_executable(fields)
-    fields.require_off(_UNSERVED)
+    fields.require_off(UNSERVED)
     require_generation(fields)
     tied = fields.take_bool(weight_tying.FIELD)
     config = LoraConfig(
@@ -91,7 +91,7 @@ def read_lora_config(values: Mapping[str, Json]) -> LoraConfig:
         trained_tokens=read_trained_tokens(fields.take(TOKENS_FIELD), tied),
         tied=tied,
     )
-    fields.discard(_HARMLESS)
+    fields.discard(HARMLESS)
     fields.require_none_left()
     _require_compatible(config)
     return config

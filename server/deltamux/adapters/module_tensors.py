@@ -58,21 +58,28 @@ class ModuleTensors:
             self._left[key] = (name, tensor)
 
     def take(self, module: str, part: str, dimensions: int) -> Tensor:
-        """The tensor of a module. Raises InvalidArgument where it is missing or mis-shaped."""
-        return self._take(
-            (module, part), f"{part} of {module}, which the adapter needs", dimensions
-        )
+        """The tensor of a module. Raises InvalidArgument where it is missing, mis-shaped, empty."""
+        tensor = self._take((module, part), f"{part} of {module}", dimensions)
+        if not tensor.numel():
+            raise InvalidArgument(f"{part} of {module} is empty", reason="SHAPE_MISMATCH")
+        return tensor
 
     def take_shaped(self, site: SiteSpec, part: str, shape: tuple[int, ...]) -> Tensor:
         """`take` in float32; raises FailedPrecondition (BASE_MISMATCH) for another shape."""
-        tensor = self.take(site.name, part, len(shape))
+        tensor = self._take((site.name, part), f"{part} of {site.name}", len(shape))
         if tensor.shape != shape:
             raise other_base(site, f"{part} of {tuple(tensor.shape)} instead of {shape}")
         return tensor.float()
 
-    def take_shared(self, name: str, dimensions: int) -> Tensor:
-        """The tensor of all modules. Raises as `take` does."""
-        return self._take(("", name), name, dimensions)
+    def take_shared(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of all modules in float32. Raises as `take_shaped` does."""
+        tensor = self._take(("", name), name, len(shape))
+        if tensor.shape != shape:
+            raise FailedPrecondition(
+                f"{name} of {tuple(tensor.shape)}, where the modules of this base need {shape}",
+                reason="BASE_MISMATCH",
+            )
+        return tensor.float()
 
     def take_if_any(self, module: str, part: str, dimensions: int) -> Tensor | None:
         """As `take`, None where it is missing."""
@@ -94,7 +101,9 @@ class ModuleTensors:
 
     def _take(self, key: tuple[str, str], what: str, dimensions: int) -> Tensor:
         if key not in self._left:
-            raise InvalidArgument(f"{WEIGHTS} lacks {what}", reason="MISSING_TENSORS")
+            raise InvalidArgument(
+                f"{WEIGHTS} lacks {what}, which the adapter needs", reason="MISSING_TENSORS"
+            )
         name, tensor = self._left.pop(key)
         if tensor.ndim != dimensions:
             message = f"{quoted(name)} has {tensor.ndim} dimensions, not {dimensions}"

@@ -1,26 +1,40 @@
 """The families that are served, in the order in which they are asked."""
 
+from deltamux.adapters.families.adalora import AdaLora
 from deltamux.adapters.families.boft import Boft
 from deltamux.adapters.families.bottlenecks import Bottlenecks
+from deltamux.adapters.families.delora import DeLora
 from deltamux.adapters.families.delta import Delta
+from deltamux.adapters.families.gralora import GraLora
 from deltamux.adapters.families.ia3 import Ia3
 from deltamux.adapters.families.ln_tuning import LnTuning
+from deltamux.adapters.families.loha import LoHa
 from deltamux.adapters.families.lora import Lora
+from deltamux.adapters.families.miss import Miss
 from deltamux.adapters.families.oft import Oft
 from deltamux.adapters.families.road import Road
 from deltamux.adapters.families.shira import Shira
 from deltamux.adapters.families.trainable_tokens import TrainableTokens
+from deltamux.adapters.families.vblora import VbLora
+from deltamux.adapters.families.vera import Vera
 from deltamux.adapters.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     Lora(),
+    AdaLora(),
+    Boft(),
+    Bottlenecks(),
+    DeLora(),
+    Delta(),
+    GraLora(),
     Ia3(),
     LnTuning(),
+    LoHa(),
+    Miss(),
+    Oft(),
+    Road(),
     Shira(),
     TrainableTokens(),
-    Bottlenecks(),
-    Delta(),
-    Oft(),
-    Boft(),
-    Road(),
+    VbLora(),
+    Vera(),
 )

@@ -12,9 +12,10 @@ from deltamux.adapters.base_shift import part_taken_out
 from deltamux.adapters.family import Parsed
 from deltamux.adapters.fields import unsupported
 from deltamux.adapters.lora_config import LoraConfig, read_lora_config
-from deltamux.adapters.low_rank_delta import Factors, low_rank
+from deltamux.adapters.low_rank_delta import Factors
 from deltamux.adapters.manifest import Manifest
 from deltamux.adapters.module_tensors import PREFIX, ModuleTensors, other_base, to_serving
+from deltamux.adapters.per_module import require_served_rank
 from deltamux.adapters.primitives.embedding_low_rank import EmbeddingLowRank
 from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.adapters.primitives.payload import Payload
@@ -123,7 +124,7 @@ class _SiteReader:
             scaled = b if site.embed_scale is None else b * site.embed_scale
             yield EmbeddingLowRank(self._serving(site, a), self._serving(site, scaled.T))
         else:
-            yield low_rank(site, a, b, self._dtype)
+            yield LowRank(self._serving(site, a), self._serving(site, b.T))
         if self._config.dora:
             yield self._magnitude(site, a, b)
         biases = [] if bias_shift is None else [bias_shift]
@@ -145,6 +146,7 @@ class _SiteReader:
             scale = config.scale_of(site.name)
             taken_a, taken_b = part_taken_out(config.shift, site, self._structure, rank, scale)
             a, b = torch.cat((a, taken_a)), torch.cat((b, -taken_b), dim=1)
+            require_served_rank(f"twice the rank of {site.name}", len(a))
         return a, b
 
     def _bias(self, site: SiteSpec) -> Tensor:

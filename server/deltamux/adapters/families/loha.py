@@ -1,0 +1,54 @@
+"""LoHa in PEFT's format: the product of two low-rank deltas, number by number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deltamux.adapters.low_rank_delta import Change, low_rank_is_smaller
+from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.manifest import Manifest
+from deltamux.adapters.per_module import PerModule, read_ranks, read_scales
+from deltamux.adapters.shared_fields import tuner_fields
+from deltamux.adapters.targets import read_targets
+from deltamux.base.structure import SiteSpec
+
+_PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+
+# Dropout, the first draw, and what convolutions do.
+_HARMLESS = ("init_weights", "module_dropout", "rank_dropout", "use_effective_conv2d")
+
+
+class LoHa(LowRankFamily):
+    """Two factors of rank r make a delta of rank r^2."""
+
+    name = "loha"
+    peft_types = ("LOHA",)
+
+    def read(self, manifest: Manifest) -> Tuner:
+        with tuner_fields(manifest.fields, _HARMLESS) as fields:
+            ranks, alphas = read_ranks(fields), read_scales(fields, "alpha")
+            return _LoHa(read_targets(fields), Names(_PARTS), ranks, alphas)
+
+
+@dataclass(frozen=True, eq=False)
+class _LoHa(Tuner):
+    ranks: PerModule[int]
+    alphas: PerModule[float]
+
+    @property
+    def tables(self) -> Sequence[PerModule[Any]]:
+        return (self.ranks, self.alphas)
+
+    def change(self, site: SiteSpec, given: Given) -> Change:
+        rank = self.ranks.of(site.name)
+        scale = self.alphas.of(site.name) / rank
+        tall, wide = (site.out_features, rank), (rank, site.in_features)
+        shapes = zip(_PARTS, (tall, wide, tall, wide), strict=True)
+        b1, a1, b2, a2 = (given.modules.take_shaped(site, part, shape) for part, shape in shapes)
+        if not low_rank_is_smaller(site, rank * rank):
+            return scale * (b1 @ a1) * (b2 @ a2)
+        a = (a1[:, None] * a2).reshape(rank * rank, -1)
+        b = (b1[:, :, None] * b2[:, None]).reshape(-1, rank * rank)
+        return a, scale * b
