@@ -24,6 +24,7 @@ from deltamux.adapters.files import WEIGHTS
 from deltamux.adapters.parse import parse_adapter
 from deltamux.adapters.rows import Rows
 from deltamux.adapters.sites import DeviceSites
+from deltamux.base.probe import probe
 from deltamux.base.structure import find_structure
 from deltamux_kernels.segments import Segments
 
@@ -52,6 +53,7 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**_GROUPED),
     "llama_tied": lambda: transformers.LlamaConfig(**_GROUPED, tie_word_embeddings=True),
     "llama_bias": lambda: transformers.LlamaConfig(**_GROUPED, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: transformers.MistralConfig(**_GROUPED, sliding_window=8),
     "qwen3": lambda: transformers.Qwen3Config(**_GROUPED, head_dim=8),
     "gemma2": lambda: transformers.Gemma2Config(**_GROUPED, head_dim=8, sliding_window=8),
     "gemma3": lambda: transformers.Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=8),
@@ -103,12 +105,12 @@ def save_adapter(base: PreTrainedModel, folder: Path, seed: int = 0, **config: o
     return folder
 
 
-def peft_logits(base: PreTrainedModel, folder: Path, ids: Tensor) -> Tensor:
+def peft_logits(base: PreTrainedModel, folder: Path, ids: Tensor, **options: object) -> Tensor:
     """What PEFT answers with this adapter alone, loaded anew from its files."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         model = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
-        logits: Tensor = model(ids).logits
+        logits: Tensor = model(ids, **options).logits
         return logits
 
 
@@ -121,7 +123,7 @@ class Served:
     rows: Rows = field(default_factory=lambda: Rows(CPU))
 
     def __post_init__(self) -> None:
-        self.structure = find_structure(self.base)
+        self.structure = find_structure(self.base, probe(self.base))
         self.model = copy.deepcopy(self.base)
         self.sites = DeviceSites(
             self.model, self.structure, self.rows, SLOTS, self.arena_bytes, torch.float32, CPU
@@ -196,9 +198,9 @@ def tune(base: Callable[[str], PreTrainedModel], tmp_path_factory: Any) -> Calla
 
 
 @pytest.fixture(scope="session")
-def reference(base: Callable[[str], PreTrainedModel]) -> Callable[[str, Path, Tensor], Tensor]:
+def reference(base: Callable[[str], PreTrainedModel]) -> Callable[..., Tensor]:
     """reference(name, folder, ids) -> PEFT's logits for that adapter alone."""
-    return lambda name, folder, ids: peft_logits(base(name), folder, ids)
+    return lambda name, folder, ids, **options: peft_logits(base(name), folder, ids, **options)
 
 
 @pytest.fixture

@@ -217,10 +217,10 @@ def test_wrong_tensors_are_refused_by_name(
             {"peft_type": "XLORA"}, "FAILED_PRECONDITION", "UNSUPPORTED_TYPE", id="BI-36 X-LoRA"
         ),
         pytest.param(
-            {"peft_type": "PROMPT_TUNING"},
+            {"peft_type": "ADAPTION_PROMPT"},
             "FAILED_PRECONDITION",
             "UNSUPPORTED_TYPE",
-            id="BI-36 prompt tuning",
+            id="BI-36 gated prompt",
         ),
         pytest.param({"r": 4}, "INVALID_ARGUMENT", "RANK_MISMATCH", id="BI-21"),
         pytest.param({"use_dora": True}, "INVALID_ARGUMENT", "MISSING_TENSORS", id="no magnitude"),

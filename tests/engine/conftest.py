@@ -8,6 +8,7 @@ from itertools import count
 
 import pytest
 
+from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
 from deltamux.adapters.task import Call
 from deltamux.engine.sequence import Sequence
 from deltamux.errors import DeltamuxError
@@ -21,6 +22,7 @@ class FakeAdapters:
         self.device: dict[str, int] = {}
         self.leases: Counter[str] = Counter()
         self.broken: dict[str, DeltamuxError] = {}
+        self.virtuals: dict[str, Virtual] = {}
         self.load_polls = load_polls
         self._free = list(range(slots))
         self._loading: dict[str, int] = {}
@@ -42,6 +44,11 @@ class FakeAdapters:
     def release(self, digest: str) -> None:
         assert self.leases[digest] > 0
         self.leases[digest] -= 1
+
+    def virtual(self, digest: str) -> Virtual:
+        """Known a step before `acquire` can give the slot."""
+        known = digest in self._host or self._loading.get(digest, self.load_polls) <= 0
+        return self.virtuals.get(digest, NO_VIRTUAL) if known else NO_VIRTUAL
 
     def blocked(self, digest: str) -> bool:
         idle = [name for name in self.device if not self.leases[name]]
@@ -81,6 +88,16 @@ class FakeAdapters:
         return True
 
 
+class FakePrefixes:
+    """Remembers what was filled."""
+
+    def __init__(self) -> None:
+        self.fills: list[tuple[int, list[int], int]] = []
+
+    def fill(self, slot: int, blocks: list[int], first: int) -> None:
+        self.fills.append((slot, list(blocks), first))
+
+
 class FakeLink:
     """The engine's end of the socket."""
 
@@ -115,6 +132,11 @@ def fake_link() -> type[FakeLink]:
 @pytest.fixture
 def fake_adapters() -> type[FakeAdapters]:
     return FakeAdapters
+
+
+@pytest.fixture
+def fake_prefixes() -> type[FakePrefixes]:
+    return FakePrefixes
 
 
 @pytest.fixture

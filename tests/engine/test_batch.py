@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.engine.batch import Pooling, StepBatch
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
@@ -96,6 +97,22 @@ def test_pooled_sequences_sample_nothing_and_share_the_places() -> None:
     assert batch.sampled == (LAST_CHUNK.sequence, DECODE_BASE.sequence)
     assert (batch.sampled_places, batch.sampled_segments.spans) == ((0, 2), ((7, 0, 1),))
     assert batch.pooled == (
-        Pooling(whole.sequence, 0, 3, place=1),
-        Pooling(begun.sequence, 6, 8, place=None),
+        Pooling(whole.sequence, 0, 0, 3, place=1),
+        Pooling(begun.sequence, 0, 6, 8, place=None),
+    )
+
+
+def test_virtual_tokens_have_negative_ids_and_are_not_pooled() -> None:
+    begun = scheduled([4, 5, 6], [11, 12], computed=0, count=4, slot=1)
+    goes_on = scheduled([7, 8, 9], [13, 14], computed=4, count=1, slot=1)
+    nothing_yet = scheduled([1, 2], [15], computed=0, count=2, slot=2)
+    for item in (begun, goes_on, nothing_yet):
+        item.sequence.begin_with(Virtual(3))
+        item.sequence.pooling = Embed("mean", normalize=True)
+    batch = build(begun, goes_on, nothing_yet)
+    assert batch.input_ids.tolist() == [[-1, -2, -3, 4, 8, -1, -2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
+    assert batch.pooled == (
+        Pooling(begun.sequence, 0, 3, 4, place=None),
+        Pooling(goes_on.sequence, 1, 4, 5, place=None),
     )

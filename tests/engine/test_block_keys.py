@@ -1,5 +1,6 @@
 import pytest
 
+from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.engine.block_keys import block_key
 
 
@@ -44,3 +45,22 @@ def test_tokens_that_come_later_change_no_key(new_sequence):
     key = block_key(sequence, 0, 4)
     sequence.tokens.append(5)
     assert block_key(sequence, 0, 4) == key
+
+
+def test_virtual_tokens_are_the_same_for_every_request_of_their_adapter(new_sequence):
+    def keys(adapter, salt):
+        sequence = new_sequence(num_prompt=6, adapter=adapter, salt=salt)
+        sequence.begin_with(Virtual(6))
+        return [block_key(sequence, index, 4) for index in range(3)]
+
+    first, other_salt, other_adapter = keys("a", "s"), keys("a", "t"), keys("b", "s")
+    assert first[0] == other_salt[0]
+    assert len({*first, *other_salt, *other_adapter}) == 8
+
+
+def test_virtual_tokens_that_become_known_change_the_keys(new_sequence):
+    early, late = new_sequence(salt="", adapter="a"), new_sequence(salt="", adapter="a")
+    block_key(early, 0, 4)
+    for sequence in (early, late):
+        sequence.begin_with(Virtual(3))
+    assert block_key(early, 0, 4) == block_key(late, 0, 4)

@@ -1,12 +1,15 @@
 import pytest
 import torch
 
+from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.config import EngineConfig
 from deltamux.engine.block_allocator import BlockAllocator
+from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.engine import Engine
+from deltamux.engine.limits import Limits
 from deltamux.engine.outcome import NonFinite, SampledToken
 from deltamux.engine.scheduler import Scheduler
-from deltamux.engine.submission import Limits, Submissions
+from deltamux.engine.submission import Submissions
 from deltamux.errors import InvalidArgument, ResourceExhausted
 from deltamux.wire.messages import (
     AdapterDropped,
@@ -46,16 +49,16 @@ class Runner:
 
 
 class Setup:
-    def __init__(self, link, adapters, num_blocks=20):
+    def __init__(self, link, adapters, prefixes, num_blocks=20):
         self.now = 100.0
         self.link, self.runner, self.adapters = link, Runner(), adapters
-        self.allocator = BlockAllocator(num_blocks + 1)
-        self.scheduler = Scheduler(CONFIG, self.allocator, adapters)
+        self.blocks = BlockManager(BlockAllocator(num_blocks + 1), CONFIG.block_size, prefixes)
+        self.scheduler = Scheduler(CONFIG, LIMITS, self.blocks, adapters)
         self.engine = Engine(
             self.link,
             Submissions(LIMITS, seed=0),
             self.scheduler,
-            self.allocator,
+            self.blocks,
             adapters,
             self.runner,
             clock=lambda: self.now,
@@ -70,14 +73,17 @@ class Setup:
         return (
             not self.scheduler.running
             and not self.scheduler.waiting
-            and self.allocator.num_free == self.allocator.num_total
+            and not self.blocks.num_used
             and not self.adapters.leases.total()
         )
 
 
 @pytest.fixture
-def setup(fake_link, fake_adapters):
-    return lambda slots=2, load_polls=0: Setup(fake_link(), fake_adapters(slots, load_polls))
+def setup(fake_link, fake_adapters, fake_prefixes):
+    def make(slots=2, load_polls=0):
+        return Setup(fake_link(), fake_adapters(slots, load_polls), fake_prefixes())
+
+    return make
 
 
 def submit(request_id="r", prompt=(1, 2, 3), max_tokens=3, min_tokens=0, sampling=None, **fields):
@@ -129,6 +135,15 @@ def test_the_context_ends_it_with_length(setup):
     served = setup()
     served.step(submit(prompt=range(30), max_tokens=10), times=5)
     assert [p.finish for p in served.link.progress("r")] == ["", "length"]
+
+
+def test_virtual_tokens_take_room_in_the_context(setup):
+    served = setup()
+    served.adapters.virtuals["a"] = Virtual(28)
+    served.step(submit(prompt=range(2), adapter="a", max_tokens=10), times=9)
+    assert [p.finish for p in served.link.progress("r")] == ["", "length"]
+    assert served.link.progress("r")[0].first.cached_prompt_tokens == 0
+    assert served.is_empty()
 
 
 def test_a_stop_token_as_the_last_allowed_one_is_a_stop(setup):

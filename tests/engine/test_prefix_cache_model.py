@@ -10,27 +10,34 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
 from deltamux.adapters.task import Call
 from deltamux.config import EngineConfig
-from deltamux.engine import scheduler
+from deltamux.engine import block_manager
 from deltamux.engine.block_allocator import BlockAllocator
+from deltamux.engine.block_manager import BlockManager
+from deltamux.engine.limits import Limits
 from deltamux.engine.scheduler import Scheduler
-from deltamux.engine.sequence import Scheduled, Sequence
+from deltamux.engine.sequence import Sequence
 from deltamux.wire.messages import Sampling, Stopping
 
 TRACES = 10_000
 STEPS = 20
-BLOCK_SIZE, NUM_BLOCKS = 2, 6
+BLOCK_SIZE, NUM_BLOCKS = 2, 7
 CONFIG = EngineConfig("", block_size=BLOCK_SIZE, max_num_seqs=3, max_num_batched_tokens=5)
+LIMITS = Limits(2, 100, NUM_BLOCKS * BLOCK_SIZE)
 ADAPTERS, SALTS = ("", "a", "b"), ("", "salt")
 
-# Adapter, salt and all tokens from the first one on.
-Prefix = tuple[str, str, tuple[int, ...]]
+VIRTUAL = {"a": Virtual(3), "b": Virtual(4, computed=False)}
+
+# Adapter, salt and all tokens from the first one on, the virtual ones included.
+Prefix = tuple[str, str, tuple[int | str, ...]]
 
 
 def prefix_of(sequence: Sequence, num_blocks: int) -> Prefix:
-    tokens = tuple(sequence.tokens[: num_blocks * BLOCK_SIZE])
-    return sequence.adapter, sequence.cache_salt, tokens
+    tokens = (*("virtual",) * sequence.virtual.tokens, *sequence.tokens)[: num_blocks * BLOCK_SIZE]
+    own = any(token != "virtual" for token in tokens)
+    return sequence.adapter, sequence.cache_salt if own else "", tokens
 
 
 class Slots:
@@ -42,8 +49,14 @@ class Slots:
     def release(self, digest: str) -> None:
         pass
 
+    def virtual(self, digest: str) -> Virtual:
+        return VIRTUAL.get(digest, NO_VIRTUAL)
+
     def blocked(self, digest: str) -> bool:
         return False
+
+    def fill(self, slot: int, blocks: list[int], first: int) -> None:
+        """There is nothing to be filled."""
 
 
 class WatchedAllocator(BlockAllocator):
@@ -60,28 +73,28 @@ class WatchedAllocator(BlockAllocator):
         return blocks
 
 
-class WatchedScheduler(Scheduler):
+class WatchedManager(BlockManager):
     """Compares each admission with the dictionary, and enters what each step completes."""
 
     hits = 0
 
-    def _start(self, sequence: Sequence, now: float) -> None:
+    def start(self, sequence: Sequence) -> None:
         known = self._allocator.known
         expected = []
-        while (len(expected) + 1) * BLOCK_SIZE < sequence.num_tokens:
+        while (len(expected) + 1) * BLOCK_SIZE < sequence.num_places:
             block = known.get(prefix_of(sequence, len(expected) + 1))
             if block is None:
                 break
             expected.append(block)
-        super()._start(sequence, now)
-        reused = sequence.num_computed // BLOCK_SIZE
-        assert sequence.blocks[:reused] == expected
-        self.hits += reused
+        super().start(sequence)
+        assert sequence.blocks[: len(expected)] == expected
+        given = 0 if sequence.virtual.computed else sequence.virtual.tokens
+        assert sequence.num_computed == max(len(expected) * BLOCK_SIZE, given)
+        self.hits += len(expected)
 
-    def advance(self, item: Scheduled) -> None:
-        sequence = item.sequence
+    def complete(self, sequence: Sequence, count: int) -> None:
         first = sequence.num_computed // BLOCK_SIZE
-        super().advance(item)
+        super().complete(sequence, count)
         for index in range(first, sequence.num_computed // BLOCK_SIZE):
             prefix = prefix_of(sequence, index + 1)
             self._allocator.known.setdefault(prefix, sequence.blocks[index])
@@ -92,7 +105,8 @@ class Traffic:
 
     def __init__(self) -> None:
         self.allocator = WatchedAllocator(NUM_BLOCKS + 1)
-        self.scheduler = WatchedScheduler(CONFIG, self.allocator, Slots())
+        self.blocks = WatchedManager(self.allocator, BLOCK_SIZE, Slots())
+        self.scheduler = Scheduler(CONFIG, LIMITS, self.blocks, Slots())
         self.count = 0
 
     def submit(self, tokens: list[int], adapter: str, salt: str, max_tokens: int) -> None:
@@ -115,10 +129,13 @@ class Traffic:
         )
 
     def step(self) -> None:
-        scheduled = self.scheduler.schedule(0.0).scheduled
+        plan = self.scheduler.schedule(0.0)
+        for request_id in plan.failed:
+            self.scheduler.cancel(request_id)
+        scheduled = plan.scheduled
         sampling = [item.sequence for item in scheduled if item.yields]
         for item in scheduled:
-            self.scheduler.advance(item)
+            self.blocks.complete(item.sequence, item.num_tokens)
         for sequence in sampling:
             sequence.tokens.append(sum(sequence.tokens) % 2)
             if sequence.num_generated == sequence.stopping.max_tokens:
@@ -130,12 +147,12 @@ class Traffic:
 
     def check_blocks(self) -> None:
         held = {block for sequence in self.scheduler.running for block in sequence.blocks}
-        assert self.allocator.num_total - self.allocator.num_free == len(held)
+        assert self.blocks.num_used == len(held)
 
     def drain(self) -> None:
         for number in range(self.count):
             self.cancel(number)
-        assert self.allocator.num_free == self.allocator.num_total
+        assert self.blocks.num_used == 0
 
 
 def run_trace(seed: int) -> Traffic:
@@ -145,7 +162,7 @@ def run_trace(seed: int) -> Traffic:
         action = draw.random()
         if action < 0.4:
             tokens = [int(draw.random() < 0.2) for _ in range(draw.randint(1, 9))]
-            adapter = draw.choice(ADAPTERS[:2])
+            adapter = draw.choice(ADAPTERS)
             traffic.submit(tokens, adapter, draw.choice(SALTS), draw.randint(1, 4))
         elif action < 0.9:
             traffic.step()
@@ -162,7 +179,7 @@ def test_ten_thousand_traces() -> None:
             traffic = run_trace(seed)
         except Exception as error:
             raise AssertionError(f"seed {seed}: {error!r}") from error
-        hits += traffic.scheduler.hits
+        hits += traffic.blocks.hits
         preemptions += traffic.scheduler.num_preemptions
     assert min(hits, preemptions) > 500
 
@@ -210,7 +227,7 @@ def _without(part: str) -> Callable[..., bytes]:
 
     def key(sequence: Sequence, index: int, block_size: int) -> bytes:
         first = 0 if part != "tokens before" else index * block_size
-        tokens = sequence.tokens[first : (index + 1) * block_size]
+        tokens = sequence.ids(first, (index + 1) * block_size - first)
         parts = {"adapter": sequence.adapter, "salt": sequence.cache_salt, "tokens before": tokens}
         return repr([(n, v) for n, v in parts.items() if n != part] + [tokens]).encode()
 
@@ -227,7 +244,7 @@ free = BlockAllocator.free
 
 @pytest.mark.parametrize("part", ["adapter", "salt", "tokens before"])
 def test_it_notices_keys_that_are_too_short(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "block_key", _without(part))
+    monkeypatch.setattr(block_manager, "block_key", _without(part))
     with pytest.raises(AssertionError, match="seed"):
         test_ten_thousand_traces()
 

@@ -65,7 +65,7 @@ def step(runner: ModelRunner, *sequences: Sequence) -> list[SampledToken | NonFi
     """Everything uncomputed at once; tokens are appended as the engine does it."""
     outcomes = runner.run([Scheduled(s, s.num_uncomputed) for s in sequences])
     for item, outcome in zip(sequences, outcomes, strict=True):
-        item.num_computed = item.num_tokens
+        item.num_computed = item.num_places
         if isinstance(outcome, SampledToken):
             item.tokens.append(outcome.token_id)
     return outcomes

@@ -2,9 +2,12 @@ from itertools import permutations
 
 import pytest
 
+from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.config import EngineConfig
 from deltamux.engine import drain
 from deltamux.engine.block_allocator import BlockAllocator
+from deltamux.engine.block_manager import BlockManager
+from deltamux.engine.limits import Limits
 from deltamux.engine.scheduler import Scheduler
 from deltamux.errors import InvalidArgument
 from deltamux.wire.messages import Embed
@@ -15,13 +18,16 @@ BLOCK_SIZE = 4
 class Setup:
     """A scheduler, and the little that the engine does between two schedules."""
 
-    def __init__(self, adapters, num_blocks=100, seqs=8, budget=16):
+    def __init__(self, adapters, prefixes, num_blocks=100, seqs=8, budget=16, context=1000):
         config = EngineConfig(
             "", block_size=BLOCK_SIZE, max_num_seqs=seqs, max_num_batched_tokens=budget
         )
         self.adapters = adapters
         self.allocator = BlockAllocator(num_blocks + 1)
-        self.scheduler = Scheduler(config, self.allocator, adapters)
+        self.prefixes = prefixes
+        limits = Limits(100, context, num_blocks * BLOCK_SIZE)
+        self.blocks = BlockManager(self.allocator, BLOCK_SIZE, prefixes)
+        self.scheduler = Scheduler(config, limits, self.blocks, adapters)
         self.now = 0.0
 
     def add(self, *sequences):
@@ -35,7 +41,7 @@ class Setup:
         plan = self.scheduler.schedule(self.now)
         sampling = [item.sequence for item in plan.scheduled if item.yields]
         for item in plan.scheduled:
-            self.scheduler.advance(item)
+            self.blocks.complete(item.sequence, item.num_tokens)
         for sequence in sampling:
             sequence.tokens.append(7)
             if sequence.num_generated == sequence.stopping.max_tokens:
@@ -59,9 +65,9 @@ class Setup:
 
 
 @pytest.fixture
-def setup(fake_adapters):
+def setup(fake_adapters, fake_prefixes):
     def make(slots=2, load_polls=0, **limits):
-        return Setup(fake_adapters(slots, load_polls), **limits)
+        return Setup(fake_adapters(slots, load_polls), fake_prefixes(), **limits)
 
     return make
 
@@ -174,12 +180,16 @@ def test_a_missing_adapter_is_asked_for_once_a_step_and_waited_for_by_all(setup,
 
 def test_a_broken_adapter_is_told_and_takes_nothing(setup, new_sequence):
     engine = setup()
-    error = InvalidArgument("broken")
-    engine.adapters.broken["bad"] = error
+    engine.adapters.broken["bad"] = InvalidArgument("broken", reason="BROKEN")
     bad, good = new_sequence(adapter="bad"), new_sequence(adapter="good")
     engine.add(bad, good)
     plan = engine.scheduler.schedule(0.0)
-    assert plan.failed == {bad.request_id: error}
+    (failure,) = plan.failed.items()
+    assert (failure[0], failure[1].code, failure[1].reason) == (
+        bad.request_id,
+        "FAILED_PRECONDITION",
+        "BROKEN",
+    )
     assert [item.sequence for item in plan.scheduled] == [good]
     assert bad.blocks == [] and bad in engine.scheduler.waiting
 
@@ -246,7 +256,7 @@ def test_a_prompt_that_begins_like_an_earlier_one_skips_its_full_blocks(setup, n
     engine.add(again, longer, answered)
     assert engine.step() == {again: 2, longer: 6, answered: 1}
     assert [s.num_cached for s in (again, longer, answered)] == [8, 8, 12]
-    assert (engine.scheduler.prefix_queries, engine.scheduler.prefix_hits) == (47, 28)
+    assert (engine.blocks.prefix_queries, engine.blocks.prefix_hits) == (47, 28)
 
 
 def test_the_last_token_of_a_prompt_is_always_computed(setup, new_sequence):
@@ -279,7 +289,7 @@ def test_adapters_and_salts_share_nothing(setup, new_sequence, adapter, salt):
     other = new_sequence(num_prompt=9, adapter=adapter, salt=salt)
     engine.add(other)
     assert engine.step() == {other: 9}
-    assert engine.scheduler.prefix_hits == 0
+    assert engine.blocks.prefix_hits == 0
 
 
 def test_choices_count_once(setup, new_sequence):
@@ -287,10 +297,10 @@ def test_choices_count_once(setup, new_sequence):
     leader = new_sequence(num_prompt=9, salt="")
     engine.add(leader, new_sequence(num_prompt=9, salt="", leader=leader))
     engine.steps_until(engine.is_empty)
-    assert (engine.scheduler.prefix_queries, engine.scheduler.prefix_hits) == (9, 0)
+    assert (engine.blocks.prefix_queries, engine.blocks.prefix_hits) == (9, 0)
     engine.add(new_sequence(num_prompt=9, salt=""))
     engine.step()
-    assert (engine.scheduler.prefix_queries, engine.scheduler.prefix_hits) == (18, 8)
+    assert (engine.blocks.prefix_queries, engine.blocks.prefix_hits) == (18, 8)
 
 
 def test_a_preempted_sequence_finds_what_nobody_took(setup, new_sequence):
@@ -327,12 +337,90 @@ def test_blocks_that_a_match_takes_from_the_free_ones_are_counted(setup, new_seq
     assert engine.step() == {running: 1}
 
 
+def with_virtual(engine, **virtuals):
+    engine.adapters.virtuals.update(virtuals)
+    return engine
+
+
+def test_virtual_tokens_are_computed_once_for_all_requests_of_an_adapter(setup, new_sequence):
+    """Ten of them: two full blocks, and two beside the first tokens of each request."""
+    engine = with_virtual(setup(), a=Virtual(10))
+    first, second = new_sequence(adapter="a"), new_sequence(adapter="a")
+    engine.add(first)
+    assert engine.step() == {first: 14}
+    engine.add(second)
+    assert engine.step() == {first: 1, second: 6}
+    assert first.blocks[:2] == second.blocks[:2]
+    assert not set(first.blocks[2:]) & set(second.blocks)
+    assert first.num_cached == second.num_cached == 0
+    assert engine.blocks.prefix_hits == 0
+    engine.steps_until(engine.is_empty)
+
+
+def test_a_prompt_behind_virtual_tokens_is_found_and_only_its_tokens_count(setup, new_sequence):
+    engine = with_virtual(setup(), a=Virtual(2))
+    engine.add(new_sequence(num_prompt=9, adapter="a", salt=""))
+    engine.steps_until(engine.is_empty)
+    again = new_sequence(num_prompt=9, adapter="a", salt="")
+    engine.add(again)
+    assert engine.step() == {again: 3}
+    assert again.num_cached == engine.blocks.prefix_hits == 6
+
+
+def test_keys_and_values_that_the_adapter_brings_are_filled_in_not_computed(setup, new_sequence):
+    engine = with_virtual(setup(), a=Virtual(10, computed=False))
+    first, second = new_sequence(adapter="a"), new_sequence(adapter="a")
+    engine.add(first, second)
+    assert engine.step() == {first: 4, second: 4}
+    slot = engine.adapters.device["a"]
+    # The second one finds the two full blocks, and has its own place for the other two tokens.
+    assert engine.prefixes.fills == [(slot, first.blocks, 0), (slot, second.blocks, 8)]
+    assert first.blocks[:2] == second.blocks[:2] and first.blocks[2] != second.blocks[2]
+    engine.steps_until(engine.is_empty)
+    engine.add(new_sequence(adapter="a"))
+    engine.step()
+    assert engine.prefixes.fills[2][2] == 8
+
+
+def test_a_prefix_that_gave_way_is_filled_in_again(setup, new_sequence):
+    engine = with_virtual(setup(num_blocks=5), a=Virtual(8, computed=False))
+    engine.add(new_sequence(adapter="a", max_tokens=1))
+    engine.steps_until(engine.is_empty)
+    engine.add(new_sequence(num_prompt=20, max_tokens=1))
+    engine.steps_until(engine.is_empty)
+    engine.add(new_sequence(adapter="a", max_tokens=1))
+    engine.steps_until(engine.is_empty)
+    assert [first for _, _, first in engine.prefixes.fills] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("virtual", "prompt", "reason"),
+    [(Virtual(16), 4, "PROMPT_LENGTH"), (Virtual(30), 4, "PROMPT_LENGTH"), (Virtual(8), 9, None)],
+)
+def test_virtual_tokens_count_for_the_context(setup, new_sequence, virtual, prompt, reason):
+    engine = with_virtual(setup(context=20, budget=40), a=virtual)
+    request, other = new_sequence(num_prompt=prompt, adapter="a"), new_sequence()
+    engine.add(request, other)
+    plan = engine.scheduler.schedule(0.0)
+    assert other in [item.sequence for item in plan.scheduled]
+    assert [error.reason for error in plan.failed.values()] == ([reason] if reason else [])
+    assert (request in engine.scheduler.running) == (reason is None)
+
+
+def test_virtual_tokens_count_for_the_kv_cache(setup, new_sequence):
+    engine = with_virtual(setup(num_blocks=4), a=Virtual(10))
+    engine.add(new_sequence(num_prompt=4, adapter="a", max_tokens=4))
+    (error,) = engine.scheduler.schedule(0.0).failed.values()
+    assert (error.code, error.reason) == ("INVALID_ARGUMENT", "KV_CACHE_TOO_SMALL")
+    assert "17 tokens" in error.message and "10 virtual" in error.message
+
+
 def test_distrusted_content_is_not_found(setup, new_sequence):
     engine = setup()
     poisoned, again = new_sequence(num_prompt=9, salt=""), new_sequence(num_prompt=9, salt="")
     engine.add(poisoned)
     engine.step()
-    engine.scheduler.distrust(poisoned)
+    engine.blocks.distrust(poisoned)
     engine.scheduler.finish(poisoned)
     engine.add(again)
     assert engine.step() == {again: 9}

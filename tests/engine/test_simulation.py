@@ -11,14 +11,17 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
 from deltamux.config import EngineConfig
-from deltamux.engine import scheduler
+from deltamux.engine import block_manager
 from deltamux.engine.block_allocator import BlockAllocator
 from deltamux.engine.block_keys import block_key
+from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.engine import Engine
+from deltamux.engine.limits import Limits
 from deltamux.engine.outcome import NonFinite, SampledToken
 from deltamux.engine.scheduler import Scheduler
-from deltamux.engine.submission import Limits, Submissions
+from deltamux.engine.submission import Submissions
 from deltamux.errors import InvalidArgument
 from deltamux.wire.messages import Cancel, RequestFailed, Sampling, StepDone, Stopping, Submit
 
@@ -30,6 +33,8 @@ VOCABULARY = 50
 BLOCK_SIZE = 2
 NUM_BLOCKS = 12
 MAX_MODEL_LEN = 20
+# Of adapters that bring embeddings, and of one that brings keys and values.
+VIRTUALS = {"b": Virtual(3), "c": Virtual(5, computed=False), "d": Virtual(9)}
 
 
 def next_token(written: list[tuple[str, int]]) -> int:
@@ -38,12 +43,13 @@ def next_token(written: list[tuple[str, int]]) -> int:
 
 
 def solo_run(submit: Submit) -> list[int]:
-    tokens = list(submit.prompt)
+    virtual = VIRTUALS.get(submit.adapter, NO_VIRTUAL).tokens
+    tokens = [*range(-1, -1 - virtual, -1), *submit.prompt]
     for _ in range(submit.stopping.max_tokens):
         tokens.append(next_token([(submit.adapter, token) for token in tokens]))
         if len(tokens) == MAX_MODEL_LEN:
             break
-    return tokens[len(submit.prompt) :]
+    return tokens[virtual + len(submit.prompt) :]
 
 
 class PagedRunner:
@@ -63,18 +69,26 @@ class PagedRunner:
     def _write(self, item):
         sequence = item.sequence
         digest = self._digest_in(sequence.slot)
-        for place in range(sequence.num_computed, sequence.num_computed + item.num_tokens):
-            self.pages[self._page(sequence, place)] = (digest, sequence.tokens[place])
+        first = sequence.num_computed
+        for place, token in enumerate(sequence.ids(first, item.num_tokens), start=first):
+            assert token >= 0 or VIRTUALS[digest].computed
+            self.pages[self._page(sequence.blocks, place)] = (digest, token)
+
+    def fill(self, slot, blocks, first):
+        digest = self._digest_in(slot)
+        assert not VIRTUALS[digest].computed
+        for place in range(first, VIRTUALS[digest].tokens):
+            self.pages[self._page(blocks, place)] = (digest, -1 - place)
 
     def _sample(self, item):
         sequence = item.sequence
         if self.chance(0.01):
             return NonFinite()
-        places = range(sequence.num_tokens)
-        return SampledToken(next_token([self.pages[self._page(sequence, p)] for p in places]))
+        pages = [self._page(sequence.blocks, place) for place in range(sequence.num_places)]
+        return SampledToken(next_token([self.pages[page] for page in pages]))
 
-    def _page(self, sequence, place):
-        return sequence.blocks[place // BLOCK_SIZE], place % BLOCK_SIZE
+    def _page(self, blocks, place):
+        return blocks[place // BLOCK_SIZE], place % BLOCK_SIZE
 
     def _digest_in(self, slot):
         if slot is None:
@@ -95,16 +109,18 @@ class Simulation:
         self.config = EngineConfig(
             "", block_size=BLOCK_SIZE, max_num_seqs=4, max_num_batched_tokens=7
         )
-        self.allocator = BlockAllocator(NUM_BLOCKS + 1)
-        self.scheduler = Scheduler(self.config, self.allocator, self.adapters)
+        self.adapters.virtuals = VIRTUALS
+        runner = PagedRunner(self.adapters, self.chance)
         limits = Limits(VOCABULARY, MAX_MODEL_LEN, NUM_BLOCKS * BLOCK_SIZE)
+        self.blocks = BlockManager(BlockAllocator(NUM_BLOCKS + 1), BLOCK_SIZE, runner)
+        self.scheduler = Scheduler(self.config, limits, self.blocks, self.adapters)
         self.engine = Engine(
             self.link,
             Submissions(limits, seed),
             self.scheduler,
-            self.allocator,
+            self.blocks,
             self.adapters,
-            PagedRunner(self.adapters, self.chance),
+            runner,
             clock=lambda: self.now,
         )
         self.submits: dict[str, Submit] = {}
@@ -174,7 +190,7 @@ class Simulation:
         assert done.stats.step_rows <= self.config.max_num_batched_tokens
         assert len(running) <= self.config.max_num_seqs
         held = {block for sequence in running for block in sequence.blocks}
-        assert self.allocator.num_total - self.allocator.num_free == len(held)
+        assert self.blocks.num_used == len(held)
         assert not any(sequence.blocks for sequence in self.scheduler.waiting)
         leases = Counter(sequence.adapter for sequence in running if sequence.adapter)
         assert leases == self.adapters.leases
@@ -210,7 +226,7 @@ def simulate(seeds, fake_link, fake_adapters):
         except Exception as error:
             raise AssertionError(f"seed {seed}: {error!r}") from error
         happened["preemptions"] += simulation.scheduler.num_preemptions
-        happened["prefix hits"] += simulation.scheduler.prefix_hits
+        happened["prefix hits"] += simulation.blocks.prefix_hits
         happened["evictions"] += simulation.adapters.device_evictions
         happened.update(message.reason for message in simulation.link.told(RequestFailed))
     return happened
@@ -223,6 +239,7 @@ def test_every_seed_keeps_the_promises(fake_link, fake_adapters):
         "prefix hits",
         "evictions",
         "INVALID_ARGUMENT",
+        "PROMPT_LENGTH",
         "NON_FINITE_OUTPUT",
         "OUT_OF_MEMORY",
         "DEADLINE_EXCEEDED",
@@ -248,13 +265,13 @@ def _shares_without_a_reference(monkeypatch):
 
 def _shares_the_last_block_too(monkeypatch):
     monkeypatch.setattr(
-        Scheduler, "_num_reusable", lambda self, num_tokens: num_tokens // BLOCK_SIZE
+        BlockManager, "_num_reusable", lambda self, num_tokens: num_tokens // BLOCK_SIZE
     )
 
 
 def _shares_between_adapters(monkeypatch):
     monkeypatch.setattr(
-        scheduler,
+        block_manager,
         "block_key",
         lambda sequence, index, size: block_key(
             replace(sequence, adapter="", block_keys=[]), index, size
@@ -263,34 +280,52 @@ def _shares_between_adapters(monkeypatch):
 
 
 def _shares_what_is_not_computed_yet(monkeypatch):
-    start = Scheduler._start
+    start = BlockManager.start
 
-    def hasty(self, sequence, now):
-        start(self, sequence, now)
-        for index in range(self._num_reusable(sequence.num_tokens)):
+    def hasty(self, sequence):
+        start(self, sequence)
+        for index in range(self._num_reusable(sequence.num_places)):
             key = block_key(sequence, index, BLOCK_SIZE)
             self._allocator.publish(sequence.blocks[index], key)
 
-    monkeypatch.setattr(Scheduler, "_start", hasty)
+    monkeypatch.setattr(BlockManager, "start", hasty)
+
+
+def _shares_between_prefixes(monkeypatch):
+    """Virtual tokens of two adapters have the same numbers."""
+    key = block_key
+    monkeypatch.setattr(
+        block_manager,
+        "block_key",
+        lambda sequence, index, size: (
+            b"virtual" + bytes([index])
+            if (index + 1) * size <= sequence.virtual.tokens
+            else key(sequence, index, size)
+        ),
+    )
+
+
+def _forgets_to_fill(monkeypatch):
+    monkeypatch.setattr(PagedRunner, "fill", lambda self, slot, blocks, first: None)
 
 
 def _keeps_computed_tokens_of_the_preempted(monkeypatch):
-    release = Scheduler._release
+    release = BlockManager.release
 
     def forgetful(self, sequence):
         computed = sequence.num_computed
         release(self, sequence)
         sequence.num_computed = computed
 
-    start = Scheduler._start
+    start = BlockManager.start
 
-    def stale(self, sequence, now):
+    def stale(self, sequence):
         computed = sequence.num_computed
-        start(self, sequence, now)
+        start(self, sequence)
         sequence.num_computed = max(sequence.num_computed, computed)
 
-    monkeypatch.setattr(Scheduler, "_release", forgetful)
-    monkeypatch.setattr(Scheduler, "_start", stale)
+    monkeypatch.setattr(BlockManager, "release", forgetful)
+    monkeypatch.setattr(BlockManager, "start", stale)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +336,8 @@ def _keeps_computed_tokens_of_the_preempted(monkeypatch):
         _shares_the_last_block_too,
         _shares_between_adapters,
         _shares_what_is_not_computed_yet,
+        _shares_between_prefixes,
+        _forgets_to_fill,
         _keeps_computed_tokens_of_the_preempted,
     ],
 )

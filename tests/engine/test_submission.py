@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from deltamux.engine.submission import Limits, Submissions
+from deltamux.engine.limits import Limits
+from deltamux.engine.submission import Submissions
 from deltamux.errors import InvalidArgument
 from deltamux.wire.messages import Classify, Sampling, Stopping, Submit
 

@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
 from deltamux.errors import FailedPrecondition
 from deltamux.store.content import content_digest
 from deltamux.store.loader import Loader
@@ -54,6 +55,7 @@ class FakeAdapter:
     note: str = ""
     task: str = "generation"
     head: None = None
+    virtual: Virtual = NO_VIRTUAL
 
     @property
     def host_bytes(self) -> int:

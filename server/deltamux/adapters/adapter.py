@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.task_head import TaskHead
+from deltamux.adapters.primitives.virtual_tokens import (
+    NO_VIRTUAL,
+    KeyValuePrefix,
+    Virtual,
+    VirtualTokens,
+)
 from deltamux.adapters.task import Task
 
 
@@ -26,6 +33,14 @@ class Adapter:
     task: Task = "generation"
     # What takes the place of the language head, for tasks that have it.
     head: TaskHead | None = None
+
+    @property
+    def virtual(self) -> Virtual:
+        """What stands in front of each prompt."""
+        for payload in chain.from_iterable(self.payloads.values()):
+            if isinstance(payload, VirtualTokens | KeyValuePrefix):
+                return payload.virtual
+        return NO_VIRTUAL
 
     @property
     def host_bytes(self) -> int:

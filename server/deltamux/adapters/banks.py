@@ -36,13 +36,19 @@ from deltamux.adapters.primitives.input_scale import InputScale, InputScaleBank
 from deltamux.adapters.primitives.low_rank import LowRank, LowRankBank, SharedInput
 from deltamux.adapters.primitives.norm_parameters import NormParameters, NormParametersBank
 from deltamux.adapters.primitives.pair_rotation import PairRotation, PairRotationBank
-from deltamux.adapters.primitives.payload import InputBank, OutputBank, Payload
+from deltamux.adapters.primitives.payload import Bank, InputBank, OutputBank, Payload
 from deltamux.adapters.primitives.row_bias import RowBias, RowBiasBank
 from deltamux.adapters.primitives.row_scale import OutputScale, RowScale, RowScaleBank
 from deltamux.adapters.primitives.sign_delta import SignDelta, SignDeltaBank
 from deltamux.adapters.primitives.sparse_delta import SparseDelta, SparseDeltaBank
 from deltamux.adapters.primitives.task_head import TaskHeadBank
 from deltamux.adapters.primitives.token_rows import EmbeddingTokenBank, HeadTokenBank, TokenRows
+from deltamux.adapters.primitives.virtual_tokens import (
+    KeyValuePrefix,
+    KeyValuePrefixBank,
+    VirtualTokens,
+    VirtualTokensBank,
+)
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux_kernels.expand import Columns
 from deltamux_kernels.packed import PackedMatrices
@@ -54,7 +60,7 @@ from deltamux_kernels.token_rows import TokenTable
 
 @dataclass(frozen=True, eq=False)
 class SiteBanks:
-    """The banks of one site, in the order in which they act.
+    """The banks of one site, in the order in which they act; `kept` ones are read elsewhere.
 
     `residual` is where the site leaves its input, if it is the residual of a sublayer.
     """
@@ -62,6 +68,7 @@ class SiteBanks:
     outputs: dict[type[Payload], OutputBank]
     inputs: dict[type[Payload], InputBank] = field(default_factory=dict)
     residual: Residual | None = None
+    kept: dict[type[Payload], Bank] = field(default_factory=dict)
 
 
 class BankFactory:
@@ -71,6 +78,7 @@ class BankFactory:
         self._arena = arena
         self._slots = slots
         self._structure = structure
+        self.prefixes = self._prefixes()
         self._shared: dict[int, SharedInput] = {}
         self._last_order: dict[int, int] = {}
         self._residual = Residual()
@@ -109,7 +117,11 @@ class BankFactory:
             RowScale: RowScaleBank(self._store(spec.out_features), None),
             OutputRotation: OutputRotationBank(self._store(spec.out_features)),
         }
-        return SiteBanks(banks)
+        if spec.name != self._structure.embedding:
+            return SiteBanks(banks)
+        virtual = VirtualTokensBank(self._store(spec.out_features))
+        banks[VirtualTokens] = virtual
+        return SiteBanks(banks, {VirtualTokens: virtual}, kept={KeyValuePrefix: self.prefixes})
 
     def _linear(self, spec: SiteSpec) -> SiteBanks:
         shared = self._shared_input(spec)
@@ -159,6 +171,12 @@ class BankFactory:
             a = self._store(spec.in_features)
             self._shared[spec.group] = SharedInput(a, spec.in_features)
         return self._shared[spec.group]
+
+    def _prefixes(self) -> KeyValuePrefixBank:
+        """As wide as the first layer: a prefix is refused where the layers differ."""
+        layers = self._structure.layers
+        width = layers[0].kv_heads * layers[0].key_dim if layers else 1
+        return KeyValuePrefixBank(self._store(width), len(layers))
 
     def _store(self, width: int) -> PackedMatrices:
         return PackedMatrices(self._arena, self._slots, width)

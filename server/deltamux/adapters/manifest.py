@@ -48,6 +48,8 @@ class Manifest:
     library: Library
     type: str
     fields: Mapping[str, Json]
+    # What PEFT was told that it is for, as one of the words of `task.Task`, once that is known.
+    task: str | None = None
 
     @property
     def peft_type(self) -> str | None:

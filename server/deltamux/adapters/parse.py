@@ -16,6 +16,12 @@ from deltamux.adapters.saved_modules import take_saved_modules
 from deltamux.base.structure import Structure
 from deltamux.errors import FailedPrecondition
 
+# Types that no family claims, for a reason that their owner should know.
+_REFUSED = {
+    "ADAPTION_PROMPT": ": their prompt has a softmax of its own, behind a gate, beside that of "
+    "attention, which paged attention does not compute",
+}
+
 
 def parse_adapter(folder: Path, digest: str, structure: Structure, dtype: torch.dtype) -> Adapter:
     """Reads the adapter in `folder`; its payloads lie on the host in `dtype`.
@@ -45,7 +51,8 @@ def family_of(manifest: Manifest) -> Family:
     for family in FAMILIES:
         if family.claims(manifest):
             return family
+    why = _REFUSED.get(manifest.type, "")
     raise FailedPrecondition(
-        f"adapters of type {manifest.type} ({manifest.library}) are not served",
+        f"adapters of type {manifest.type} ({manifest.library}) are not served{why}",
         reason="UNSUPPORTED_TYPE",
     )

@@ -31,7 +31,7 @@ class Site(nn.Module):
         super().__init__()
         self.base = base
         self.spec = spec
-        self.banks: dict[type[Payload], Bank] = {**banks.inputs, **banks.outputs}
+        self.banks: dict[type[Payload], Bank] = {**banks.inputs, **banks.outputs, **banks.kept}
         # Slots with a payload here, a product with the input that this site shares, or a
         # bottleneck that needs its input.
         self.slots: set[int] = set()
@@ -125,6 +125,7 @@ class DeviceSites:
         self._allocator = ArenaAllocator(arena_bytes // self._item, ALIGNMENT)
         arena = torch.zeros(self._allocator.capacity, dtype=dtype, device=device)
         factory = BankFactory(arena, slots, structure)
+        self.prefixes = factory.prefixes
         self._sites = {
             spec.name: _install(model, spec, factory.banks(spec), rows)
             for spec in structure.sites.values()
@@ -210,6 +211,8 @@ class DeviceSites:
         """The sites that have to act where a bank has something."""
         if isinstance(bank, BottleneckBank):
             return [site, self._sites[self._sublayers[site.spec.name].residual]]
+        if bank is self.prefixes:
+            return []
         group = site.spec.group
         if group is None or not isinstance(bank, LowRankBank):
             return [site]

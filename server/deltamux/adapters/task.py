@@ -44,7 +44,7 @@ def split_task(manifest: Manifest) -> tuple[Task, Manifest]:
     if task is not None and task not in _TASKS:
         raise unsupported(f"task_type = {quoted(task)}")
     known = _task_of_class(fields.get("auto_mapping")) if task is None else _TASKS[task]
-    return known, replace(manifest, fields=fields)
+    return known, replace(manifest, fields=fields, task=None if task is None else known)
 
 
 def require_fit(task: str, call: Call) -> None:

@@ -33,7 +33,6 @@ class Base:
     model: PreTrainedModel
     device: torch.device
     dtype: torch.dtype
-    layers: tuple[AttentionLayer, ...]
     structure: Structure
     last_hidden: LastHidden
     # Rows of the token embedding, and the logits of one row.
@@ -46,6 +45,10 @@ class Base:
     @property
     def config(self) -> PreTrainedConfig:
         return self.model.config
+
+    @property
+    def layers(self) -> tuple[AttentionLayer, ...]:
+        return self.structure.layers
 
     def set_attention(self, attention: AttentionFunction) -> None:
         """Makes every layer call `attention` from now on; the function before it is let go."""
@@ -81,8 +84,7 @@ def adopt(model: PreTrainedModel) -> Base:
         model=model,
         device=embedding.device,
         dtype=embedding.dtype,
-        layers=layers,
-        structure=find_structure(model),
+        structure=find_structure(model, layers),
         last_hidden=LastHidden(model),
         vocab_size=vocab_size,
         max_model_len=_max_model_len(model.config),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from deltamux.base.probe import AttentionLayer
 from deltamux.base.sublayers import Sublayer, find_sublayers
 from deltamux.base.task_heads import TaskHeads, find_task_heads
 from deltamux.base.trace import Call, is_linear, is_norm, trace
@@ -55,7 +56,7 @@ class Structure:
 
     `embedding` and `head` name those of the vocabulary; `tied` says that they share one weight.
     `task_heads` says which other heads an adapter may bring, `sublayers` are by the name of their
-    output, in call order.
+    output, in call order, `layers` those of attention.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Structure:
         task_heads: TaskHeads,
         sublayers: Iterable[Sublayer] = (),
         model_type: str = "",
+        layers: Iterable[AttentionLayer] = (),
     ) -> None:
         self.sites = dict(sites)
         self.embedding = embedding
@@ -76,6 +78,7 @@ class Structure:
         self.task_heads = task_heads
         self.sublayers = {sublayer.output: sublayer for sublayer in sublayers}
         self.model_type = model_type
+        self.layers = tuple(layers)
         self._modules = dict(modules)
 
     def without(self, names: Collection[str]) -> Structure:
@@ -100,12 +103,12 @@ class Structure:
         return self._modules[name]
 
 
-def find_structure(model: PreTrainedModel) -> Structure:
+def find_structure(model: PreTrainedModel, layers: Iterable[AttentionLayer] = ()) -> Structure:
     """Runs one short forward of a transformers decoder and returns its sites.
 
     A linear module is a site when it was called once per token; the rows that a mixture of experts
     sends to one expert are not. Embeddings are sites when they take nothing but token or position
-    ids, norms when they scale token rows or all heads of them.
+    ids, norms when they scale token rows or all heads of them. The probe has found the `layers`.
     """
     calls = trace(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -121,6 +124,7 @@ def find_structure(model: PreTrainedModel) -> Structure:
         find_task_heads(model),
         find_sublayers(calls),
         model.config.model_type,
+        layers,
     )
 
 

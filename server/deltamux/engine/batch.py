@@ -19,9 +19,13 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Pooling:
-    """The rows [start, end) of a sequence whose hidden states are wanted, not tokens."""
+    """The rows [start, end) of a sequence whose hidden states are wanted, not tokens.
+
+    They are those of its tokens number `first` and on; virtual tokens are left out.
+    """
 
     sequence: Sequence
+    first: int
     start: int
     end: int
     # None while more of the prompt is to come.
@@ -36,7 +40,7 @@ class StepBatch:
     sequence among those that yield something, as scheduled.
     """
 
-    input_ids: Tensor  # int64 [1, T]
+    input_ids: Tensor  # int64 [1, T]; -1 - j for the virtual token j of the row's adapter
     position_ids: Tensor  # int64 [1, T]
     slot_mapping: Tensor  # int64 [T], place of each row in the flattened KV cache
     attention: AttentionBatch
@@ -96,18 +100,22 @@ def _places(scheduled: Items[Scheduled], order: list[int]) -> dict[int, int]:
 def _pooled(
     items: list[Scheduled], starts: list[int], places: dict[int, int]
 ) -> tuple[Pooling, ...]:
-    return tuple(
-        Pooling(item.sequence, starts[number], starts[number] + item.num_tokens, places.get(number))
-        for number, item in enumerate(items)
-        if item.sequence.pooling is not None
-    )
+    pooled = []
+    for number, item in enumerate(items):
+        if item.sequence.pooling is None:
+            continue
+        first = item.sequence.num_computed - item.sequence.virtual.tokens
+        start, end = starts[number] + max(-first, 0), starts[number] + item.num_tokens
+        if start < end:
+            place = places.get(number)
+            pooled.append(Pooling(item.sequence, max(first, 0), start, end, place))
+    return tuple(pooled)
 
 
 def _token_ids(items: list[Scheduled]) -> Array:
     token_ids: list[int] = []
     for item in items:
-        first = item.sequence.num_computed
-        token_ids += item.sequence.tokens[first : first + item.num_tokens]
+        token_ids += item.sequence.ids(item.sequence.num_computed, item.num_tokens)
     return np.array(token_ids, dtype=np.int64)
 
 

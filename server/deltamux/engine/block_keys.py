@@ -13,17 +13,20 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 def block_key(sequence: Sequence, index: int, block_size: int) -> bytes:
-    """The key of the sequence's block `index`, all of whose tokens are known.
+    """The key of the sequence's block `index`, all of whose places are known.
 
-    It depends on the keys of the blocks before it, the version of the adapter that computes it,
-    the salt of the request and the tokens in it. The base is the same for all blocks of a cache.
+    It depends on the key of the block before it, the version of the adapter that computes it, the
+    salt of the request and the tokens in it. A block of nothing but virtual tokens is the same for
+    all requests of the adapter, whatever their salt. The base is the same for the whole cache.
     A sequence remembers its keys: its tokens only ever grow.
     """
     keys = sequence.block_keys
     while len(keys) <= index:
-        tokens = sequence.tokens[len(keys) * block_size : (len(keys) + 1) * block_size]
         before = keys[-1] if keys else b""
+        end = (len(keys) + 1) * block_size
+        salt = sequence.cache_salt if end > sequence.virtual.tokens else None
+        ids = sequence.ids(end - block_size, block_size)
         # Every field is encoded with its length, so that no two lists of them look the same.
-        content = _encode((before, sequence.adapter, sequence.cache_salt, tokens))
+        content = _encode((before, sequence.adapter, salt, ids))
         keys.append(blake2b(content, digest_size=_BYTES).digest())
     return keys[index]

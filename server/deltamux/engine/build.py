@@ -14,13 +14,16 @@ from deltamux.adapters.sites import DeviceSites
 from deltamux.base.load import Base, load_base
 from deltamux.config import EngineConfig
 from deltamux.engine.block_allocator import BlockAllocator
+from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.engine import Engine
 from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.limits import Limits
 from deltamux.engine.memory import count_kv_blocks
+from deltamux.engine.prefix_pages import PrefixPages
 from deltamux.engine.rehearsal import rehearse
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.scheduler import Scheduler
-from deltamux.engine.submission import Limits, Submissions
+from deltamux.engine.submission import Submissions
 from deltamux.errors import StartupError
 from deltamux.store.loader import Loader
 from deltamux.store.slots import AdapterCache
@@ -48,13 +51,14 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
     adapters = _adapter_cache(config, base, sites, link)
     num_blocks = count_kv_blocks(base, config)
     cache = KVCache(base.layers, num_blocks, config.block_size, base.dtype, base.device)
-    allocator = BlockAllocator(num_blocks)
-    limits = Limits(base.vocab_size, max_model_len, allocator.num_total * config.block_size)
+    prefixes = PrefixPages(sites.prefixes, cache)
+    blocks = BlockManager(BlockAllocator(num_blocks), config.block_size, prefixes)
+    limits = Limits(base.vocab_size, max_model_len, blocks.num_total * config.block_size)
     engine = Engine(
         link,
         Submissions(limits, config.seed, config.enable_prefix_caching),
-        Scheduler(config, allocator, adapters),
-        allocator,
+        Scheduler(config, limits, blocks, adapters),
+        blocks,
         adapters,
         ModelRunner(base, cache, rows, sites.task_heads),
     )

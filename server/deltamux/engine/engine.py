@@ -17,9 +17,9 @@ from collections.abc import Callable
 import structlog
 import torch
 
-from deltamux.engine.block_allocator import BlockAllocator
+from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.outcome import NonFinite, Outcome, SampledToken
-from deltamux.engine.reply import adapter_error, admission, finish_reason, non_finite_error
+from deltamux.engine.reply import admission, finish_reason, non_finite_error
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.scheduler import Scheduler
 from deltamux.engine.sequence import Scheduled, Sequence
@@ -53,7 +53,7 @@ class Engine:
         link: EngineEnd,
         submissions: Submissions,
         scheduler: Scheduler,
-        allocator: BlockAllocator,
+        blocks: BlockManager,
         adapters: AdapterCache,
         runner: ModelRunner,
         clock: Callable[[], float] = time.monotonic,
@@ -61,7 +61,7 @@ class Engine:
         self._link = link
         self._submissions = submissions
         self._scheduler = scheduler
-        self._allocator = allocator
+        self._blocks = blocks
         self._adapters = adapters
         self._runner = runner
         self._clock = clock
@@ -93,7 +93,7 @@ class Engine:
     def _schedule(self) -> list[Scheduled]:
         plan = self._scheduler.schedule(self._clock())
         for request_id, error in plan.failed.items():
-            self._fail(request_id, adapter_error(error))
+            self._fail(request_id, error)
         self._idle = not plan.scheduled and not plan.failed
         return plan.scheduled
 
@@ -116,11 +116,11 @@ class Engine:
     def _update(self, scheduled: list[Scheduled], outcomes: list[Outcome]) -> list[Progress]:
         yielding = [item.sequence for item in scheduled if item.yields]
         for item in scheduled:
-            self._scheduler.advance(item)
+            self._blocks.complete(item.sequence, item.num_tokens)
         rows = list(zip(yielding, outcomes, strict=True))
         poisoned = {s.request_id: s for s, outcome in rows if isinstance(outcome, NonFinite)}
         for request_id, sequence in poisoned.items():
-            self._scheduler.distrust(sequence)
+            self._blocks.distrust(sequence)
             self._fail(request_id, non_finite_error(sequence))
         return [
             self._advance(sequence, outcome)
@@ -134,11 +134,11 @@ class Engine:
         stats = Stats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
-            kv_blocks_used=self._allocator.num_total - self._allocator.num_free,
-            kv_blocks_total=self._allocator.num_total,
+            kv_blocks_used=self._blocks.num_used,
+            kv_blocks_total=self._blocks.num_total,
             preemptions=self._scheduler.num_preemptions,
-            prefix_queries=self._scheduler.prefix_queries,
-            prefix_hits=self._scheduler.prefix_hits,
+            prefix_queries=self._blocks.prefix_queries,
+            prefix_hits=self._blocks.prefix_hits,
             step_rows=sum(item.num_tokens for item in scheduled),
             step_adapters=len({s.sequence.adapter for s in scheduled if s.sequence.adapter}),
             step_seconds=step_seconds,

@@ -62,7 +62,7 @@ class Pooler:
 
     def _keep(self, item: Pooling, rows: Tensor) -> None:
         """What the sequence's rows of this step contribute."""
-        sequence, first = item.sequence, item.sequence.num_computed
+        sequence, first = item.sequence, item.first
         if first == 0:
             self._chunks[sequence] = {}
         match self._rule(sequence):
@@ -81,7 +81,7 @@ class Pooler:
         chunks = self._chunks.pop(sequence)
         rows = torch.cat([chunks[first] for first in sorted(chunks)])
         if self._rule(sequence) == "mean":
-            return rows.sum(0, keepdim=True) / sequence.num_tokens
+            return rows.sum(0, keepdim=True) / len(sequence.tokens)
         return rows
 
     def _scores(
@@ -115,7 +115,7 @@ class Pooler:
 
     def _last(self, sequence: Sequence) -> int:
         """Position of the last token; for a head, as transformers does, that is no padding."""
-        last = sequence.num_tokens - 1
+        last = len(sequence.tokens) - 1
         if isinstance(sequence.pooling, Embed):
             return last
         padding = self._plan(sequence).pad_token_id

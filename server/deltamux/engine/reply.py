@@ -18,7 +18,7 @@ def finish_reason(sequence: Sequence, max_model_len: int) -> str:
     may_stop = sequence.num_generated >= stopping.min_tokens
     if may_stop and sequence.tokens[-1] in stopping.stop_token_ids:
         return "stop"
-    if sequence.num_generated >= stopping.max_tokens or sequence.num_tokens >= max_model_len:
+    if sequence.num_generated >= stopping.max_tokens or sequence.num_places >= max_model_len:
         return "length"
     return ""
 

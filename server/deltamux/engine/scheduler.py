@@ -6,13 +6,15 @@ from bisect import insort
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.adapters.task import Call
 from deltamux.config import EngineConfig
-from deltamux.engine.block_allocator import BlockAllocator
-from deltamux.engine.block_keys import block_key
+from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.drain import Drain
+from deltamux.engine.limits import Limits
+from deltamux.engine.reply import adapter_error
 from deltamux.engine.sequence import Scheduled, Sequence
-from deltamux.errors import DeltamuxError
+from deltamux.errors import DeltamuxError, InvalidArgument
 
 
 class Slots(Protocol):
@@ -29,6 +31,10 @@ class Slots(Protocol):
         """Gives one lease back."""
         ...
 
+    def virtual(self, digest: str) -> Virtual:
+        """The adapter's virtual tokens, as far as they are known: those of a slot always are."""
+        ...
+
     def blocked(self, digest: str) -> bool:
         """True while the adapter lacks nothing but a slot, and every slot is leased or pinned."""
         ...
@@ -36,7 +42,7 @@ class Slots(Protocol):
 
 @dataclass
 class Plan:
-    """The next step: who takes part, and the requests whose adapter turned out to be unfit."""
+    """The next step: who takes part, and the requests that can take part in none."""
 
     budget: int
     scheduled: list[Scheduled] = field(default_factory=list)
@@ -50,7 +56,7 @@ class Plan:
         return self.joinable is None or not adapter or adapter in self.joinable
 
     def add(self, sequence: Sequence) -> None:
-        """Spends the budget on as many of the sequence's uncomputed tokens as it allows."""
+        """Spends the budget on as many of the sequence's uncomputed places as it allows."""
         num_tokens = min(sequence.num_uncomputed, self.budget)
         if num_tokens:
             self.scheduled.append(Scheduled(sequence, num_tokens))
@@ -60,24 +66,27 @@ class Plan:
 class Scheduler:
     """Two queues in one order: larger priority first, then earlier arrival.
 
-    A sequence in `running` holds blocks for all its tokens and, unless it is the base's, a
+    A sequence in `running` holds blocks for all its places and, unless it is the base's, a
     lease on its adapter's slot. One in `waiting` holds neither.
     """
 
-    def __init__(self, config: EngineConfig, allocator: BlockAllocator, slots: Slots) -> None:
-        self._block_size = config.block_size
+    def __init__(
+        self,
+        config: EngineConfig,
+        limits: Limits,
+        blocks: BlockManager,
+        slots: Slots,
+    ) -> None:
         self._max_num_batched_tokens = config.max_num_batched_tokens
         # Every decoding sequence can then have its token in every step.
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
-        self._allocator = allocator
+        self._limits = limits
+        self._blocks = blocks
         self._slots = slots
         self._drain = Drain()
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        # Tokens of admitted prompts, and those of them whose blocks were found.
-        self.prefix_queries = 0
-        self.prefix_hits = 0
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_order)
@@ -88,19 +97,6 @@ class Scheduler:
         self._continue(plan)
         self._admit(plan, now)
         return plan
-
-    def advance(self, item: Scheduled) -> None:
-        """Notes what a step has computed: the blocks that it completed can be shared from now."""
-        sequence = item.sequence
-        first = sequence.num_computed // self._block_size
-        sequence.num_computed += item.num_tokens
-        for index in range(first, sequence.num_computed // self._block_size):
-            key = block_key(sequence, index, self._block_size)
-            self._allocator.publish(sequence.blocks[index], key)
-
-    def distrust(self, sequence: Sequence) -> None:
-        """Keeps what a running sequence has computed from all who come later."""
-        self._allocator.withdraw(sequence.blocks)
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence, running or waiting."""
@@ -135,13 +131,9 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Gets the newest token's block, preempting the last in order; False: that was itself."""
-        missing = self._num_blocks(sequence) - len(sequence.blocks)
-        while sequence.blocks and missing > self._allocator.num_free:
+        while sequence.blocks and not self._blocks.grow(sequence):
             self._preempt(self.running[-1])
-        if not sequence.blocks:
-            return False
-        sequence.blocks += self._allocator.allocate(missing)
-        return True
+        return bool(sequence.blocks)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue with all its tokens; what it computed may be lost."""
@@ -159,7 +151,11 @@ class Scheduler:
             if sequence.adapter in plan.absent:
                 sequence.miss_adapter(now)
                 continue
-            if not self._fits(sequence):
+            if not self._has_room(sequence, plan):
+                continue
+            # A block in reserve for each running sequence: without them, the newcomer would soon be
+            # preempted and computed again.
+            if not self._blocks.fits(sequence, reserve=len(self.running)):
                 return
             if self._acquire(sequence, plan):
                 self._start(sequence, now)
@@ -169,14 +165,17 @@ class Scheduler:
             if plan.joinable is None and self._slots.blocked(sequence.adapter):
                 plan.joinable = self._drain.joinable(sequence, self.running, now)
 
-    def _fits(self, sequence: Sequence) -> bool:
-        """Room for all its tokens, and for one more block of each running sequence.
-
-        Without that reserve, the newcomer would soon be preempted and computed again.
-        """
-        held = sum(map(self._allocator.is_held, self._reusable_blocks(sequence)))
-        missing = self._num_blocks(sequence) - held
-        return missing + len(self.running) <= self._allocator.num_free
+    def _has_room(self, sequence: Sequence, plan: Plan) -> bool:
+        """Looks again at the limits, now that its adapter's virtual tokens may be known."""
+        if sequence.adapter:
+            sequence.begin_with(self._slots.virtual(sequence.adapter))
+        answer = 0 if sequence.pooling else sequence.stopping.max_tokens
+        try:
+            self._limits.check_room(sequence.num_prompt, answer, sequence.virtual.tokens)
+        except InvalidArgument as error:
+            plan.failed[sequence.request_id] = error
+            return False
+        return True
 
     def _acquire(self, sequence: Sequence, plan: Plan) -> bool:
         """Takes the lease on the sequence's adapter; the base needs none."""
@@ -187,61 +186,30 @@ class Scheduler:
                 sequence.adapter, sequence.adapter_path, sequence.call
             )
         except DeltamuxError as error:
-            plan.failed[sequence.request_id] = error
+            plan.failed[sequence.request_id] = adapter_error(error)
             return False
         if sequence.slot is None:
             plan.absent.add(sequence.adapter)
         return sequence.slot is not None
 
     def _start(self, sequence: Sequence, now: float) -> None:
-        reused = self._reusable_blocks(sequence)
-        self._allocator.share(reused)
-        sequence.num_computed = len(reused) * self._block_size
-        missing = self._num_blocks(sequence) - len(reused)
-        sequence.blocks = reused + self._allocator.allocate(missing)
+        self._blocks.start(sequence)
         if sequence.admitted is None:
             sequence.admitted = now
-            self._count_reuse(sequence)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_order)
 
     def _release(self, sequence: Sequence) -> None:
         """The one place where blocks and the lease go back."""
-        self._allocator.free(sequence.blocks)
-        sequence.blocks = []
-        sequence.num_computed = 0
+        self._blocks.release(sequence)
         if sequence.slot is not None:
             self._slots.release(sequence.adapter)
             sequence.slot = None
 
-    def _count_reuse(self, sequence: Sequence) -> None:
-        """Once a sequence; a request counts its first choice alone."""
-        sequence.num_cached = sequence.num_computed
-        if sequence.leader is None:
-            self.prefix_queries += sequence.num_prompt
-            self.prefix_hits += sequence.num_cached
-
     def _awaits_leader(self, sequence: Sequence) -> bool:
         """True while the first choice is still computing the prompt that this one will share."""
         leader = sequence.leader
-        if leader is None or not leader.blocks:
-            return False
-        return leader.num_computed < self._num_reusable(leader.num_prompt) * self._block_size
-
-    def _reusable_blocks(self, sequence: Sequence) -> list[int]:
-        """Blocks that already hold what the sequence begins with."""
-        if sequence.pooling is not None:
-            # The hidden states of all its tokens are wanted, and no block holds those.
-            return []
-        indices = range(self._num_reusable(sequence.num_tokens))
-        return self._allocator.match(block_key(sequence, i, self._block_size) for i in indices)
-
-    def _num_reusable(self, num_tokens: int) -> int:
-        # The last token is always computed: its logits yield the next one.
-        return (num_tokens - 1) // self._block_size
-
-    def _num_blocks(self, sequence: Sequence) -> int:
-        return -(-sequence.num_tokens // self._block_size)
+        return leader is not None and bool(leader.blocks) and not self._blocks.has_prompt(leader)
 
 
 def _order(sequence: Sequence) -> tuple[int, float, int]:

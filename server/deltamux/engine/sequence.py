@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
 from deltamux.adapters.task import Call
 from deltamux.wire.messages import Classify, Embed, Sampling, Stopping
 
@@ -12,8 +13,8 @@ from deltamux.wire.messages import Classify, Embed, Sampling, Stopping
 class Sequence:
     """State that the scheduler decides on and the runner turns into tensors.
 
-    Tokens 0 .. num_computed - 1 have their keys and values in `blocks`. A preempted sequence
-    keeps its tokens, loses its blocks and is computed again from 0.
+    Its places are the adapter's virtual tokens, then its own. Places 0 .. num_computed - 1 have
+    their keys and values in `blocks`. A preempted sequence keeps its tokens and loses its blocks.
     """
 
     request_id: str
@@ -35,6 +36,7 @@ class Sequence:
     # The first choice of the same request, which computes the prompt for all of them.
     leader: Sequence | None = None
 
+    virtual: Virtual = NO_VIRTUAL
     blocks: list[int] = field(default_factory=list)
     # Keys of the full blocks, as far as anybody asked for them.
     block_keys: list[bytes] = field(default_factory=list)
@@ -61,8 +63,8 @@ class Sequence:
                 return "Embed"
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.tokens)
+    def num_places(self) -> int:
+        return self.virtual.tokens + len(self.tokens)
 
     @property
     def num_generated(self) -> int:
@@ -71,7 +73,21 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         """1 while decoding; more during prefill and after preemption."""
-        return len(self.tokens) - self.num_computed
+        return self.num_places - self.num_computed
+
+    def ids(self, first: int, count: int) -> list[int]:
+        """What stands in `count` places: token ids, and -1 - j for virtual token j."""
+        own = first - self.virtual.tokens
+        if own >= 0:
+            return self.tokens[own : own + count]
+        virtual = min(-own, count)
+        return [*range(-1 - first, -1 - first - virtual, -1), *self.tokens[: count - virtual]]
+
+    def begin_with(self, virtual: Virtual) -> None:
+        """Sets the virtual tokens of the adapter, which are known once it has been parsed."""
+        if virtual != self.virtual:
+            self.virtual = virtual
+            self.block_keys.clear()
 
     def miss_adapter(self, now: float) -> None:
         """Remembers since when it is the adapter that holds the sequence up."""

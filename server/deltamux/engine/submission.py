@@ -5,26 +5,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import msgspec
 
+from deltamux.engine.limits import Limits
 from deltamux.engine.sequence import Sequence
 from deltamux.errors import InvalidArgument
 from deltamux.wire.messages import Sampling, Stopping, Submit
 
 # Exclusive bound of a seed: it must fit a signed 64-bit integer.
 _SEEDS = 1 << 63
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the model and its cache can take."""
-
-    vocab_size: int
-    max_model_len: int
-    # Tokens that the KV cache holds when one sequence has it to itself.
-    kv_cache_tokens: int
 
 
 class Submissions:
@@ -82,29 +72,12 @@ class Submissions:
         return msgspec.structs.replace(stopping, stop_token_ids=reachable)
 
     def _check_lengths(self, submit: Submit) -> None:
-        length, limits = len(submit.prompt), self.limits
-        longest = limits.max_model_len - (submit.pooling is None)
-        if not 1 <= length <= longest:
-            raise InvalidArgument(
-                f"the prompt has {length} tokens, not 1 to {longest}",
-                reason="PROMPT_LENGTH",
-                field="input",
-            )
         if submit.stopping.max_tokens < 1:
             raise InvalidArgument("max_tokens is below 1", field="stopping.max_tokens")
         if submit.n < 1:
             raise InvalidArgument("n is below 1", field="sampling.n")
-        # The last token is only ever an output: it needs no place in the cache.
-        needed = length
-        if submit.pooling is None:
-            needed = min(length + submit.stopping.max_tokens, limits.max_model_len) - 1
-        if needed > limits.kv_cache_tokens:
-            raise InvalidArgument(
-                f"prompt and max_tokens need {needed} tokens of KV cache; "
-                f"there are {limits.kv_cache_tokens}",
-                reason="KV_CACHE_TOO_SMALL",
-                field="stopping.max_tokens",
-            )
+        answer = 0 if submit.pooling else submit.stopping.max_tokens
+        self.limits.check_room(len(submit.prompt), answer)
 
     def _check_token_ids(self, submit: Submit) -> None:
         fields: dict[str, Iterable[int]] = {

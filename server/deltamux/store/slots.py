@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
 from deltamux.adapters.sites import DeviceSites
 from deltamux.adapters.task import Call, require_fit
 from deltamux.errors import Aborted, DeltamuxError, FailedPrecondition, Internal
@@ -106,6 +107,11 @@ class AdapterCache:
         self._tiers.device.touch(digest)
         if self._unanswered:
             self._loader.wake()
+
+    def virtual(self, digest: str) -> Virtual:
+        """The adapter's virtual tokens; none as long as it has never been parsed."""
+        entry = self._entries.get(digest)
+        return NO_VIRTUAL if entry is None else entry.virtual
 
     def tier(self, digest: str) -> str:
         """The closest tier that holds the adapter: "device", "host" or "disk"."""

@@ -147,6 +147,7 @@ class Tiers:
             task=adapter.task,
             labels=() if adapter.head is None else adapter.head.plan.labels,
         )
+        entry.virtual = adapter.virtual
         for digest in self.host.put(adapter):
             self._left_host(self._entries[digest])
         self._moved(entry, seconds)

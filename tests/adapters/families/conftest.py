@@ -1,17 +1,42 @@
-"""Adapters that are broken in one place."""
+"""Adapters that are broken in one place, and the engine's steps held to PEFT."""
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from deltamux.adapters.files import CONFIG
+from deltamux.adapters.parse import parse_adapter
+from deltamux.adapters.primitives.virtual_tokens import Virtual
+from deltamux.adapters.rows import Rows
+from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.task import Call
+from deltamux.base.load import adopt
+from deltamux.config import EngineConfig
+from deltamux.engine.block_allocator import BlockAllocator
+from deltamux.engine.block_manager import BlockManager
+from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.limits import Limits
+from deltamux.engine.prefix_pages import PrefixPages
+from deltamux.engine.runner import ModelRunner
+from deltamux.engine.scheduler import Scheduler
+from deltamux.engine.sequence import Scheduled
+from deltamux.engine.sequence import Sequence as Request
 from deltamux.errors import DeltamuxError
+from deltamux.wire.messages import Sampling, Stopping
+
+CPU = torch.device("cpu")
+# An adapter must move the base's logits by more, so that nothing is left to rounding.
+LEAST_EFFECT = 0.1
 
 Tensors = dict[str, Tensor]
 
@@ -35,3 +60,171 @@ def refusal(serve: Callable[..., Any], rewrite: Callable[..., Path]) -> Callable
         return caught.value
 
     return refusal
+
+
+# Logits behind each token of a request that was computed, by the token's number.
+Logits = dict[int, Tensor]
+
+
+@dataclass
+class Paged:
+    """A base and adapters behind the engine's scheduler, pages and runner; "" is the base."""
+
+    model: PreTrainedModel
+    folders: Sequence[Path]
+    budget: int
+    num_blocks: int
+    block_size: int = 4
+
+    def __post_init__(self) -> None:
+        base = adopt(copy.deepcopy(self.model))
+        rows = Rows(base.device)
+        slots = max(len(self.folders), 1)
+        sites = DeviceSites(base.model, base.structure, rows, slots, 8 << 20, base.dtype, CPU)
+        self.adapters = {}
+        for slot, folder in enumerate(self.folders):
+            adapter = parse_adapter(folder, str(folder), base.structure, base.dtype)
+            assert sites.reserve(slot, adapter)
+            sites.write(slot, adapter)
+            self.adapters[adapter.digest] = adapter
+        cache = KVCache(base.layers, self.num_blocks + 1, self.block_size, base.dtype, CPU)
+        self.runner = ModelRunner(base, cache, rows, sites.task_heads)
+        prefixes = PrefixPages(sites.prefixes, cache)
+        allocator = BlockAllocator(self.num_blocks + 1)
+        self.blocks = BlockManager(allocator, self.block_size, prefixes)
+        self.scheduler = Scheduler(
+            EngineConfig("", max_num_batched_tokens=self.budget, block_size=self.block_size),
+            Limits(base.vocab_size, base.max_model_len, self.num_blocks * self.block_size),
+            self.blocks,
+            self,
+        )
+
+    def acquire(self, digest: str, path: str, call: Call = "Generate") -> int:
+        return list(self.adapters).index(digest)
+
+    def virtual(self, digest: str) -> Virtual:
+        return self.adapters[digest].virtual
+
+    def release(self, digest: str) -> None:
+        """No adapter ever leaves."""
+
+    def blocked(self, digest: str) -> bool:
+        return False
+
+    def request(self, adapter: str, prompt: list[int], max_tokens: int, salt: str) -> Request:
+        request = Request(
+            request_id=salt,
+            index=0,
+            tokens=list(prompt),
+            num_prompt=len(prompt),
+            sampling=Sampling(),
+            stopping=Stopping(max_tokens=max_tokens),
+            priority=0,
+            arrival=0.0,
+            deadline=None,
+            adapter=adapter,
+            adapter_path="",
+            cache_salt=salt,
+        )
+        self.scheduler.add(request)
+        return request
+
+    def run(self) -> dict[Request, Logits]:
+        """Steps until all requests have ended, with greedy tokens."""
+        logits: dict[Request, Logits] = {}
+        while scheduled := self.scheduler.schedule(0.0).scheduled:
+            self._compute(scheduled, logits)
+            sampling = [item.sequence for item in scheduled if item.yields]
+            for item in scheduled:
+                self.blocks.complete(item.sequence, item.num_tokens)
+            for request in sampling:
+                behind_last = logits[request][len(request.tokens) - 1]
+                request.tokens.append(int(behind_last.argmax()))
+                if request.num_generated == request.stopping.max_tokens:
+                    self.scheduler.finish(request)
+        assert not self.scheduler.waiting
+        assert not self.blocks.num_used
+        return logits
+
+    def _compute(self, scheduled: list[Scheduled], logits: dict[Request, Logits]) -> None:
+        """Item by item in one batch: the runner's order of rows is its own."""
+        batch = self.runner.batch(scheduled)
+        rows = self.runner.forward(batch, torch.arange(batch.input_ids.shape[1]))
+        by_place = dict(zip(batch.slot_mapping.tolist(), rows, strict=True))
+        for item in scheduled:
+            request = item.sequence
+            for place in range(request.num_computed, request.num_computed + item.num_tokens):
+                block, offset = divmod(place, self.block_size)
+                row = by_place[request.blocks[block] * self.block_size + offset]
+                if place >= request.virtual.tokens:
+                    number = place - request.virtual.tokens
+                    logits.setdefault(request, {})[number] = row
+
+
+@dataclass
+class Comparison:
+    """Requests through each adapter and the base, all at once, and PEFT's answers."""
+
+    name: str
+    base: Callable[[str], PreTrainedModel]
+    reference: Callable[..., Tensor]
+
+    def run(
+        self,
+        folders: Sequence[Path],
+        prompts: Sequence[list[int]],
+        *,
+        budget: int = 9,
+        num_blocks: int = 200,
+        max_tokens: int = 4,
+        options: dict[Path, dict[str, object]] | None = None,
+    ) -> Paged:
+        """Asserts that logits and tokens are PEFT's; two rounds, the second meets a full cache."""
+        paged = Paged(self.base(self.name), folders, budget, num_blocks)
+        for _ in range(2):
+            requests = {
+                paged.request(adapter, prompt, max_tokens, salt=f"{number}"): adapter
+                for number, prompt in enumerate(prompts)
+                for adapter in ("", *paged.adapters)
+            }
+            for request, logits in paged.run().items():
+                adapter = requests[request]
+                expected = self._expected(
+                    adapter, request.tokens, (options or {}).get(Path(adapter))
+                )
+                self._check(request, logits, expected)
+        return paged
+
+    def _expected(
+        self, adapter: str, tokens: list[int], options: dict[str, object] | None
+    ) -> Tensor:
+        ids = torch.tensor([tokens[:-1]])
+        plain: Tensor = self.base(self.name)(ids).logits[0]
+        if not adapter:
+            return plain
+        tuned = self.reference(self.name, Path(adapter), ids, **(options or {}))[0][-len(plain) :]
+        assert (tuned - plain).abs().max() > LEAST_EFFECT
+        return tuned
+
+    def _check(self, request: Request, logits: Logits, expected: Tensor) -> None:
+        numbers = sorted(logits)
+        # What was not computed was found, but never the token that the answer begins with.
+        assert numbers == list(range(numbers[0], len(request.tokens) - 1))
+        assert numbers[0] < request.num_prompt
+        computed = torch.stack([logits[number] for number in numbers])
+        torch.testing.assert_close(computed, expected[numbers], atol=3e-5, rtol=1e-5)
+        greedy = expected[request.num_prompt - 1 :].argmax(-1)
+        assert request.tokens[request.num_prompt :] == greedy.tolist()
+
+
+@pytest.fixture
+def paged_as_in_peft(
+    base: Callable[[str], PreTrainedModel], reference: Callable[..., Tensor]
+) -> Callable[..., Paged]:
+    """paged_as_in_peft(name, folders, prompts, ...): asserts it of each in one mixed batch."""
+
+    def compare(name: str, *args: Any, **options: Any) -> Paged:
+        with torch.no_grad():
+            return Comparison(name, base, reference).run(*args, **options)
+
+    return compare

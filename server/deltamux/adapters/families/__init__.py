@@ -12,6 +12,13 @@ from deltamux.adapters.families.loha import LoHa
 from deltamux.adapters.families.lora import Lora
 from deltamux.adapters.families.miss import Miss
 from deltamux.adapters.families.oft import Oft
+from deltamux.adapters.families.prefix_tuning import CARTRIDGE, PREFIX_TUNING
+from deltamux.adapters.families.prompt_tuning import (
+    CPT,
+    P_TUNING,
+    PROMPT_TUNING,
+    MultitaskPromptTuning,
+)
 from deltamux.adapters.families.road import Road
 from deltamux.adapters.families.shira import Shira
 from deltamux.adapters.families.trainable_tokens import TrainableTokens
@@ -37,4 +44,15 @@ FAMILIES: tuple[Family, ...] = (
     TrainableTokens(),
     VbLora(),
     Vera(),
+    Bottlenecks(),
+    PROMPT_TUNING,
+    P_TUNING,
+    CPT,
+    MultitaskPromptTuning(),
+    PREFIX_TUNING,
+    CARTRIDGE,
+    Delta(),
+    Oft(),
+    Boft(),
+    Road(),
 )

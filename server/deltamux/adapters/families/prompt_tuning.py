@@ -1,0 +1,143 @@
+"""Prompt tuning, p-tuning, CPT and multitask prompt tuning: trained embeddings before a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltamux.adapters.family import Parsed
+from deltamux.adapters.fields import Fields, as_integer, unsupported
+from deltamux.adapters.manifest import Manifest
+from deltamux.adapters.module_tensors import to_serving
+from deltamux.adapters.primitives.virtual_tokens import VirtualTokens
+from deltamux.adapters.prompt_tensors import (
+    PROMPT,
+    read_prompt_fields,
+    require_read,
+    require_shape,
+    require_tensors,
+)
+from deltamux.base.structure import Structure
+from deltamux.errors import InvalidArgument
+
+_COLUMNS, _ROWS = "prefix_task_cols", "prefix_task_rows"
+
+# How the prompt was first filled; it is in the file.
+_INIT = (
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "tokenizer_kwargs",
+    "tokenizer_name_or_path",
+)
+
+
+@dataclass(eq=False)
+class PromptTuning:
+    """PEFT saves the prompt that came out, whatever encoder or projection it was trained through.
+
+    `harmless` names the fields of that training.
+    """
+
+    name: str
+    peft_type: str
+    harmless: tuple[str, ...]
+
+    def claims(self, manifest: Manifest) -> bool:
+        return manifest.peft_type == self.peft_type
+
+    def parse(
+        self,
+        manifest: Manifest,
+        tensors: Mapping[str, Tensor],
+        structure: Structure,
+        dtype: torch.dtype,
+    ) -> Parsed:
+        fields, tokens = read_prompt_fields(manifest)
+        require_read(fields, self.harmless)
+        (prompt,) = require_tensors(tensors, PROMPT)
+        return _parsed(prompt, tokens, structure, dtype, prompt.numel())
+
+
+PROMPT_TUNING = PromptTuning("prompt_tuning", "PROMPT_TUNING", _INIT)
+
+P_TUNING = PromptTuning(
+    "p_tuning",
+    "P_TUNING",
+    (
+        "encoder_dropout",
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_reparameterization_type",
+    ),
+)
+
+CPT = PromptTuning(
+    "cpt",
+    "CPT",
+    (
+        "cpt_mask",
+        "cpt_token_ids",
+        "cpt_tokens_type_mask",
+        "opt_loss_decay_factor",
+        "opt_projection_epsilon",
+        "opt_projection_format_epsilon",
+        "opt_weighted_loss_type",
+        "tokenizer_name_or_path",
+    ),
+)
+
+
+class MultitaskPromptTuning:
+    """prompt * (columns @ rows) of the task, folded at load where there is but one task.
+
+    With more of them PEFT wants a task id beside each prompt, which no request has.
+    """
+
+    name = "multitask_prompt_tuning"
+
+    def claims(self, manifest: Manifest) -> bool:
+        return manifest.peft_type == "MULTITASK_PROMPT_TUNING"
+
+    def parse(
+        self,
+        manifest: Manifest,
+        tensors: Mapping[str, Tensor],
+        structure: Structure,
+        dtype: torch.dtype,
+    ) -> Parsed:
+        fields, tokens = read_prompt_fields(manifest)
+        rank = _read_rank(fields)
+        require_read(
+            fields, (*_INIT, "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task")
+        )
+        prompt, columns, rows = require_tensors(tensors, PROMPT, _COLUMNS, _ROWS)
+        if columns.shape != (1, tokens, rank) or rows.shape != (1, rank, prompt.shape[-1]):
+            raise InvalidArgument(
+                f"{_COLUMNS} of {tuple(columns.shape)} and {_ROWS} of {tuple(rows.shape)} are not "
+                f"those of 1 task, {tokens} virtual tokens and rank {rank}",
+                reason="SHAPE_MISMATCH",
+            )
+        folded = prompt.float() * (columns[0].float() @ rows[0].float())
+        parameters = prompt.numel() + columns.numel() + rows.numel()
+        return _parsed(folded, tokens, structure, dtype, parameters)
+
+
+def _read_rank(fields: Fields) -> int:
+    tasks = fields.take("num_tasks")
+    if tasks not in (None, 1):
+        raise unsupported(f"num_tasks = {tasks}: a request cannot name its task, so more than one")
+    return as_integer("num_ranks", fields.take("num_ranks"), 1, 1 << 16)
+
+
+def _parsed(
+    prompt: Tensor, tokens: int, structure: Structure, dtype: torch.dtype, parameters: int
+) -> Parsed:
+    site = structure.sites.get(structure.embedding)
+    if site is None:
+        raise unsupported("a prompt for a base whose embedding is replaced or out of reach")
+    require_shape(PROMPT, prompt, tokens, site.out_features)
+    payloads = {site.name: (VirtualTokens(to_serving(site, prompt, dtype)),)}
+    return Parsed(payloads, 0, parameters, (f"{tokens} virtual tokens",))

@@ -1,0 +1,107 @@
+"""Virtual tokens: places in front of a prompt that hold what was trained instead of a token.
+
+Either their embeddings are the adapter's (prompt tuning), and everything above is computed; or
+their keys and values are, in every layer (prefix tuning), and nothing is. A row of an adapter's
+virtual token number j has -1 - j where others have a token id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.segments import Segments
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """How many virtual tokens an adapter has; `computed` unless it brings their keys and values."""
+
+    tokens: int
+    computed: bool = True
+
+
+NO_VIRTUAL = Virtual(0)
+
+
+@dataclass(frozen=True, eq=False)
+class VirtualTokens:
+    """`rows` [tokens, width]: what the model's embedding gives for them, its scale included."""
+
+    rows: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.rows,)
+
+    @property
+    def virtual(self) -> Virtual:
+        return Virtual(self.rows.shape[0])
+
+
+class VirtualTokensBank:
+    """y = rows[j] where the id is -1 - j."""
+
+    def __init__(self, rows: PackedMatrices) -> None:
+        self.slots: set[int] = set()
+        self._rows = rows
+
+    def pieces(self, payload: VirtualTokens) -> Sequence[tuple[PackedMatrices, Tensor]]:
+        return ((self._rows, payload.rows),)
+
+    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
+        """Nothing to keep: the rows are alone in their store."""
+
+    def before(self, x: Tensor, segments: Segments) -> Tensor:
+        """Ids that the base's embedding has."""
+        return x.clamp(min=0)
+
+    def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        pieces = zip(
+            segments.spans, segments.pieces(x.reshape(-1)), segments.pieces(y), strict=True
+        )
+        for (slot, _, _), ids, given in pieces:
+            rows = self._rows.views[slot]
+            if rows is not None:
+                wanted = rows.index_select(0, (-1 - ids).clamp(min=0))
+                torch.where((ids < 0)[:, None], wanted, given, out=given)
+
+
+@dataclass(frozen=True, eq=False)
+class KeyValuePrefix:
+    """`states` [layers, 2, tokens, kv_heads * dim]: keys, then values, of each layer."""
+
+    states: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.states,)
+
+    @property
+    def virtual(self) -> Virtual:
+        return Virtual(self.states.shape[2], computed=False)
+
+
+class KeyValuePrefixBank:
+    """Keys and values from which a sequence's first pages are filled; it acts at no module."""
+
+    def __init__(self, states: PackedMatrices, num_layers: int) -> None:
+        self.slots: set[int] = set()
+        self._states = states
+        self._num_layers = num_layers
+
+    def pieces(self, payload: KeyValuePrefix) -> Sequence[tuple[PackedMatrices, Tensor]]:
+        return ((self._states, payload.states.flatten(0, 2)),)
+
+    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
+        """Nothing to keep: the states are alone in their store."""
+
+    def states(self, slot: int) -> Tensor:
+        """[layers, 2, tokens, kv_heads * dim] of an adapter that has a prefix."""
+        states = self._states.views[slot]
+        assert states is not None
+        return states.view(self._num_layers, 2, -1, states.shape[1])

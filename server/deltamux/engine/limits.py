@@ -1,0 +1,40 @@
+"""What the model and its cache can take, and whether a request stays within it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltamux.errors import InvalidArgument
+
+
+@dataclass(frozen=True)
+class Limits:
+    vocab_size: int
+    max_model_len: int
+    # Tokens that the KV cache holds when one sequence has it to itself.
+    kv_cache_tokens: int
+
+    def check_room(self, prompt: int, answer: int, virtual: int = 0) -> None:
+        """Raises InvalidArgument where the context has no room for the prompt and, unless `answer`
+        is 0, a token behind it, or the KV cache never for all tokens at once.
+
+        `virtual` tokens of the adapter stand in front of the prompt.
+        """
+        # The last token is only ever an output: it needs no place in the cache.
+        output = min(answer, 1)
+        behind = f" behind the adapter's {virtual} virtual tokens" if virtual else ""
+        most = self.max_model_len - virtual - output
+        if not 1 <= prompt <= most:
+            raise InvalidArgument(
+                f"the prompt has {prompt} tokens, not 1 to {most}{behind}",
+                reason="PROMPT_LENGTH",
+                field="input",
+            )
+        longest = min(virtual + prompt + answer, self.max_model_len) - output
+        if longest > self.kv_cache_tokens:
+            raise InvalidArgument(
+                f"prompt and max_tokens need {longest} tokens of KV cache{behind}; "
+                f"there are {self.kv_cache_tokens}",
+                reason="KV_CACHE_TOO_SMALL",
+                field="stopping.max_tokens",
+            )
