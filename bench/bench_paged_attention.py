@@ -9,16 +9,11 @@ which a busy machine distorts least.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from cpu.harness import command, medians_of
 from torch.nn.functional import scaled_dot_product_attention
 
 from deltamux_kernels import AttentionBatch, paged_attention
@@ -98,15 +93,13 @@ def measure(name: str, contexts: list[int], repeats: int) -> dict[str, object]:
     layers, batch, query = step(contexts)
     # Dense tensors have one length, so the arm without pages stands beside equal contexts only.
     arms = [arm for arm in ARMS if len(set(contexts)) == 1 or arm != "repeated_kv_without_pages"]
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    for _ in range(repeats + 1):
-        for arm, samples in seconds.items():
-            batch.plans.clear()  # every step plans once
-            start = time.process_time()
-            for layer in layers:
-                ARMS[arm](query, layer, batch)
-            samples.append(time.process_time() - start)
-    medians = {arm: 1e3 * statistics.median(samples[1:]) for arm, samples in seconds.items()}
+
+    def run(arm: str) -> None:
+        batch.plans.clear()  # every step plans once
+        for layer in layers:
+            ARMS[arm](query, layer, batch)
+
+    medians = medians_of({arm: lambda arm=arm: run(arm) for arm in arms}, repeats)
     return {
         "case": name,
         "median_cpu_ms": {arm: round(value, 2) for arm, value in medians.items()},
@@ -116,31 +109,13 @@ def measure(name: str, contexts: list[int], repeats: int) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=15)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        cases = [
-            measure("16 sequences of 192", [192] * 16, arguments.repeats),
-            measure("16 sequences of 16 to 376", list(range(16, 385, 24)), arguments.repeats),
-            measure("1 sequence of 192", [192], arguments.repeats),
-        ]
-    report = {
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "threads": arguments.threads,
-        "cases": cases,
-    }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
+def cases(repeats: int) -> list[dict[str, object]]:
+    return [
+        measure("16 sequences of 192", [192] * 16, repeats),
+        measure("16 sequences of 16 to 376", list(range(16, 385, 24)), repeats),
+        measure("1 sequence of 192", [192], repeats),
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, cases, {"layers": LAYERS})

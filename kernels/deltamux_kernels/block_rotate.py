@@ -51,7 +51,7 @@ def block_rotate_triton(
     y: torch.Tensor, x: torch.Tensor, r: PackedMatrices, segments: Segments
 ) -> None:
     """`block_rotate` in one launch: a program per (tile of rows, block of N)."""
-    if not r.most_rows(segments.slots):
+    if not segments.most_rows(r):
         return
     _block_rotate_kernel[(segments.tiles.shape[0], -(-r.width // BLOCK_N))](
         y,

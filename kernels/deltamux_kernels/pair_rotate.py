@@ -70,7 +70,7 @@ def pair_rotate_torch(y: torch.Tensor, f: PairFactors, segments: Segments) -> No
 
 def pair_rotate_triton(y: torch.Tensor, f: PairFactors, segments: Segments) -> None:
     """`pair_rotate` in one launch: a program per (tile of rows, block of pairs)."""
-    if not f.factors.most_rows(segments.slots):
+    if not segments.most_rows(f.factors):
         return
     width = f.factors.width
     _pair_rotate_kernel[(segments.tiles.shape[0], -(-width // (2 * BLOCK_P)))](

@@ -6,57 +6,156 @@ from typing import Any
 import pytest
 import torch
 
-from deltamux_kernels import CapturedSegments, Columns, PackedMatrices, Segments, Slice
+from deltamux_kernels import (
+    ALIGNMENT,
+    CapturedSegments,
+    Columns,
+    PackedMatrices,
+    Segments,
+    SignMatrices,
+    Slice,
+    SparseMatrices,
+)
+from deltamux_kernels.activate import Activations, activate_triton
+from deltamux_kernels.block_rotate import block_rotate_triton
+from deltamux_kernels.embedding_shrink import embedding_shrink_triton
 from deltamux_kernels.expand import expand_triton
-from deltamux_kernels.grouped_dense import grouped_dense_triton
+from deltamux_kernels.grouped_dense import dense_delta_triton, grouped_dense_triton
 from deltamux_kernels.low_rank_site import SiteCounters, low_rank_site_triton
+from deltamux_kernels.packed import as_elements
+from deltamux_kernels.pair_rotate import PairFactors, distance_elements, pair_rotate_triton
 from deltamux_kernels.row_affine import row_affine_triton
 from deltamux_kernels.shrink import shrink_triton
+from deltamux_kernels.sign_delta import pack_signs, sign_delta_triton
+from deltamux_kernels.sparse_delta import sparse_delta_triton
+from deltamux_kernels.token_rows import TokenTable, token_columns_triton, token_rows_triton
 
-PackInOne = Callable[..., list[PackedMatrices]]
+# Every op on packed matrices: `compile_kernels.py` knows the same, and attention's two beside them.
+EVERY_KERNEL = {
+    "shrink_kernel",
+    "expand_kernel",
+    "activate_kernel",
+    "embedding_shrink_kernel",
+    "low_rank_site_kernel",
+    "sparse_delta_kernel",
+    "sign_delta_kernel",
+    "grouped_dense_kernel",
+    "row_affine_kernel",
+    "pair_rotate_kernel",
+    "block_rotate_kernel",
+    "token_rows_kernel",
+    "token_columns_kernel",
+}
+# The parameters by which a kernel knows whether a slot has something for it.
+HAS_A_MATRIX = {"rows", "ranks", "weight_rows", "word_counts", "non_zeros", "counts"}
 Spans = list[tuple[int, int, int]]
-ROWS, WIDTH, SLOTS = 40, 96, 5
-RANKS = (8, 0, 24, 3, 40)
+ROWS, WIDTH, SLOTS = 36, 64, 5
+RANKS = {0: 8, 2: 24, 3: 3, 4: 40}
 STEPS: list[Spans] = [
     [(0, 0, 1), (1, 1, 5), (2, 5, 22), (4, 30, 31)],
-    [(4, 0, 40)],
-    [(3, 2, 3)],
-    [(slot, slot * 8, slot * 8 + 8) for slot in range(SLOTS)],
+    [(4, 0, 36)],
+    [(slot, slot * 7, slot * 7 + 7) for slot in range(SLOTS)],
     [],
 ]
 
 
 class Site:
-    """Every kind of op on one site; `act` is what a graph would capture."""
+    """Every op on one site, each with its own slots; `act` is what a graph would capture."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, pack_in_one: PackInOne) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
-
-        def normal(*shape: int) -> torch.Tensor:
-            return (torch.randn(*shape) * 0.1).to(dtype).to(device)
-
-        def per_slot(rows: tuple[int, ...]) -> list[torch.Tensor | None]:
-            return [normal(count, WIDTH) if count else None for count in rows]
-
-        self.x, self.y, self.before = normal(ROWS, WIDTH), normal(ROWS, WIDTH), normal(ROWS, WIDTH)
-        rows = (RANKS, RANKS, (0, 1, 1, 0, 0), (0, 0, WIDTH, 0, WIDTH))
-        stores = pack_in_one(*((per_slot(each), WIDTH) for each in rows))
-        self.a, self.b, self.scale, self.dense = stores
+        self.dtype, self.device, self._end = dtype, device, ALIGNMENT
+        self.arena = torch.full((1 << 16,), torch.nan, dtype=dtype, device=device)
+        self.x, self.y, self.before, self.z = (self.normal(ROWS, WIDTH) for _ in range(4))
+        self.ids = torch.randint(WIDTH, (ROWS,), device=device)
+        self.a, self.b = self.stored(RANKS), self.stored(RANKS)
+        self.scale = self.stored({1: 1, 2: 1})
+        self.dense = self.stored({2: WIDTH, 4: WIDTH})
+        self.blocks = self.stored({1: 8, 3: 4})
         self.columns = Columns(SLOTS, device)
         self.counters = SiteCounters(CapturedSegments.capacity_for(ROWS, SLOTS), device)
+        self.activations = Activations(self.arena, SLOTS)
+        for slot, rank in RANKS.items():
+            column = Activations.column(self.normal(rank), "relu")
+            self.write(self.activations.packed, slot, column)
+        # A row more than the activated product has, for the bias behind it.
+        self.up = self.stored({slot: rank + 1 for slot, rank in RANKS.items()})
+        self._write_sparse(slot=1)
+        self._write_signs(slot=0)
+        self._write_factors(slot=3)
+        self._write_tokens(slot=2)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return (torch.randn(*shape) * 0.1).to(self.dtype).to(self.device)
+
+    def write(self, store: PackedMatrices, slot: int, matrix: torch.Tensor) -> None:
+        self._end = -(-self._end // store.alignment) * store.alignment
+        store.write(slot, self._end, matrix)
+        self._end += matrix.numel() + 1
+
+    def stored(self, rows: dict[int, int]) -> PackedMatrices:
+        store = PackedMatrices(self.arena, SLOTS, WIDTH)
+        for slot, count in rows.items():
+            self.write(store, slot, self.normal(count, WIDTH))
+        return store
+
+    def _write_sparse(self, slot: int) -> None:
+        self.sparse = SparseMatrices(self.arena, SLOTS, WIDTH, WIDTH)
+        by_row = (torch.rand(WIDTH, WIDTH) < 0.05).float().to_sparse_csr()
+        self.write(self.sparse.values, slot, by_row.values()[:, None])
+        for store, integers in (
+            (self.sparse.columns, by_row.col_indices()),
+            (self.sparse.starts, by_row.crow_indices()),
+        ):
+            self.write(store, slot, as_elements(integers.int(), self.dtype))
+
+    def _write_signs(self, slot: int) -> None:
+        self.signs = SignMatrices(self.arena, SLOTS, WIDTH, WIDTH)
+        words = pack_signs(torch.rand(WIDTH, WIDTH) > 0.5)
+        for store, elements in zip(
+            (self.signs.words, self.signs.scales),
+            self.signs.elements(words, torch.tensor([0.1])),
+            strict=True,
+        ):
+            self.write(store, slot, elements)
+
+    def _write_factors(self, slot: int) -> None:
+        self.factors = PairFactors(self.arena, SLOTS, WIDTH)
+        self.write(self.factors.factors, slot, self.normal(2, WIDTH))
+        self.write(self.factors.distances, slot, distance_elements(16, self.dtype))
+
+    def _write_tokens(self, slot: int) -> None:
+        self.tokens = TokenTable(self.arena, SLOTS, WIDTH)
+        ids = torch.arange(0, WIDTH, 3)
+        self.write(self.tokens.ids, slot, as_elements(ids.int(), self.dtype))
+        self.write(self.tokens.rows, slot, self.normal(len(ids), WIDTH))
 
     def act(self, segments: Segments) -> None:
-        h = shrink_triton(self.x, self.a, segments)
-        expand_triton(self.y, h, self.b, self.columns, segments)
-        part = Slice(self.y, self.b, self.columns)
-        low_rank_site_triton([part], self.x, self.a, segments, self.counters)
-        row_affine_triton(self.y, None, self.scale, segments)
-        grouped_dense_triton(self.y, self.x, self.dense, self.scale, segments)
+        x, y = self.x, self.y
+        h = shrink_triton(x, self.a, segments)
+        expand_triton(y, h, self.b, self.columns, segments)
+        a = activate_triton(h, self.activations, segments)
+        expand_triton(y, a, self.up, self.columns, segments)
+        embedded = embedding_shrink_triton(self.ids, self.a, segments)
+        expand_triton(y, embedded, self.b, self.columns, segments)
+        part = Slice(y, self.b, self.columns)
+        low_rank_site_triton([part], x, self.a, segments, self.counters)
+        sparse_delta_triton(y, x, self.sparse, segments)
+        sign_delta_triton(y, x, self.signs, segments)
+        dense_delta_triton(y, x, self.dense, segments)
+        row_affine_triton(y, None, self.scale, segments)
+        pair_rotate_triton(y, self.factors, segments)
+        token_columns_triton(y, x, self.tokens, segments)
+        block_rotate_triton(self.z, y, self.blocks, segments)
+        grouped_dense_triton(self.z, y, self.dense, self.scale, segments)
+        token_rows_triton(self.z, self.ids, self.tokens, segments)
 
     def result(self, act: Callable[[], object]) -> torch.Tensor:
+        """[ROWS, 2 WIDTH]: what was changed in place, and what was written beside it."""
         self.y.copy_(self.before)
+        self.z.zero_()
         act()
-        return self.y.clone()
+        return torch.cat((self.y, self.z), 1)
 
 
 @pytest.fixture
@@ -65,8 +164,8 @@ def captured(device: torch.device) -> CapturedSegments:
 
 
 @pytest.fixture
-def site(device: torch.device, dtype: torch.dtype, pack_in_one: PackInOne) -> Site:
-    return Site(device, dtype, pack_in_one)
+def site(device: torch.device, dtype: torch.dtype) -> Site:
+    return Site(device, dtype)
 
 
 @pytest.mark.parametrize("form", ["triton"], indirect=True)
@@ -81,7 +180,7 @@ def test_one_capture_serves_any_adapters_to_the_bit(
     with traced() as launches:
         site.act(captured)
     replays = list(launches)
-    assert len(replays) == 5
+    assert {launch.name for launch in replays} == EVERY_KERNEL
     for spans in STEPS:
         step = Segments.build(spans, device)
         expected = site.result(lambda step=step: site.act(step))
@@ -117,7 +216,7 @@ def test_programs_of_no_tile_read_their_tile_and_leave(
     with traced() as launches:
         site.act(captured)
     for launch in launches:
-        assert set(launch.read) <= {"tiles", "rows", "ranks", "weight_rows", "counters"}
+        assert set(launch.read) <= {"tiles", *HAS_A_MATRIX}
         assert set(launch.written) <= {"counters"}
 
 
