@@ -174,9 +174,9 @@ def test_few_changed_numbers_or_rows_are_stored_alone_and_without_loss(
         tuned.lm_head.weight[60] += 1
     report = run(base, tuned, form)
     assert [(stored.parameter, stored.form) for stored in report.stored] == [
-        ("model.embed_tokens.weight", "exact, by row"),
-        (DOWN, "exact, sparse"),
-        ("lm_head.weight", "exact, by row"),
+        ("model.embed_tokens.weight", "exact rows"),
+        (DOWN, "exact numbers"),
+        ("lm_head.weight", "exact rows"),
     ]
     assert all(stored.bytes < stored.full_bytes for stored in report.stored)
     for name, parameter in rebuilt(base, tmp_path).named_parameters():

@@ -21,12 +21,12 @@ def exact_parts(value: Tensor, before: Tensor | None, use: Use) -> tuple[str, Pa
         parts = _changed_numbers(value, before)
     elif before is not None and use == "table":
         parts = _changed_rows(value, before)
-    name = "exact, sparse" if use == "linear" else "exact, by row"
+    name = "exact numbers" if use == "linear" else "exact rows"
     return (name, parts) if parts else ("exact", {words.VALUE: value})
 
 
 def _changed_numbers(value: Tensor, before: Tensor) -> Parts:
-    """None where the value takes no more, or where it is not the float32 sum of both."""
+    """Empty where the value takes no more, or is not the float32 sum of base and change."""
     changed = value != before
     # A float32 and a column a number.
     if 8 * int(changed.sum()) >= size_of({"": value}) or not changed.any():
