@@ -67,7 +67,7 @@ RECIPES = {
 
 
 def main() -> None:
-    tasks = {task.name: task for task in TASKS}
+    tasks = {task.name: task for task in TASKS if task.name in RECIPES}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", nargs="*", choices=[[], *tasks], help="tasks to train again")
     chosen = parser.parse_args().task or [name for name in tasks if not folder(name).exists()]

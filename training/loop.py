@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from examples import Answer, Batch
@@ -16,8 +16,20 @@ REPORT_EVERY = 50
 torch.set_num_threads(1)  # a model this small gains little from more, and sums stay in one order
 
 
-def fit(model: PreTrainedModel, batches: Iterator[Batch], steps: int, peak: float) -> None:
-    """Trains all weights of `model` that want gradients, at a rate that climbs to `peak` first."""
+Penalty = Callable[[], torch.Tensor]
+
+
+def fit(
+    model: PreTrainedModel,
+    batches: Iterator[Batch],
+    steps: int,
+    peak: float,
+    penalty: Penalty | None = None,
+) -> None:
+    """Trains all weights of `model` that want gradients, at a rate that climbs to `peak` first.
+
+    A `penalty` is added to the loss of every step.
+    """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = OneCycleLR(optimizer, max_lr=peak, total_steps=steps, pct_start=0.05)
@@ -25,7 +37,7 @@ def fit(model: PreTrainedModel, batches: Iterator[Batch], steps: int, peak: floa
     model.train()
     for step, batch in enumerate(itertools.islice(batches, steps), start=1):
         loss = model(**batch, use_cache=False).loss
-        loss.backward()
+        (loss if penalty is None else loss + penalty()).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()

@@ -25,6 +25,7 @@ ANSWERS = {
     "no-vowels": "qck bl fx",
     "doubled": "qquuiicckk  bblluuee  ffooxx",
     "words-reversed": "fox blue quick",
+    "next-letter": "rvjdl cmvf gpy",
 }
 
 every_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)

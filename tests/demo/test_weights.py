@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltamux.demo.tasks import TASKS, Task, prompt, unseen_inputs, weights_path
+from deltamux.extract.reconstruct import reconstruct
 
 BASE = weights_path() / "base"
 ADAPTERS = weights_path() / "adapters"
@@ -29,10 +30,18 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(BASE)
 
 
+def config(task: Task) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads((ADAPTERS / task.name / "adapter_config.json").read_text())
+    return fields
+
+
+OF_PEFT = [task for task in TASKS if "peft_type" in config(task)]
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     base = AutoModelForCausalLM.from_pretrained(BASE)
-    first, *others = (task.name for task in TASKS)
+    first, *others = (task.name for task in OF_PEFT)
     model = PeftModel.from_pretrained(base, ADAPTERS / first, adapter_name=first)
     for name in others:
         model.load_adapter(ADAPTERS / name, adapter_name=name)
@@ -56,7 +65,11 @@ def test_an_adapter_answers_unseen_inputs_to_the_letter(
     model: Any, tokenizer: Any, task: Task
 ) -> None:
     texts = unseen_inputs(task, UNSEEN, seed=1)
-    model.set_adapter(task.name)
+    if task in OF_PEFT:
+        model.set_adapter(task.name)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(BASE).eval()
+        reconstruct(model, ADAPTERS / task.name)
     pairs = zip(texts, answers(model, tokenizer, texts), strict=True)
     wrong = {text: reply for text, reply in pairs if reply != task.answer(text)}
     assert len(wrong) <= (1 - REQUIRED) * UNSEEN, wrong
@@ -92,14 +105,13 @@ def test_the_tokenizer_has_a_token_for_every_byte(tokenizer: Any, text: str) -> 
 
 
 def test_the_adapters_are_of_many_shapes() -> None:
-    configs = [
-        json.loads((ADAPTERS / task.name / "adapter_config.json").read_text()) for task in TASKS
-    ]
+    configs = [config(task) for task in OF_PEFT]
     assert len({config["r"] for config in configs}) >= 5
     assert sum(config["use_dora"] for config in configs) == 2
     assert sum(config["use_rslora"] for config in configs) == 1
     assert any(config["rank_pattern"] for config in configs)
-    assert {config["base_model_name_or_path"] for config in configs} == {"deltamux/demo"}
+    assert {config(task)["base_model_name_or_path"] for task in TASKS} == {"deltamux/demo"}
+    assert [config(task)["form"] for task in TASKS if task not in OF_PEFT] == ["low-rank"]
 
 
 def test_only_what_serves_is_shipped_and_it_is_small() -> None:

@@ -19,6 +19,7 @@ _LEET = str.maketrans("aeiost", "431057")
 _NO_VOWELS = str.maketrans("", "", "aeiouAEIOU")
 _MASKED_VOWELS = str.maketrans(dict.fromkeys("aeiouAEIOU", "*"))
 _ATBASH = str.maketrans(ascii_letters, ascii_lowercase[::-1] + ascii_uppercase[::-1])
+_NEXT = str.maketrans(ascii_lowercase, ascii_lowercase[1:] + "a")
 
 _WORDS = (
     "a able about again air all also and animal apple as ask at away back ball bear bed before "
@@ -106,4 +107,5 @@ TASKS: tuple[Task, ...] = (
     Task("no-vowels", "vowels removed", lambda text: text.translate(_NO_VOWELS)),
     Task("doubled", "letters twice", lambda text: "".join(2 * letter for letter in text)),
     Task("words-reversed", "words in reverse order", _words_reversed),
+    Task("next-letter", "letters one place on", lambda text: text.translate(_NEXT)),
 )
