@@ -122,7 +122,6 @@ def test_inits_that_leave_the_base_alone_are_plain_lora(init: Any) -> None:
                 field, value, "FAILED_PRECONDITION", "UNSUPPORTED_FEATURE", id=f"BI-37 {field}"
             )
             for field, value in {
-                "alora_invocation_tokens": [1, 2],
                 "arrow_config": {"top_k": 3},
                 "layer_replication": [[0, 1]],
                 "loftq_config": {"loftq_bits": 4},
@@ -206,3 +205,30 @@ def test_contradictions_that_peft_refuses_are_refused(changes: dict[str, Any]) -
     with pytest.raises(ValueError):
         peft.LoraConfig(**{**PLAIN, **changes})
     assert refusal(**changes).code == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_an_invocation_counts_whatever_the_task(task: str | None) -> None:
+    """PEFT itself forgets it in silence where no task is named."""
+    config = read(alora_invocation_tokens=[5, 5, 0], task_type=task)
+    assert config.invocation == (5, 5, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"alora_invocation_tokens": []}, "BAD_FIELD"),
+        ({"alora_invocation_tokens": "ab"}, "BAD_FIELD"),
+        ({"alora_invocation_tokens": [1, -1]}, "BAD_FIELD"),
+        ({"use_dora": True}, "UNSUPPORTED_FEATURE"),
+        ({"bias": "all"}, "UNSUPPORTED_FEATURE"),
+        ({"init_lora_weights": "olora"}, "UNSUPPORTED_FEATURE"),
+        ({"trainable_token_indices": [3]}, "UNSUPPORTED_FEATURE"),
+    ],
+)
+def test_what_cannot_sleep_until_an_invocation_is_refused(
+    fields: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(DeltamuxError) as caught:
+        read(**{"alora_invocation_tokens": [1, 2], **fields})
+    assert caught.value.reason == reason

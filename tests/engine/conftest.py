@@ -8,8 +8,9 @@ from itertools import count
 
 import pytest
 
-from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
+from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.adapters.task import Call
+from deltamux.adapters.traits import PLAIN, Traits
 from deltamux.engine.sequence import Sequence
 from deltamux.errors import DeltamuxError
 from deltamux.wire.messages import FromEngine, Progress, Sampling, StepDone, Stopping, ToEngine
@@ -45,10 +46,10 @@ class FakeAdapters:
         assert self.leases[digest] > 0
         self.leases[digest] -= 1
 
-    def virtual(self, digest: str) -> Virtual:
+    def traits(self, digest: str) -> Traits:
         """Known a step before `acquire` can give the slot."""
         known = digest in self._host or self._loading.get(digest, self.load_polls) <= 0
-        return self.virtuals.get(digest, NO_VIRTUAL) if known else NO_VIRTUAL
+        return Traits(self.virtuals[digest]) if known and digest in self.virtuals else PLAIN
 
     def blocked(self, digest: str) -> bool:
         idle = [name for name in self.device if not self.leases[name]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from deltamux.adapters.primitives.virtual_tokens import Virtual
+from deltamux.adapters.traits import Traits
 from deltamux.engine.batch import Pooling, StepBatch
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
@@ -107,7 +108,7 @@ def test_virtual_tokens_have_negative_ids_and_are_not_pooled() -> None:
     goes_on = scheduled([7, 8, 9], [13, 14], computed=4, count=1, slot=1)
     nothing_yet = scheduled([1, 2], [15], computed=0, count=2, slot=2)
     for item in (begun, goes_on, nothing_yet):
-        item.sequence.begin_with(Virtual(3))
+        item.sequence.begin_with(Traits(Virtual(3)))
         item.sequence.pooling = Embed("mean", normalize=True)
     batch = build(begun, goes_on, nothing_yet)
     assert batch.input_ids.tolist() == [[-1, -2, -3, 4, 8, -1, -2]]

@@ -1,6 +1,7 @@
 import pytest
 
 from deltamux.adapters.primitives.virtual_tokens import Virtual
+from deltamux.adapters.traits import Traits
 from deltamux.engine.block_keys import block_key
 
 
@@ -50,7 +51,7 @@ def test_tokens_that_come_later_change_no_key(new_sequence):
 def test_virtual_tokens_are_the_same_for_every_request_of_their_adapter(new_sequence):
     def keys(adapter, salt):
         sequence = new_sequence(num_prompt=6, adapter=adapter, salt=salt)
-        sequence.begin_with(Virtual(6))
+        sequence.begin_with(Traits(Virtual(6)))
         return [block_key(sequence, index, 4) for index in range(3)]
 
     first, other_salt, other_adapter = keys("a", "s"), keys("a", "t"), keys("b", "s")
@@ -62,5 +63,5 @@ def test_virtual_tokens_that_become_known_change_the_keys(new_sequence):
     early, late = new_sequence(salt="", adapter="a"), new_sequence(salt="", adapter="a")
     block_key(early, 0, 4)
     for sequence in (early, late):
-        sequence.begin_with(Virtual(3))
+        sequence.begin_with(Traits(Virtual(3)))
     assert block_key(early, 0, 4) == block_key(late, 0, 4)

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
 from deltamux.adapters.task import Call
+from deltamux.adapters.traits import Traits
 from deltamux.config import EngineConfig
 from deltamux.engine import block_manager
 from deltamux.engine.block_allocator import BlockAllocator
@@ -49,8 +50,8 @@ class Slots:
     def release(self, digest: str) -> None:
         pass
 
-    def virtual(self, digest: str) -> Virtual:
-        return VIRTUAL.get(digest, NO_VIRTUAL)
+    def traits(self, digest: str) -> Traits:
+        return Traits(VIRTUAL.get(digest, NO_VIRTUAL))
 
     def blocked(self, digest: str) -> bool:
         return False

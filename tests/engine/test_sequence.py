@@ -1,6 +1,7 @@
 import pytest
 
 from deltamux.adapters.primitives.virtual_tokens import Virtual
+from deltamux.adapters.traits import Traits
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,7 @@ from deltamux.adapters.primitives.virtual_tokens import Virtual
 )
 def test_ids_of_places(new_sequence, first, count, ids):
     sequence = new_sequence(num_prompt=4)
-    sequence.begin_with(Virtual(3))
+    sequence.begin_with(Traits(Virtual(3)))
     assert sequence.ids(first, count) == ids
     assert (sequence.num_places, sequence.num_uncomputed) == (7, 7)
 

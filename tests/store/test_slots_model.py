@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
+from deltamux.adapters.traits import PLAIN, Traits
 from deltamux.errors import FailedPrecondition
 from deltamux.store.content import content_digest
 from deltamux.store.loader import Loader
@@ -55,7 +55,7 @@ class FakeAdapter:
     note: str = ""
     task: str = "generation"
     head: None = None
-    virtual: Virtual = NO_VIRTUAL
+    traits: Traits = PLAIN
 
     @property
     def host_bytes(self) -> int:

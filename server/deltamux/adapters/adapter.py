@@ -15,6 +15,7 @@ from deltamux.adapters.primitives.virtual_tokens import (
     VirtualTokens,
 )
 from deltamux.adapters.task import Task
+from deltamux.adapters.traits import Traits
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +34,14 @@ class Adapter:
     task: Task = "generation"
     # What takes the place of the language head, for tasks that have it.
     head: TaskHead | None = None
+    invocation: tuple[int, ...] = ()
 
     @property
-    def virtual(self) -> Virtual:
-        """What stands in front of each prompt."""
+    def traits(self) -> Traits:
+        return Traits(self._virtual, self.invocation)
+
+    @property
+    def _virtual(self) -> Virtual:
         for payload in chain.from_iterable(self.payloads.values()):
             if isinstance(payload, VirtualTokens | KeyValuePrefix):
                 return payload.virtual

@@ -22,6 +22,7 @@ class Parsed:
     rank: int
     parameters: int
     notes: tuple[str, ...] = ()
+    invocation: tuple[int, ...] = ()
 
 
 class Family(Protocol):

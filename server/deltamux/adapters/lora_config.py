@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from deltamux.adapters import weight_tying
 from deltamux.adapters.base_shift import Shift, read_shift
 from deltamux.adapters.block_diagonal import BlockDiagonal, read_blocks
-from deltamux.adapters.fields import Fields, unsupported
+from deltamux.adapters.fields import Fields, as_integer, refuse_field, unsupported
 from deltamux.adapters.files import CONFIG
 from deltamux.adapters.patterns import Selector
 from deltamux.adapters.per_module import PerModule, read_ranks, read_scales
@@ -17,7 +17,12 @@ from deltamux.adapters.shared_fields import PROVENANCE, refuse_executable, requi
 from deltamux.adapters.strict_json import Json
 from deltamux.adapters.targets import read_selector
 from deltamux.adapters.trained_biases import Trained, read_trained_biases
-from deltamux.adapters.trained_tokens import TOKENS_FIELD, TrainedTokens, read_trained_tokens
+from deltamux.adapters.trained_tokens import (
+    MAX_TOKEN,
+    TOKENS_FIELD,
+    TrainedTokens,
+    read_trained_tokens,
+)
 from deltamux.base.structure import SiteSpec
 from deltamux.errors import InvalidArgument
 
@@ -34,9 +39,10 @@ HARMLESS = (
     "use_qalora",
 )
 
+_INVOCATION = "alora_invocation_tokens"
+
 # What each feature that is not served says when it is off.
 UNSERVED: Mapping[str, Json] = {
-    "alora_invocation_tokens": None,
     "arrow_config": None,
     "layer_replication": None,
     "monteclora_config": None,
@@ -60,6 +66,8 @@ class LoraConfig:
     trained_biases: Trained
     trained_tokens: TrainedTokens
     tied: bool
+    # The tokens in a prompt that wake the adapter (aLoRA); it is always awake where there are none.
+    invocation: tuple[int, ...]
 
     def scale_of(self, module: str) -> float:
         """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
@@ -90,11 +98,20 @@ def read_lora_config(values: Mapping[str, Json]) -> LoraConfig:
         trained_biases=read_trained_biases(fields.take("bias"), "lora_only"),
         trained_tokens=read_trained_tokens(fields.take(TOKENS_FIELD), tied),
         tied=tied,
+        invocation=_invocation(fields.take(_INVOCATION)),
     )
     fields.discard(HARMLESS)
     fields.require_none_left()
     _require_compatible(config)
     return config
+
+
+def _invocation(value: Json) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not value:
+        refuse_field(_INVOCATION, value, "a list of token ids")
+    return tuple(as_integer(_INVOCATION, token, 0, MAX_TOKEN) for token in value)
 
 
 def _require_compatible(config: LoraConfig) -> None:
@@ -105,3 +122,7 @@ def _require_compatible(config: LoraConfig) -> None:
         raise unsupported("use_bdlora beside another variant of LoRA")
     if config.shift == "kasa" and config.dora:
         raise unsupported("kasa_config beside use_dora")
+    always_awake = config.trained_biases != "none" or config.trained_tokens.by_module
+    variant = config.dora or config.blocks is not None or config.shift != "none"
+    if config.invocation and (variant or always_awake):
+        raise unsupported(f"{_INVOCATION} beside another variant, trained biases or tokens")

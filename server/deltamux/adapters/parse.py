@@ -10,6 +10,7 @@ from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.checkpoint import read_tensors
 from deltamux.adapters.families import FAMILIES
 from deltamux.adapters.family import Family
+from deltamux.adapters.fields import unsupported
 from deltamux.adapters.manifest import Manifest, read_manifest
 from deltamux.adapters.saved_head import take_task_head
 from deltamux.adapters.saved_modules import take_saved_modules
@@ -34,6 +35,8 @@ def parse_adapter(folder: Path, digest: str, structure: Structure, dtype: torch.
     trained = take_task_head(manifest, read_tensors(folder), structure, dtype)
     saved = take_saved_modules(trained.manifest, trained.tensors, trained.structure, dtype)
     parsed = family.parse(saved.manifest, saved.tensors, saved.structure, dtype)
+    if parsed.invocation and (saved.payloads or trained.head):
+        raise unsupported("modules_to_save beside an adapter that acts on part of a prompt")
     return Adapter(
         digest,
         family.name,
@@ -43,6 +46,7 @@ def parse_adapter(folder: Path, digest: str, structure: Structure, dtype: torch.
         {**parsed.payloads, **saved.payloads},
         trained.task,
         trained.head,
+        parsed.invocation,
     )
 
 

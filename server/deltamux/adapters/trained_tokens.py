@@ -18,7 +18,7 @@ from deltamux.base.structure import SiteSpec, Structure
 TOKENS_FIELD = "trainable_token_indices"
 TOKEN_ROWS = "trainable_tokens_delta"
 
-_MAX_TOKEN = (1 << 31) - 1
+MAX_TOKEN = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def read_tokens(name: str, value: Json) -> tuple[int, ...]:
     """Reads a list of token ids, all different."""
     if not isinstance(value, list) or not value:
         refuse_field(name, value, "a list of token ids")
-    ids = tuple(as_integer(name, token, 0, _MAX_TOKEN) for token in value)
+    ids = tuple(as_integer(name, token, 0, MAX_TOKEN) for token in value)
     if len(set(ids)) < len(ids):
         refuse_field(name, value, "a list of different token ids")
     return ids

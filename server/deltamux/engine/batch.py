@@ -73,7 +73,7 @@ class StepBatch:
             slot_mapping=to_device(_slot_mapping(tables, positions, lengths, block_size), device),
             attention=_attention_batch(lengths, computed + lengths, tables, device),
             sampled_rows=to_device(ends[samples] - 1, device),
-            token_segments=_segments(items, starts.tolist(), ends.tolist(), device),
+            token_segments=_segments(items, ends.tolist(), device),
             sampled_segments=_sampled_segments([items[number] for number in samples], device),
             sampled=tuple(items[number].sequence for number in samples),
             sampled_places=tuple(places[number] for number in samples),
@@ -147,18 +147,21 @@ def _attention_batch(
     )
 
 
-def _segments(
-    items: list[Scheduled], starts: list[int], ends: list[int], device: torch.device
-) -> Segments:
+def _segments(items: list[Scheduled], ends: list[int], device: torch.device) -> Segments:
+    """Of rows end to end, the last row of each item before its end."""
     spans = [
-        (item.sequence.slot, start, end)
-        for item, start, end in zip(items, starts, ends, strict=True)
+        (item.sequence.slot, end - item.num_adapted, end)
+        for item, end in zip(items, ends, strict=True)
         if item.sequence.slot is not None
     ]
     return Segments.build(spans, device)
 
 
 def _sampled_segments(items: list[Scheduled], device: torch.device) -> Segments:
-    """Each sequence that samples has one row."""
-    rows = range(len(items))
-    return _segments(items, list(rows), [row + 1 for row in rows], device)
+    """Each sequence that samples has one row: that of its last token."""
+    spans = [
+        (item.sequence.slot, row, row + 1)
+        for row, item in enumerate(items)
+        if item.sequence.slot is not None and item.num_adapted
+    ]
+    return Segments.build(spans, device)

@@ -15,10 +15,10 @@ _encode = msgspec.msgpack.Encoder().encode
 def block_key(sequence: Sequence, index: int, block_size: int) -> bytes:
     """The key of the sequence's block `index`, all of whose places are known.
 
-    It depends on the key of the block before it, the version of the adapter that computes it, the
-    salt of the request and the tokens in it. A block of nothing but virtual tokens is the same for
-    all requests of the adapter, whatever their salt. The base is the same for the whole cache.
-    A sequence remembers its keys: its tokens only ever grow.
+    It depends on the key of the block before it, the version of the adapter that computes any of
+    it, the salt of the request and the tokens in it. A block of nothing but virtual tokens is the
+    same for all requests of the adapter, whatever their salt. The base is the same for the whole
+    cache. A sequence remembers its keys: its tokens only ever grow.
     """
     keys = sequence.block_keys
     while len(keys) <= index:
@@ -27,6 +27,7 @@ def block_key(sequence: Sequence, index: int, block_size: int) -> bytes:
         salt = sequence.cache_salt if end > sequence.virtual.tokens else None
         ids = sequence.ids(end - block_size, block_size)
         # Every field is encoded with its length, so that no two lists of them look the same.
-        content = _encode((before, sequence.adapter, salt, ids))
+        adapter = sequence.adapter if end > sequence.adapter_from else ""
+        content = _encode((before, adapter, salt, ids))
         keys.append(blake2b(content, digest_size=_BYTES).digest())
     return keys[index]

@@ -6,8 +6,8 @@ from bisect import insort
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.adapters.task import Call
+from deltamux.adapters.traits import Traits
 from deltamux.config import EngineConfig
 from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.drain import Drain
@@ -31,8 +31,8 @@ class Slots(Protocol):
         """Gives one lease back."""
         ...
 
-    def virtual(self, digest: str) -> Virtual:
-        """The adapter's virtual tokens, as far as they are known: those of a slot always are."""
+    def traits(self, digest: str) -> Traits:
+        """The adapter's, as far as they are known: those of a slot always are."""
         ...
 
     def blocked(self, digest: str) -> bool:
@@ -168,7 +168,7 @@ class Scheduler:
     def _has_room(self, sequence: Sequence, plan: Plan) -> bool:
         """Looks again at the limits, now that its adapter's virtual tokens may be known."""
         if sequence.adapter:
-            sequence.begin_with(self._slots.virtual(sequence.adapter))
+            sequence.begin_with(self._slots.traits(sequence.adapter))
         answer = 0 if sequence.pooling else sequence.stopping.max_tokens
         try:
             self._limits.check_room(sequence.num_prompt, answer, sequence.virtual.tokens)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
+from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.adapters.task import Call
+from deltamux.adapters.traits import PLAIN, Traits
+from deltamux.engine.activation import first_adapted
 from deltamux.wire.messages import Classify, Embed, Sampling, Stopping
 
 
@@ -36,13 +38,16 @@ class Sequence:
     # The first choice of the same request, which computes the prompt for all of them.
     leader: Sequence | None = None
 
-    virtual: Virtual = NO_VIRTUAL
+    # Of its adapter, as far as they are known.
+    traits: Traits = PLAIN
     blocks: list[int] = field(default_factory=list)
     # Keys of the full blocks, as far as anybody asked for them.
     block_keys: list[bytes] = field(default_factory=list)
     num_computed: int = 0
     # Tokens of the prompt whose blocks were found when it was first admitted.
     num_cached: int = 0
+    # Place of the first token that the adapter computes; all before it are the base's.
+    adapter_from: int = 0
     # Device slot of the adapter while a lease is held; None for the base or while waiting.
     slot: int | None = None
     # Tier of the adapter at submission: "", "disk", "host" or "device".
@@ -61,6 +66,10 @@ class Sequence:
                 return "Classify"
             case Embed():
                 return "Embed"
+
+    @property
+    def virtual(self) -> Virtual:
+        return self.traits.virtual
 
     @property
     def num_places(self) -> int:
@@ -83,10 +92,12 @@ class Sequence:
         virtual = min(-own, count)
         return [*range(-1 - first, -1 - first - virtual, -1), *self.tokens[: count - virtual]]
 
-    def begin_with(self, virtual: Virtual) -> None:
-        """Sets the virtual tokens of the adapter, which are known once it has been parsed."""
-        if virtual != self.virtual:
-            self.virtual = virtual
+    def begin_with(self, traits: Traits) -> None:
+        """Settles what the adapter's traits decide, which are known once it has been parsed."""
+        if traits != self.traits:
+            self.traits = traits
+            prompt = self.tokens[: self.num_prompt]
+            self.adapter_from = first_adapted(prompt, traits.invocation)
             self.block_keys.clear()
 
     def miss_adapter(self, now: float) -> None:
@@ -109,3 +120,10 @@ class Scheduled:
     @property
     def yields(self) -> bool:
         return self.num_tokens == self.sequence.num_uncomputed
+
+    @property
+    def num_adapted(self) -> int:
+        """How many of these tokens, always the last ones, the adapter computes."""
+        sequence = self.sequence
+        reached = sequence.num_computed + self.num_tokens - sequence.adapter_from
+        return 0 if sequence.slot is None else max(0, min(reached, self.num_tokens))

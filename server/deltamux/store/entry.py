@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
+from deltamux.adapters.traits import PLAIN, Traits
 from deltamux.errors import DeltamuxError
 from deltamux.wire.messages import AdapterInfo
 
@@ -20,7 +20,7 @@ class Entry:
     path: str
     # What parsing told; kept when the adapter itself leaves memory.
     info: AdapterInfo | None = None
-    virtual: Virtual = NO_VIRTUAL
+    traits: Traits = PLAIN
     # Set while it is on the device, ready to be used.
     slot: int | None = None
     leases: int = 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
 from deltamux.adapters.sites import DeviceSites
 from deltamux.adapters.task import Call, require_fit
+from deltamux.adapters.traits import PLAIN, Traits
 from deltamux.errors import Aborted, DeltamuxError, FailedPrecondition, Internal
 from deltamux.store.entry import Entry
 from deltamux.store.loader import Completed, Loader
@@ -108,10 +108,10 @@ class AdapterCache:
         if self._unanswered:
             self._loader.wake()
 
-    def virtual(self, digest: str) -> Virtual:
-        """The adapter's virtual tokens; none as long as it has never been parsed."""
+    def traits(self, digest: str) -> Traits:
+        """The adapter's; plain ones as long as it has never been parsed."""
         entry = self._entries.get(digest)
-        return NO_VIRTUAL if entry is None else entry.virtual
+        return PLAIN if entry is None else entry.traits
 
     def tier(self, digest: str) -> str:
         """The closest tier that holds the adapter: "device", "host" or "disk"."""

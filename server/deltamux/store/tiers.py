@@ -137,6 +137,7 @@ class Tiers:
                 f"the cache holds {self.host.capacity_bytes} bytes",
                 reason="ADAPTER_TOO_LARGE",
             )
+        entry.traits = adapter.traits
         entry.info = AdapterInfo(
             family=adapter.family,
             rank=adapter.rank,
@@ -147,7 +148,6 @@ class Tiers:
             task=adapter.task,
             labels=() if adapter.head is None else adapter.head.plan.labels,
         )
-        entry.virtual = adapter.virtual
         for digest in self.host.put(adapter):
             self._left_host(self._entries[digest])
         self._moved(entry, seconds)

@@ -15,6 +15,7 @@ from torch import Tensor
 from deltamux.adapters.files import CONFIG, WEIGHTS
 from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.adapters.primitives.row_scale import RowScale
+from deltamux.errors import DeltamuxError
 
 Make = Callable[..., Any]
 
@@ -195,3 +196,19 @@ def test_doras_scale_is_the_magnitude_over_the_norm_of_each_row(save: Make, serv
     norms = (served.structure.weight(site).double() + delta).norm(dim=1)
     expected = (tensors[key + "lora_magnitude_vector"] / norms).float()
     torch.testing.assert_close(payload.scale, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    ],
+)
+def test_what_acts_on_a_whole_prompt_cannot_wait_for_an_invocation(
+    config: dict[str, Any], save: Make, serve: Make
+) -> None:
+    folder = restored(save("llama", r=2, **config), alora_invocation_tokens=[3])
+    with pytest.raises(DeltamuxError) as caught:
+        serve("llama").parse(folder)
+    assert caught.value.reason == "UNSUPPORTED_FEATURE"

@@ -33,6 +33,7 @@ _HARMLESS = (
 # Variants of LoRA, which PEFT does not combine with AdaLoRA.
 _UNSERVED: Mapping[str, Json] = {
     **UNSERVED,
+    "alora_invocation_tokens": None,
     **dict.fromkeys(("alpha_pattern", "kasa_config", "loftq_config", "trainable_token_indices")),
     **dict.fromkeys(("ensure_weight_tying", "lora_bias", "use_dora", "use_rslora"), False),
     "use_bdlora": None,

@@ -80,7 +80,7 @@ class Lora:
         modules.require_none_left()
         if pair:
             _require_tied(tensors, structure)
-        return Parsed(payloads, _rank(payloads), modules.taken, notes)
+        return Parsed(payloads, _rank(payloads), modules.taken, notes, config.invocation)
 
 
 def _targets(
@@ -88,6 +88,8 @@ def _targets(
 ) -> list[SiteSpec]:
     targets = targeted_sites(config.selector, structure, _KINDS)
     sites = {**{site.name: site for site in targets}, **pair}
+    if config.invocation and any(site.kind == "embedding" for site in sites.values()):
+        raise unsupported("alora_invocation_tokens at an embedding")
     for table in (config.ranks, config.alphas):
         table.require_used(list(sites))
     return list(sites.values())
