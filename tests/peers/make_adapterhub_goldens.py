@@ -56,6 +56,17 @@ _EVERYWHERE = {
     "pfeiffer": adapters.SeqBnConfig(reduction_factor={"0": 4, "default": 16}),
     "parallel": adapters.ParBnConfig(reduction_factor=2),
 }
+_LORA = {
+    "lora": adapters.LoRAConfig(
+        r=3,
+        alpha=6,
+        attn_matrices=["q", "k", "v"],
+        intermediate_lora=True,
+        output_lora=True,
+        leave_out=[0],
+    ),
+    "ia3": adapters.IA3Config(output_lora=True, alpha=2),
+}
 RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
     "llama": {
         **_EVERYWHERE,
@@ -87,10 +98,15 @@ RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
         "normed_after": adapters.ParBnConfig(
             reduction_factor=8, ln_after=True, non_linearity="linear"
         ),
+        **_LORA,
     },
     "mistral": _EVERYWHERE,
     "gpt2": _EVERYWHERE,
-    "bert": {**_EVERYWHERE, "compacter": adapters.CompacterConfig(reduction_factor=4)},
+    "bert": {
+        **_EVERYWHERE,
+        "compacter": adapters.CompacterConfig(reduction_factor=4),
+        **_LORA,
+    },
     "roberta": {"houlsby": _EVERYWHERE["houlsby"], "pfeiffer": _EVERYWHERE["pfeiffer"]},
 }
 # AdapterHub's default, and the only way for `normed`, whose norm has two names.
@@ -150,7 +166,8 @@ def _draw(parameters: Iterator[tuple[str, torch.nn.Parameter]], scale: float) ->
     """Random numbers that 16 bits can hold; scales and weights of norms stay around 1."""
     with torch.no_grad():
         for key, parameter in parameters:
-            around = 1.0 if parameter.ndim == 1 and not key.endswith(("bias", ".b")) else 0.0
+            vector = parameter.ndim == 1 or parameter.shape[1] == 1
+            around = 1.0 if vector and not key.endswith(("bias", ".b")) else 0.0
             drawn = around + torch.randn_like(parameter) * scale
             parameter.copy_(drawn.half().float())
 

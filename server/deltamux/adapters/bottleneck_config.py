@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from deltamux.adapters.adapterhub_model import AdapterHubConfig, take_layers, take_text
 from deltamux.adapters.fields import Fields, as_integer, as_number, refuse_field, unsupported
 from deltamux.adapters.primitives.bottleneck import (
     Bottleneck,
@@ -14,7 +15,6 @@ from deltamux.adapters.primitives.bottleneck import (
 )
 from deltamux.adapters.strict_json import Json, quoted
 
-_MAX_LAYER = 1 << 16
 _MAX_FACTOR = float(1 << 20)
 
 # AdapterHub's names of the functions that are served; the tanh form of gelu has several.
@@ -48,8 +48,6 @@ _HARMLESS = (
     "phm_init_range",
     "stochastic_depth",
 )
-# Where the adapter comes from.
-_PROVENANCE = ("config_id", "model_name", "type", "version")
 
 
 @dataclass(frozen=True)
@@ -67,14 +65,8 @@ class Phm:
 
 @dataclass(frozen=True)
 class BottleneckConfig:
-    """`name` stands in every tensor's name; `scaling` is a number, "learned" or "channel".
+    """`scaling` is a number, "learned" or "channel"; `phm` is None for plain matrices."""
 
-    `phm` is None for plain matrices.
-    """
-
-    name: str
-    model_type: str
-    hidden_size: int | None
     attention: bool
     mlp: bool
     left_out: frozenset[int]
@@ -117,26 +109,20 @@ class BottleneckConfig:
         return ResidualBottleneck if self.parallel else OutputBottleneck
 
 
-def read_bottleneck_config(values: Mapping[str, Json]) -> BottleneckConfig:
+def read_bottleneck_config(hub: AdapterHubConfig) -> BottleneckConfig:
     """Raises InvalidArgument or FailedPrecondition for a field that is not understood."""
-    outer = Fields(values)
-    fields = Fields(outer.take_table("config"))
+    fields = hub.fields
     fields.require_off({"architecture": None, "cross_adapter": False, "inv_adapter": None})
     fields.require_off({"use_gating": False})
-    _require_no_head(outer.take("model_class"))
-    hidden = outer.take("hidden_size")
     ln_after = fields.take_bool("ln_after")
     if fields.take_bool("adapter_residual_before_ln") and ln_after:
         raise unsupported("adapter_residual_before_ln with ln_after")
     config = BottleneckConfig(
-        name=_text(outer, "name"),
-        model_type=_text(outer, "model_type"),
-        hidden_size=None if hidden is None else as_integer("hidden_size", hidden, 1, 1 << 20),
         attention=fields.take_bool("mh_adapter"),
         mlp=fields.take_bool("output_adapter"),
-        left_out=_layers(fields.take("leave_out")),
+        left_out=take_layers(fields),
         reduction=_reduction(fields.take("reduction_factor")),
-        activation=_activation(_text(fields, "non_linearity"), "version" in values),
+        activation=_activation(take_text(fields, "non_linearity"), hub.version is not None),
         parallel=fields.take_bool("is_parallel"),
         original_ln_before=fields.take_bool("original_ln_before"),
         original_ln_after=fields.take_bool("original_ln_after", True),
@@ -148,28 +134,7 @@ def read_bottleneck_config(values: Mapping[str, Json]) -> BottleneckConfig:
     )
     fields.discard(_HARMLESS)
     fields.require_none_left()
-    outer.discard(_PROVENANCE)
-    outer.require_none_left()
     return config
-
-
-def _require_no_head(model_class: Json) -> None:
-    """A model for another task answers through a head, which is not in this file."""
-    if isinstance(model_class, str) and "For" in model_class.removesuffix("ForCausalLM"):
-        raise unsupported(f"model_class = {quoted(model_class)}")
-
-
-def _text(fields: Fields, name: str) -> str:
-    value = fields.take(name)
-    return value if isinstance(value, str) and value else refuse_field(name, value, "a name")
-
-
-def _layers(value: Json) -> frozenset[int]:
-    if value is None:
-        return frozenset()
-    if not isinstance(value, list):
-        refuse_field("leave_out", value, "a list of layers")
-    return frozenset(as_integer("leave_out", layer, 0, _MAX_LAYER) for layer in value)
 
 
 def _reduction(value: Json) -> Mapping[str, float]:

@@ -1,9 +1,10 @@
-"""Adapters that are broken in one place, and the engine's steps held to PEFT."""
+"""Broken adapters, those that AdapterHub has answered for, and the engine's steps held to PEFT."""
 
 from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltamux.adapters.files import CONFIG
+from deltamux.adapters.files import ADAPTERHUB_WEIGHTS, CONFIG
 from deltamux.adapters.parse import parse_adapter
 from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.adapters.rows import Rows
@@ -37,6 +39,8 @@ from deltamux.wire.messages import Sampling, Stopping
 CPU = torch.device("cpu")
 # An adapter must move the base's logits by more, so that nothing is left to rounding.
 LEAST_EFFECT = 0.1
+
+GOLDENS = Path(__file__).parents[2] / "peers" / "adapterhub"
 
 Tensors = dict[str, Tensor]
 
@@ -228,3 +232,50 @@ def paged_as_in_peft(
             return Comparison(name, base, reference).run(*args, **options)
 
     return compare
+
+
+@pytest.fixture
+def golden() -> Callable[[str], dict[str, Tensor]]:
+    """golden(base) -> `ids`, and AdapterHub's logits by adapter; those of "base" are without."""
+    return lambda base: load_file(GOLDENS / base / "logits.safetensors")
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Callable[..., Path]:
+    """changed(adapter, outer, tensors=, base=, more=, **fields): a copy of one of AdapterHub's with
+    other fields, names and tensors."""
+
+    def changed(
+        adapter: str,
+        outer: dict[str, Any] | None = None,
+        tensors: Callable[[str], str] = str,
+        base: str = "llama",
+        more: dict[str, Tensor] | None = None,
+        **fields: Any,
+    ) -> Path:
+        folder = shutil.copytree(GOLDENS / base / adapter, tmp_path / "changed")
+        config = json.loads((folder / CONFIG).read_text())
+        config["config"].update(fields)
+        config.update(outer or {})
+        kept = {name: value for name, value in config.items() if value is not None}
+        (folder / CONFIG).write_text(json.dumps(kept))
+        weights = load_file(folder / ADAPTERHUB_WEIGHTS)
+        renamed = {tensors(name): tensor for name, tensor in weights.items()}
+        save_file(renamed | (more or {}), folder / ADAPTERHUB_WEIGHTS)
+        return folder
+
+    return changed
+
+
+@pytest.fixture
+def reason() -> Callable[[Any, Path], str | None]:
+    """reason(served, folder) -> the reason, None where the adapter is served."""
+
+    def reason(served: Any, folder: Path) -> str | None:
+        try:
+            served.parse(folder)
+        except DeltamuxError as error:
+            return error.reason
+        return None
+
+    return reason

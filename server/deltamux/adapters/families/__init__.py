@@ -1,6 +1,7 @@
 """The families that are served, in the order in which they are asked."""
 
 from deltamux.adapters.families.adalora import AdaLora
+from deltamux.adapters.families.adapterhub_lora import AdapterHubLora
 from deltamux.adapters.families.boft import Boft
 from deltamux.adapters.families.bottlenecks import Bottlenecks
 from deltamux.adapters.families.delora import DeLora
@@ -50,4 +51,6 @@ FAMILIES: tuple[Family, ...] = (
     TrainableTokens(),
     VbLora(),
     Vera(),
+    AdapterHubLora("lora", "add"),
+    AdapterHubLora("ia3", "scale"),
 )

@@ -7,18 +7,18 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from deltamux.adapters.adapterhub_model import read_adapterhub_config
 from deltamux.adapters.bottleneck_config import BottleneckConfig, read_bottleneck_config
 from deltamux.adapters.family import Parsed
 from deltamux.adapters.keyed_tensors import KeyedTensors
-from deltamux.adapters.layer_ends import LayerEnds, layer_ends, model_prefix
+from deltamux.adapters.language_head import take_language_head
+from deltamux.adapters.layer_ends import LayerEnds, layer_ends
 from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import is_copy, to_serving
+from deltamux.adapters.module_tensors import to_serving
 from deltamux.adapters.phm import PhmWeights, Position
 from deltamux.adapters.primitives.bottleneck import Bottleneck
-from deltamux.adapters.primitives.payload import Payload
-from deltamux.adapters.replacement import replacement
 from deltamux.base.structure import SiteSpec, Structure
-from deltamux.errors import FailedPrecondition, InvalidArgument
+from deltamux.errors import InvalidArgument
 
 
 class Bottlenecks:
@@ -36,41 +36,21 @@ class Bottlenecks:
         structure: Structure,
         dtype: torch.dtype,
     ) -> Parsed:
-        config = read_bottleneck_config(manifest.fields)
-        keyed = KeyedTensors(tensors, model_prefix(structure, config.model_type))
-        reader = _Reader(config, keyed, dtype)
+        hub = read_adapterhub_config(manifest.fields, structure)
+        config = read_bottleneck_config(hub)
+        keyed = KeyedTensors(tensors, hub.names.model)
+        reader = _Reader(hub.name, config, keyed, dtype)
         payloads = {
-            site.name: (reader.payload(layer, site, f"{end}.adapters.{config.name}"),)
-            for layer in layer_ends(structure)
+            site.name: (reader.payload(layer, site, f"{end}.adapters.{hub.name}"),)
+            for layer in layer_ends(structure, hub.names)
             for site, end in _ends(config, layer)
         }
         if not payloads:
             raise InvalidArgument("the config puts no adapter anywhere", reason="NO_TARGETS")
-        head, notes = _language_head(keyed, structure, dtype)
+        head, notes = take_language_head(keyed, structure, dtype)
         keyed.require_none_left()
         width = max(payload.down.shape[0] for (payload,) in payloads.values())
         return Parsed({**payloads, **head}, rank=width, parameters=keyed.taken, notes=notes)
-
-
-def _language_head(
-    tensors: KeyedTensors, structure: Structure, dtype: torch.dtype
-) -> tuple[dict[str, tuple[Payload, ...]], tuple[str, ...]]:
-    """AdapterHub saves the base's head beside an adapter, trained or not.
-
-    Raises FailedPrecondition (UNSUPPORTED_FEATURE) for a trained one that changes embeddings too.
-    """
-    weight = tensors.take_any("lm_head.weight")
-    if weight is None:
-        return {}, ()
-    if is_copy(weight, structure.weight(structure.head)):
-        return {}, ("copy of the base left out: lm_head.weight",)
-    if structure.tied:
-        raise FailedPrecondition(
-            "lm_head.weight differs from the base model's, which is tied to its embeddings",
-            reason="UNSUPPORTED_FEATURE",
-        )
-    site = structure.sites[structure.head]
-    return {site.name: (replacement(site, weight, None, structure, dtype),)}, ()
 
 
 def _ends(config: BottleneckConfig, layer: LayerEnds) -> Iterator[tuple[SiteSpec, str]]:
@@ -87,20 +67,17 @@ def _ends(config: BottleneckConfig, layer: LayerEnds) -> Iterator[tuple[SiteSpec
 class _Reader:
     """Takes the tensors of one adapter, end by end."""
 
-    def __init__(self, config: BottleneckConfig, tensors: KeyedTensors, dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, config: BottleneckConfig, tensors: KeyedTensors, dtype: torch.dtype
+    ) -> None:
         self._config = config
         self._tensors = tensors
         self._dtype = dtype
-        shared = f"shared_parameters.{config.name}"
+        shared = f"shared_parameters.{name}"
         self._phm = None if config.phm is None else PhmWeights(config.phm, tensors, shared)
 
     def payload(self, layer: LayerEnds, site: SiteSpec, key: str) -> Bottleneck:
         config, hidden = self._config, site.out_features
-        if config.hidden_size not in (None, hidden):
-            raise FailedPrecondition(
-                f"the adapter is for hidden_size {config.hidden_size}, this base has {hidden}",
-                reason="BASE_MISMATCH",
-            )
         width = config.width(layer.number, hidden)
         # A norm before takes the first place in the sequence.
         first = f"{key}.adapter_down.{int(config.ln_before)}"
