@@ -130,11 +130,13 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 
 def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "source", ADAPTERHUB, pytorch_adapter=TENSORS)
-    target = tmp_path / "target"
+    target = tmp_path / "new" / "target"
     assert main(["convert", str(source), str(target)]) == 0
     assert capsys.readouterr().out == f"wrote {target}\n"
     assert main(["convert", str(source), str(target)]) == 1
     assert capsys.readouterr().err == f"deltamux convert: {target} is there already\n"
+    assert main(["convert", str(source), str(target / CONFIG / "below")]) == 1
+    assert "File exists" in capsys.readouterr().err
 
 
 def refusal(source: Path, target: Path) -> str | None:

@@ -40,13 +40,15 @@ def convert(source: Path, target: Path) -> Path:
 
     A pickle is read by torch's unpickler for weights, which makes tensors and runs nothing else.
     A language head that AdapterHub saved beside the adapter goes into the same file.
-    Raises InvalidArgument for files that are malformed, and for a target that is there already.
+    Raises InvalidArgument for files that are malformed and a target that is there already, OSError
+    for one that cannot be written.
     """
     if os.path.lexists(target):
         raise InvalidArgument(f"{target} is there already", reason="TARGET_EXISTS")
     library = read_manifest(source).library
     require_alone(source, but=HEAD_CONFIG)
     tensors = _read(source, (WEIGHTS, ADAPTERHUB_WEIGHTS, *PICKLES)) | _read_head(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert-") as temporary:
         folder = Path(temporary) / target.name
         folder.mkdir()

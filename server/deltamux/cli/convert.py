@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     options = Convert.parse("deltamux convert", arguments)
     try:
         print(f"wrote {convert(options.source, options.target)}")
-    except DeltamuxError as error:
-        print(f"deltamux convert: {error.message}", file=sys.stderr)
+    except (DeltamuxError, OSError) as error:
+        print(f"deltamux convert: {error}", file=sys.stderr)
         return 1
     return 0

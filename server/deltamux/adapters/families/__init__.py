@@ -30,6 +30,8 @@ from deltamux.adapters.family import Family
 FAMILIES: tuple[Family, ...] = (
     Lora(),
     AdaLora(),
+    AdapterHubLora("lora", "add"),
+    AdapterHubLora("ia3", "scale"),
     Boft(),
     Bottlenecks(),
     CARTRIDGE,
@@ -51,6 +53,4 @@ FAMILIES: tuple[Family, ...] = (
     TrainableTokens(),
     VbLora(),
     Vera(),
-    AdapterHubLora("lora", "add"),
-    AdapterHubLora("ia3", "scale"),
 )
