@@ -1,7 +1,6 @@
 """The families that are served, in the order in which they are asked."""
 
 from deltamux.adapters.families.adalora import AdaLora
-from deltamux.adapters.families.adapterhub_lora import AdapterHubLora
 from deltamux.adapters.families.boft import Boft
 from deltamux.adapters.families.bottlenecks import Bottlenecks
 from deltamux.adapters.families.delora import DeLora
@@ -11,6 +10,7 @@ from deltamux.adapters.families.ia3 import Ia3
 from deltamux.adapters.families.ln_tuning import LnTuning
 from deltamux.adapters.families.loha import LoHa
 from deltamux.adapters.families.lora import Lora
+from deltamux.adapters.families.lora_adapterhub import AdapterHubLora
 from deltamux.adapters.families.miss import Miss
 from deltamux.adapters.families.oft import Oft
 from deltamux.adapters.families.prefix_tuning import CARTRIDGE, PREFIX_TUNING
@@ -29,9 +29,9 @@ from deltamux.adapters.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     Lora(),
-    AdaLora(),
     AdapterHubLora("lora", "add"),
     AdapterHubLora("ia3", "scale"),
+    AdaLora(),
     Boft(),
     Bottlenecks(),
     CARTRIDGE,
