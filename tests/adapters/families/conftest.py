@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from deltamux.adapters.files import ADAPTERHUB_WEIGHTS, CONFIG
 from deltamux.adapters.parse import parse_adapter
-from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.adapters.rows import Rows
 from deltamux.adapters.sites import DeviceSites
 from deltamux.adapters.task import Call
+from deltamux.adapters.traits import Traits
 from deltamux.base.load import adopt
 from deltamux.config import EngineConfig
 from deltamux.engine.block_allocator import BlockAllocator
@@ -106,8 +106,8 @@ class Paged:
     def acquire(self, digest: str, path: str, call: Call = "Generate") -> int:
         return list(self.adapters).index(digest)
 
-    def virtual(self, digest: str) -> Virtual:
-        return self.adapters[digest].virtual
+    def traits(self, digest: str) -> Traits:
+        return self.adapters[digest].traits
 
     def release(self, digest: str) -> None:
         """No adapter ever leaves."""
