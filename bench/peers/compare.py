@@ -87,7 +87,9 @@ class Deltamux:
         self._cache = tempfile.TemporaryDirectory()
         command = [sys.executable, "-m", "deltamux", "serve", "--model", str(folder / "base")]
         command += ["--port", str(PORT), "--metrics-port", "0", "--threads", str(threads)]
-        command += ["--adapter-cache-dir", self._cache.name]
+        command += ["--adapter-cache-dir", self._cache.name, "--log-level", "warning"]
+        # The rounds repeat their prompts, which no other peer remembers.
+        command += ["--no-enable-prefix-caching"]
         for index in range(adapters):
             name = adapter_name(index)
             command += ["--adapter", f"{name}={folder / 'adapters' / name}"]

@@ -104,7 +104,8 @@ def _expand_gathered(
 ) -> None:
     work = columns.work(h.pattern, b, segments)
     torch.index_select(h.values, 0, work.entries, out=work.values)
-    y[work.pattern.covered] += torch.sparse.mm(work.matrix, b.table, "sum")
+    # Not `+=` on the slice: Python would store it into y once more.
+    y[work.pattern.covered].add_(torch.sparse.mm(work.matrix, b.table, "sum"))
 
 
 def expand_triton(

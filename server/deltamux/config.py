@@ -15,7 +15,7 @@ class EngineConfig:
     dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int = 1024
     block_size: int = 16
     # Bytes of the KV cache; None: a share of device memory on a GPU, 1 GiB on a CPU.
     kv_cache_bytes: int | None = None

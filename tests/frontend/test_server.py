@@ -29,6 +29,7 @@ async def test_server_info_is_what_the_engine_said(harness) -> None:
     assert (info.model, info.device, info.dtype) == ("tiny", "cpu", "float32")
     assert (info.max_context_tokens, info.adapter_slots) == (2048, 4)
     assert (info.kv_cache_tokens, list(info.families)) == (16 * 2048, ["lora"])
+    assert info.vocab_size == harness.client.info.vocab_size > 0
     assert info.kernel_backend == "torch" and info.version
 
 

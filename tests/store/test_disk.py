@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import structlog
 
 from deltamux.errors import Aborted, DeltamuxError, InvalidArgument, ResourceExhausted
 from deltamux.store import disk as disk_module
@@ -32,6 +33,18 @@ def test_a_copy_is_complete_and_named_by_its_content(files, make_disk, tmp_path)
     assert digest in disk
     assert disk.used_bytes == sum(path.stat().st_size for path in source.iterdir())
     assert leftovers(tmp_path) == []
+
+
+def test_files_that_a_user_may_expect_to_count_are_named_in_a_warning(files, make_disk):
+    source = files.write("a", seed=1)
+    for name in ("chat_template.jinja", "tokenizer.json", "README.md"):
+        (source / name).write_text("{}")
+    with structlog.testing.capture_logs() as events:
+        digest = make_disk().ingest(source)
+    warning = {"version": digest, "files": ["chat_template.jinja", "tokenizer.json"]}
+    assert [event for event in events if event["log_level"] == "warning"] == [
+        {**warning, "log_level": "warning", "event": "files beside an adapter are not used"}
+    ]
 
 
 def test_the_same_content_is_kept_once(files, make_disk):

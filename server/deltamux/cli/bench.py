@@ -31,8 +31,9 @@ class Bench(Command):
         None, help="its admin listener, where it has one", metavar="HOST:PORT"
     )
 
-    request_rate: list[float] = option(
-        [float("inf")], help="requests a second; repeatable; inf: all at once", metavar="RATE"
+    # Words, because the parser of lists reads no infinity.
+    request_rate: list[str] = option(
+        ["inf"], help="requests a second; repeatable; inf: all at once", metavar="RATE"
     )
     burstiness: float = option(
         1.0, gt=0, help="shape of the gamma arrivals: 1 is Poisson, less is burstier", metavar="K"
@@ -58,12 +59,13 @@ class Bench(Command):
     save_png: Path | None = option(None, help="draw latency against load there", metavar="FILE")
 
     def bench_config(self) -> BenchConfig:
-        """Raises ValueError for a word that names no distribution, length or objective."""
+        """Raises ValueError for a word that names no rate, distribution, length or objective."""
         popularity(self.popularity)
+        rates = tuple(_rate(word) for word in self.request_rate)
         workload = Workload(
             adapters=("",) if self.base else tuple(self.adapter),
             requests=self.num_prompts,
-            rate=self.request_rate[0],
+            rate=rates[0],
             burstiness=self.burstiness,
             popularity=self.popularity,
             prompt_lengths=Lengths.parse(self.input_len),
@@ -73,13 +75,20 @@ class Bench(Command):
         return BenchConfig(
             target=self.target,
             workload=workload,
-            rates=tuple(self.request_rate),
+            rates=rates,
             objective=Objective.parse(self.goodput),
             warmup=self.warmup,
             admin_target=self.admin_target,
             json_path=self.save_json,
             png_path=self.save_png,
         )
+
+
+def _rate(word: str) -> float:
+    rate = float(word)
+    if not rate > 0:
+        raise ValueError(f"{word} is no rate: a positive number or inf")
+    return rate
 
 
 def main(arguments: Sequence[str]) -> int:

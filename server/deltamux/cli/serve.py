@@ -59,7 +59,7 @@ class Serve(Command):
         None, ge=1, help="longest prompt and answer together, in tokens", metavar="TOKENS"
     )
     max_num_seqs: int = option(64, ge=1, help="most sequences in a step", metavar="N")
-    max_num_batched_tokens: int = option(2048, ge=1, help="most tokens in a step", metavar="TOKENS")
+    max_num_batched_tokens: int = option(1024, ge=1, help="most tokens in a step", metavar="TOKENS")
     block_size: int = option(16, ge=1, help="tokens in a block of the KV cache", metavar="TOKENS")
     gpu_memory_utilization: float = option(
         0.9, gt=0, le=1, help="share of the GPU's memory to use", metavar="SHARE"

@@ -28,6 +28,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             device=info.device,
             dtype=info.dtype,
             max_context_tokens=validation.context_tokens(info),
+            vocab_size=info.vocab_size,
             adapter_slots=info.adapter_slots,
             kv_cache_tokens=info.kv_cache_tokens,
             families=info.families,

@@ -139,7 +139,10 @@ def _internal(method: str) -> Internal:
 def _log_call(method: str, error: DeltamuxError | None, seconds: float) -> None:
     """What the handlers bind to structlog's context (request id, adapter) is in the event too."""
     event = log.bind(method=method.rpartition("/")[2], seconds=round(seconds, 6))
-    if error is None:
+    if error is None and method.startswith("/grpc.health."):
+        # A prober asks every few seconds.
+        event.debug("call", code="OK")
+    elif error is None:
         event.info("call", code="OK")
     else:
         event.info("call", code=error.code, reason=error.reason, error=printable(error.message))

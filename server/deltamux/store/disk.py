@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import structlog
+
 from deltamux.errors import (
     Aborted,
     DeltamuxError,
@@ -25,6 +27,11 @@ from deltamux.store.content import OPENERS, ContentDigest, chunks, fingerprint
 # Then the id of the process that works in it.
 _TEMPORARY = ".tmp-"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+
+# Trainers save them beside an adapter; requests of every adapter use the base's own.
+_UNUSED = ("chat_template.jinja", "generation_config.json", "tokenizer.json")
+
+_log = structlog.get_logger(__name__)
 
 
 class DiskStore:
@@ -91,6 +98,8 @@ class DiskStore:
                 self._publish(temporary, digest, size)
         except OSError as error:
             raise _translated(error) from error
+        if unused := [name for name in _UNUSED if os.path.lexists(source / name)]:
+            _log.warning("files beside an adapter are not used", version=digest, files=unused)
         return digest
 
     def purge(self, digest: str) -> None:

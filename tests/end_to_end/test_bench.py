@@ -1,0 +1,43 @@
+"""`deltamux bench` against a live server: figures of every rate, as JSON and as a picture."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from deltamux.demo.server import Server
+from deltamux.demo.tasks import weights_path
+
+REQUESTS, OUTPUT_TOKENS = 6, 4
+
+
+def test_two_rates_are_measured_written_and_drawn(tmp_path: Path):
+    weights = weights_path()
+    with Server(
+        *("--model", str(weights / "base"), "--adapter-dir", str(weights / "adapters")),
+        *("--device", "cpu", "--threads", "1", "--adapter-cache-dir", str(tmp_path / "cache")),
+    ) as server:
+        bench = subprocess.run(
+            [
+                *(sys.executable, "-m", "deltamux", "bench", "--target", server.target),
+                *("--request-rate", "20", "--request-rate", "inf", "--warmup", "2"),
+                *("--num-prompts", str(REQUESTS), "--input-len", "4:8"),
+                *("--output-len", str(OUTPUT_TOKENS), "--popularity", "zipf:1.0"),
+                *("--goodput", "ttft:60000", "--save-json", str(tmp_path / "figures.json")),
+                *("--save-png", str(tmp_path / "figures.png")),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert bench.returncode == 0, bench.stderr
+    runs = json.loads((tmp_path / "figures.json").read_text())
+    assert [run["request_rate"] for run in runs] == [20.0, float("inf")]
+    for run in runs:
+        assert (run["completed"], run["failed"]) == (REQUESTS, 0)
+        assert run["total_output_tokens"] == REQUESTS * OUTPUT_TOKENS
+        assert 0 < run["median_ttft_ms"] <= run["p99_ttft_ms"] <= run["p99_e2el_ms"]
+        assert run["request_goodput"] == run["request_throughput"]
+        assert run["hot"]["completed"] + run["cold"]["completed"] == REQUESTS
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
+    assert "TTFT" in bench.stdout
