@@ -38,6 +38,10 @@ class Given:
     structure: Structure
     shared: Sequence[Tensor]
 
+    def weight(self, site: SiteSpec) -> Tensor:
+        """The base's own weight [out, in], float32 on the host."""
+        return self.structure.weight(site.name).detach().float().cpu()
+
 
 @dataclass(frozen=True, eq=False)
 class Tuner(ABC):

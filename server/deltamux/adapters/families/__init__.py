@@ -3,16 +3,19 @@
 from deltamux.adapters.families.adalora import AdaLora
 from deltamux.adapters.families.boft import Boft
 from deltamux.adapters.families.bottlenecks import Bottlenecks
+from deltamux.adapters.families.deft import Deft
 from deltamux.adapters.families.delora import DeLora
 from deltamux.adapters.families.delta import Delta
 from deltamux.adapters.families.gralora import GraLora
 from deltamux.adapters.families.ia3 import Ia3
 from deltamux.adapters.families.ln_tuning import LnTuning
 from deltamux.adapters.families.loha import LoHa
+from deltamux.adapters.families.lokr import LoKr
 from deltamux.adapters.families.lora import Lora
 from deltamux.adapters.families.lora_adapterhub import AdapterHubLora
 from deltamux.adapters.families.miss import Miss
 from deltamux.adapters.families.oft import Oft
+from deltamux.adapters.families.peanut import Peanut
 from deltamux.adapters.families.prefix_tuning import CARTRIDGE, PREFIX_TUNING
 from deltamux.adapters.families.prompt_tuning import (
     CPT,
@@ -36,15 +39,18 @@ FAMILIES: tuple[Family, ...] = (
     Bottlenecks(),
     CARTRIDGE,
     CPT,
+    Deft(),
     DeLora(),
     Delta(),
     GraLora(),
     Ia3(),
     LnTuning(),
     LoHa(),
+    LoKr(),
     Miss(),
     MultitaskPromptTuning(),
     Oft(),
+    Peanut(),
     PREFIX_TUNING,
     PROMPT_TUNING,
     P_TUNING,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from deltamux.adapters.fields import Fields, as_integer, refuse_field
 from deltamux.adapters.low_rank_delta import Change, Factors
@@ -81,7 +80,8 @@ class _Bat(Tuner):
             raise other_base(site, f"blocks of {(rank, rank)}")
         (part,) = self.names.parts
         block = given.modules.take_shaped(site, part, (site.out_features // rank, rank, rank))
-        weight: Tensor = given.structure.weight(site.name).detach().float().cpu()
-        blocks = weight.reshape(-1, rank, site.in_features // rank, rank).transpose(1, 2)
+        blocks = (
+            given.weight(site).reshape(-1, rank, site.in_features // rank, rank).transpose(1, 2)
+        )
         delta = blocks @ block[:, None] + block[:, None]
         return delta.transpose(1, 2).reshape(site.out_features, site.in_features)
