@@ -242,6 +242,20 @@ def test_a_config_that_does_not_fit_the_tensors_is_refused(
     assert (error.code, error.reason) == (code, reason)
 
 
+@pytest.mark.parametrize(
+    ("peft_type", "why"), [("PSOFT", "signs"), ("ADAMSS", "clusters"), ("POLY", "task")]
+)
+def test_a_type_that_cannot_be_served_is_refused_with_its_reason(
+    peft_type: str, why: str, sound: Path, serve: Make, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(sound, tmp_path / "adapter")
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "peft_type": peft_type}))
+    error = refusal(serve("llama").parse, folder)
+    assert error.reason == "UNSUPPORTED_TYPE"
+    assert why in error.message
+
+
 def test_lora_bias_at_an_embedding_is_refused(save: Make, serve: Make, tmp_path: Path) -> None:
     folder = save("llama", r=3, target_modules=["embed_tokens"])
     config = json.loads((folder / CONFIG).read_text())

@@ -61,6 +61,18 @@ def test_sites_come_in_call_order_with_embedding_first_and_head_last(
     assert len(sites) == 2 + 2 * 9 + 1
 
 
+def test_linear_modules_are_known_in_the_order_in_which_the_model_holds_them() -> None:
+    config = transformers.GPTNeoXConfig(**SMALL, intermediate_size=48)
+    model = build(config)
+    structure = find_structure(model)
+    assert list(structure.registered) == [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+    ]
+    assert structure.registered[structure.head] == "head"
+
+
 def test_shapes_are_those_of_the_product(llama: torch.nn.Module) -> None:
     structure = find_structure(llama)
     for name, site in structure.sites.items():

@@ -37,10 +37,8 @@ class Given:
     modules: ModuleTensors
     structure: Structure
     shared: Sequence[Tensor]
-
-    def weight(self, site: SiteSpec) -> Tensor:
-        """The base's own weight [out, in], float32 on the host."""
-        return self.structure.weight(site.name).detach().float().cpu()
+    # The places of the targeted modules in the order in which the model holds them.
+    places: Mapping[str, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +54,10 @@ class Tuner(ABC):
         return ()
 
     def prepare(self, modules: ModuleTensors, sites: Sequence[SiteSpec]) -> Sequence[Tensor]:
-        """Checks what concerns all modules, and takes the tensors that they share."""
+        """Checks what concerns all modules, and takes the tensors that they share.
+
+        The sites come in the order in which the model holds them.
+        """
         return ()
 
     @abstractmethod
@@ -90,8 +91,9 @@ class LowRankFamily(ABC):
         modules = ModuleTensors(
             tensors, structure, parts, integers=names.integers, shared=names.shared
         )
-        sites = tuner.targets.sites(structure, tuner.tables)
-        given = Given(modules, structure, tuner.prepare(modules, sites))
+        sites = tuner.targets.sites_in_model_order(structure, tuner.tables)
+        places = {site.name: place for place, site in enumerate(sites)}
+        given = Given(modules, structure, tuner.prepare(modules, sites), places)
 
         def read(site: SiteSpec) -> list[Payload]:
             payload = smallest(site, tuner.change(site, given))

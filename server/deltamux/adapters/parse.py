@@ -21,6 +21,11 @@ from deltamux.errors import FailedPrecondition
 _REFUSED = {
     "ADAPTION_PROMPT": ": their prompt has a softmax of its own, behind a gate, beside that of "
     "attention, which paged attention does not compute",
+    "ADAMSS": ": they change the rows of a weight in clusters that are not in the file and cannot "
+    "be found again",
+    "POLY": ": their answer depends on the number of a task, which no request names",
+    "PSOFT": ": their factors are singular vectors of the base's weight, which are not in the file "
+    "and whose signs differ from machine to machine",
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deltamux.adapters.fields import as_integer
 from deltamux.adapters.strict_json import Json
+from deltamux.base.structure import SiteSpec, Structure
 
 _MAX_SEED = (1 << 63) - 1
 
@@ -30,3 +31,8 @@ def kaiming_uniform(shapes: Iterable[tuple[int, int]], seed: int) -> list[Tensor
         bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
         drawn.append(torch.empty(shape).uniform_(-bound, bound, generator=generator))
     return drawn
+
+
+def as_kept(drawn: Tensor, site: SiteSpec, structure: Structure) -> Tensor:
+    """Drawn numbers as PEFT keeps them: rounded to the dtype of the base's weight, in float32."""
+    return drawn.to(structure.weight(site.name).dtype).float()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from deltamux.adapters.fields import Fields, as_integer, refuse_field
+from deltamux.adapters.fields import Fields, as_integer, refuse_field, unsupported
 from deltamux.adapters.files import CONFIG
 from deltamux.adapters.patterns import ALL_LINEAR, LayerFilter, Pattern, Selector
 from deltamux.adapters.per_module import PerModule
@@ -42,6 +42,24 @@ class Targets:
         for table in tables:
             table.require_used([site.name for site in sites])
         return sites
+
+    def sites_in_model_order(
+        self, structure: Structure, tables: Iterable[PerModule[Any]] = ()
+    ) -> list[SiteSpec]:
+        """`sites`, in the order in which the model holds them.
+
+        Raises FailedPrecondition (UNSUPPORTED_FEATURE) where PEFT adapts others between them.
+        """
+        sites = {site.name: site for site in self.sites(structure, tables)}
+        for name, kind in structure.registered.items():
+            targeted = self.selector.selects(name, kind == "linear")
+            if (
+                targeted
+                and name not in sites
+                and (kind == "embedding" or not structure.has_site(name))
+            ):
+                raise unsupported(f"an adapter of this type at {name}")
+        return [sites[name] for name in structure.registered if name in sites]
 
 
 def read_targets(fields: Fields, biases: str | None = None) -> Targets:

@@ -70,8 +70,11 @@ class Structure:
         sublayers: Iterable[Sublayer] = (),
         model_type: str = "",
         layers: Iterable[AttentionLayer] = (),
+        registered: Mapping[str, Kind] | None = None,
     ) -> None:
         self.sites = dict(sites)
+        # Linear modules and embeddings, sites or not, in the order in which the model holds them.
+        self.registered = dict(registered or {name: site.kind for name, site in sites.items()})
         self.embedding = embedding
         self.head = head
         self.tied = tied
@@ -80,6 +83,10 @@ class Structure:
         self.model_type = model_type
         self.layers = tuple(layers)
         self._modules = dict(modules)
+
+    def has_site(self, name: str) -> bool:
+        """Whether it is a site, be it left out of `sites` or not."""
+        return name in self._modules
 
     def without(self, names: Collection[str]) -> Structure:
         """The same model with fewer sites; parameters of all of them can still be read."""
@@ -92,6 +99,10 @@ class Structure:
         weight = self._modules[name].weight
         assert isinstance(weight, Tensor)
         return weight.T if self.sites[name].conv1d else weight
+
+    def host_weight(self, name: str) -> Tensor:
+        """A copy of a weight, in the same shape, as float32 on the host."""
+        return self.weight(name).detach().float().cpu()
 
     def bias(self, name: str) -> Tensor | None:
         """Bias of a site, [out], or None."""
@@ -125,7 +136,18 @@ def find_structure(model: PreTrainedModel, layers: Iterable[AttentionLayer] = ()
         find_sublayers(calls),
         model.config.model_type,
         layers,
+        _registered(model, head),
     )
+
+
+def _registered(model: PreTrainedModel, head: nn.Module | None) -> dict[str, Kind]:
+    kinds: dict[str, Kind] = {}
+    for name, module in model.named_modules():
+        if is_linear(module):
+            kinds[name] = "head" if module is head else "linear"
+        elif isinstance(module, nn.Embedding):
+            kinds[name] = "embedding"
+    return kinds
 
 
 def _groups(calls: list[Call]) -> dict[str, tuple[int, int]]:

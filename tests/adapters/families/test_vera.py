@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,9 @@ import peft
 import pytest
 import torch
 from torch import Tensor
+
+from deltamux.adapters.parse import parse_adapter
+from deltamux.base.structure import find_structure
 
 Make = Callable[..., Any]
 
@@ -50,6 +55,20 @@ def test_what_the_seed_draws_is_frozen(tune: Make, serve: Make, rewrite: Make) -
     (payload,) = adapter.payloads["model.layers.0.self_attn.q_proj"]
     torch.testing.assert_close(payload.a[:, :3], torch.tensor(GOLDEN_A), atol=1e-6, rtol=0)
     torch.testing.assert_close(payload.b[:, :3], torch.tensor(GOLDEN_B), atol=1e-6, rtol=0)
+
+
+def test_on_a_coarser_base_drawn_numbers_are_rounded_as_in_peft(base: Make, tune: Make) -> None:
+    config = peft.VeraConfig(r=2, target_modules=["q_proj"], save_projection=False)
+    folder = tune("llama", config)
+    coarse = copy.deepcopy(base("llama")).bfloat16()
+    adapter = parse_adapter(folder, "digest", find_structure(coarse), torch.float32)
+    (payload,) = adapter.payloads["model.layers.0.self_attn.q_proj"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(coarse, folder)
+    module = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    expected = module.vera_A["default"] * module.vera_lambda_d["default"][:, None]
+    torch.testing.assert_close(payload.a, expected, atol=1e-7, rtol=1e-6)
 
 
 GOLDEN_A = [[-0.303939, -0.011645, 0.420595], [-0.221872, -0.140145, 0.333194]]

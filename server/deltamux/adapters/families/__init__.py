@@ -25,7 +25,9 @@ from deltamux.adapters.families.prompt_tuning import (
 )
 from deltamux.adapters.families.road import Road
 from deltamux.adapters.families.shira import Shira
+from deltamux.adapters.families.tinylora import TinyLora
 from deltamux.adapters.families.trainable_tokens import TrainableTokens
+from deltamux.adapters.families.unilora import UniLora
 from deltamux.adapters.families.vblora import VbLora
 from deltamux.adapters.families.vera import Vera
 from deltamux.adapters.family import Family
@@ -56,7 +58,9 @@ FAMILIES: tuple[Family, ...] = (
     P_TUNING,
     Road(),
     Shira(),
+    TinyLora(),
     TrainableTokens(),
+    UniLora(),
     VbLora(),
     Vera(),
 )

@@ -47,7 +47,7 @@ class _Deft(Tuner):
     def change(self, site: SiteSpec, given: Given) -> Factors:
         p = given.modules.take_shaped(site, _P, (site.out_features, self.rank))
         q, k = (torch.linalg.qr(p)[0],) * 2 if self.orthogonal else (p, p.relu())
-        a = -(k.T @ given.weight(site))
+        a = -(k.T @ given.structure.host_weight(site.name))
         if _R in self.names.parts:
             a += self.scale * given.modules.take_shaped(site, _R, (self.rank, site.in_features))
         return a, q

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 from deltamux.adapters.low_rank_delta import Change, low_rank_is_smaller
 from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
 from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.per_module import PerModule, read_ranks, read_scales
+from deltamux.adapters.per_module import read_ranks, read_scales
+from deltamux.adapters.scaled_tuner import ScaledTuner
 from deltamux.adapters.shared_fields import tuner_fields
 from deltamux.adapters.targets import read_targets
 from deltamux.base.structure import SiteSpec
@@ -32,18 +29,9 @@ class LoHa(LowRankFamily):
             return _LoHa(read_targets(fields), Names(_PARTS), ranks, alphas)
 
 
-@dataclass(frozen=True, eq=False)
-class _LoHa(Tuner):
-    ranks: PerModule[int]
-    alphas: PerModule[float]
-
-    @property
-    def tables(self) -> Sequence[PerModule[Any]]:
-        return (self.ranks, self.alphas)
-
+class _LoHa(ScaledTuner):
     def change(self, site: SiteSpec, given: Given) -> Change:
-        rank = self.ranks.of(site.name)
-        scale = self.alphas.of(site.name) / rank
+        rank, scale = self.rank_and_scale(site)
         tall, wide = (site.out_features, rank), (rank, site.in_features)
         shapes = zip(_PARTS, (tall, wide, tall, wide), strict=True)
         b1, a1, b2, a2 = (given.modules.take_shaped(site, part, shape) for part, shape in shapes)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,7 +9,8 @@ from deltamux.adapters.low_rank_delta import Change, Factors, low_rank_is_smalle
 from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
 from deltamux.adapters.manifest import Manifest
 from deltamux.adapters.module_tensors import ModuleTensors, other_base
-from deltamux.adapters.per_module import PerModule, read_ranks, read_scales
+from deltamux.adapters.per_module import read_ranks, read_scales
+from deltamux.adapters.scaled_tuner import ScaledTuner
 from deltamux.adapters.shared_fields import tuner_fields
 from deltamux.adapters.targets import read_targets
 from deltamux.base.structure import SiteSpec
@@ -41,19 +38,10 @@ class LoKr(LowRankFamily):
             return _LoKr(read_targets(fields), Names(_PARTS), ranks, alphas)
 
 
-@dataclass(frozen=True, eq=False)
-class _LoKr(Tuner):
-    ranks: PerModule[int]
-    alphas: PerModule[float]
-
-    @property
-    def tables(self) -> Sequence[PerModule[Any]]:
-        return (self.ranks, self.alphas)
-
+class _LoKr(ScaledTuner):
     def change(self, site: SiteSpec, given: Given) -> Change:
         """(B1 A1) x (B2 A2) = (B1 x B2) (A1 x A2), where x is Kronecker's product."""
-        rank = self.ranks.of(site.name)
-        scale = self.alphas.of(site.name) / rank
+        rank, scale = self.rank_and_scale(site)
         (a1, b1), (a2, b2) = (_factors(site, given.modules, m, rank) for m in _MATRICES)
         shape = (b1.shape[0] * b2.shape[0], a1.shape[1] * a2.shape[1])
         if shape != (site.out_features, site.in_features):

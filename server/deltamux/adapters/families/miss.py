@@ -80,8 +80,7 @@ class _Bat(Tuner):
             raise other_base(site, f"blocks of {(rank, rank)}")
         (part,) = self.names.parts
         block = given.modules.take_shaped(site, part, (site.out_features // rank, rank, rank))
-        blocks = (
-            given.weight(site).reshape(-1, rank, site.in_features // rank, rank).transpose(1, 2)
-        )
+        weight = given.structure.host_weight(site.name)
+        blocks = weight.reshape(-1, rank, site.in_features // rank, rank).transpose(1, 2)
         delta = blocks @ block[:, None] + block[:, None]
         return delta.transpose(1, 2).reshape(site.out_features, site.in_features)

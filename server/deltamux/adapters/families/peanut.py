@@ -58,7 +58,7 @@ class _Peanut(Tuner):
         a = given.modules.take_shaped(site, _A, (self.rank, site.out_features))
         b = given.modules.take_shaped(site, _B, (site.out_features, self.rank))
         activate = ACT2FN[self.activation]
-        hidden: Tensor = activate(given.weight(site).T @ a.T)
+        hidden: Tensor = activate(given.structure.host_weight(site.name).T @ a.T)
         residuals = []
         for encoder in self._squares(site, given, "encoders"):
             residuals.append(hidden)

@@ -13,7 +13,7 @@ from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
 from deltamux.adapters.manifest import Manifest
 from deltamux.adapters.module_tensors import ModuleTensors
 from deltamux.adapters.per_module import as_rank
-from deltamux.adapters.seeds import as_seed, kaiming_uniform
+from deltamux.adapters.seeds import as_kept, as_seed, kaiming_uniform
 from deltamux.adapters.shared_fields import tuner_fields
 from deltamux.adapters.targets import read_targets
 from deltamux.base.structure import SiteSpec
@@ -66,5 +66,7 @@ class _Vera(Tuner):
         scale_b = given.modules.take_shaped(site, name_b, (site.out_features,))
         scale_a = given.modules.take_shaped(site, name_a, (self.rows_of_a,))
         a, b = given.shared
+        if not self.names.shared:
+            a, b = (as_kept(drawn, site, given.structure) for drawn in (a, b))
         a = scale_a[:, None] * a[:, : site.in_features]
         return a[: self.rank], scale_b[:, None] * b[: site.out_features]
