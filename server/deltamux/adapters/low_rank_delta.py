@@ -17,17 +17,18 @@ Change = Factors | Tensor
 
 
 def smallest(site: SiteSpec, change: Change) -> LowRank | DenseDelta | None:
-    """The smallest exact form of the change, in float32; None where it has rank 0."""
-    if isinstance(change, tuple):
-        a, b = change
-        if not a.shape[0]:
-            return None
-        if low_rank_is_smaller(site, a.shape[0]):
-            return LowRank(a, b.T)
-        change = b @ a
-    if change.shape != (site.out_features, site.in_features):
-        raise other_base(site, f"a delta of {tuple(change.shape)}")
-    return DenseDelta(change)
+    """The smallest exact form of the change, in float32; None where it has rank 0.
+
+    Raises FailedPrecondition (BASE_MISMATCH) for a change of a weight of another size.
+    """
+    a, b = change if isinstance(change, tuple) else (change, change)
+    if (len(b), a.shape[1]) != (site.out_features, site.in_features):
+        raise other_base(site, f"a change of {(len(b), a.shape[1])}")
+    if not isinstance(change, tuple):
+        return DenseDelta(change)
+    if not len(a):
+        return None
+    return LowRank(a, b.T) if low_rank_is_smaller(site, len(a)) else DenseDelta(b @ a)
 
 
 def low_rank_is_smaller(site: SiteSpec, rank: int) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 import peft
 import pytest
+import torch
+from torch import Tensor
 
 Make = Callable[..., Any]
 
@@ -44,3 +46,13 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     config = peft.GraloraConfig(r=4, gralora_k=2, target_modules=TARGETS["llama"])
     assert refusal("llama", tune("llama", config), **changes).reason == reason
+
+
+def test_blocks_that_do_not_divide_the_module_are_refused(tune: Make, refusal: Make) -> None:
+    def cut(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        shapes = {"gralora_A": (3, 10, 6), "gralora_B": (3, 6, 10)}
+        return {name: torch.ones(shapes[name.rpartition(".")[2]]) for name in tensors}
+
+    config = peft.GraloraConfig(r=4, gralora_k=2, target_modules=["q_proj"])
+    error = refusal("llama", tune("llama", config), cut, r=6, gralora_k=3)
+    assert error.reason == "BASE_MISMATCH"

@@ -73,6 +73,18 @@ def test_what_does_not_fit_is_refused(
     assert refusal("llama", folder, **changes).reason == reason
 
 
-def test_bat_needs_whole_blocks(tune: Make, refusal: Make) -> None:
-    config = peft.MissConfig(r=8, init_weights="bat", target_modules=["q_proj"])
-    assert refusal("llama", tune("llama", config), r=12).reason == "BASE_MISMATCH"
+@pytest.mark.parametrize(
+    ("variant", "fields", "shape"),
+    [("bat", {"r": 12}, (2, 12, 12)), ("mini", {"mini_r": 5}, (8, 5))],
+)
+def test_blocks_that_do_not_divide_the_module_are_refused(
+    variant: str, fields: dict[str, Any], shape: tuple[int, ...], tune: Make, refusal: Make
+) -> None:
+    config = peft.MissConfig(r=8, mini_r=8, init_weights=variant, target_modules=["q_proj"])
+    error = refusal(
+        "llama",
+        tune("llama", config),
+        lambda tensors: {name: torch.ones(shape) for name in tensors},
+        **fields,
+    )
+    assert error.reason == "BASE_MISMATCH"

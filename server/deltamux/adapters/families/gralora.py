@@ -10,7 +10,6 @@ from deltamux.adapters.fields import as_integer, refuse_field
 from deltamux.adapters.low_rank_delta import Factors
 from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
 from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import other_base
 from deltamux.adapters.per_module import MAX_RANK, as_rank, as_scale, require_served_rank
 from deltamux.adapters.shared_fields import tuner_fields
 from deltamux.adapters.targets import read_targets
@@ -60,8 +59,6 @@ class _GraLora(Tuner):
     def _blocks(self, site: SiteSpec, given: Given) -> Factors:
         """Slice j of block n of A meets slice n of block j of B."""
         k, r = self.blocks, self.rank
-        if site.in_features % k or site.out_features % k:
-            raise other_base(site, f"{k} x {k} blocks")
         fan_in, fan_out = site.in_features // k, site.out_features // k
         a = given.modules.take_shaped(site, _A, (k, fan_in, r))
         b = given.modules.take_shaped(site, _B, (k, r, fan_out))
@@ -69,4 +66,4 @@ class _GraLora(Tuner):
         spread_b = torch.zeros(k, fan_out, k, k, r // k)
         for block in range(k):
             spread_b[block, :, :, block] = b[block].reshape(k, r // k, fan_out).permute(2, 0, 1)
-        return spread_a, spread_b.reshape(site.out_features, k * r)
+        return spread_a, spread_b.reshape(-1, k * r)

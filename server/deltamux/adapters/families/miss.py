@@ -60,8 +60,6 @@ class _Fold(Tuner):
     def change(self, site: SiteSpec, given: Given) -> Factors:
         (part,) = self.names.parts
         tile = self.tile or site.out_features
-        if self.rank > site.in_features or site.out_features % tile:
-            raise other_base(site, f"{part} of {(self.rank, tile)}")
         block = given.modules.take_shaped(site, part, (self.rank, tile))
         turns = -(-site.in_features // self.rank)
         a = torch.eye(self.rank).repeat(1, turns)[:, : site.in_features]

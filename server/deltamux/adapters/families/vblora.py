@@ -12,7 +12,7 @@ from deltamux.adapters.fields import as_integer
 from deltamux.adapters.low_rank_delta import Factors
 from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
 from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import ModuleTensors, other_base
+from deltamux.adapters.module_tensors import ModuleTensors
 from deltamux.adapters.per_module import as_rank
 from deltamux.adapters.shared_fields import tuner_fields
 from deltamux.adapters.targets import read_targets
@@ -70,8 +70,6 @@ class _VbLora(Tuner):
 
     def change(self, site: SiteSpec, given: Given) -> Factors:
         rank, length = self.rank, self.length
-        if site.in_features % length or site.out_features % length:
-            raise other_base(site, f"vectors of {length} numbers")
         a = self._pieces(site, given, _A, (rank, site.in_features // length))
         b = self._pieces(site, given, _B, (site.out_features // length, rank))
         return a.reshape(rank, -1), b.transpose(1, 2).reshape(-1, rank)
