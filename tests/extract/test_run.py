@@ -328,6 +328,17 @@ def test_what_is_no_fine_tune_of_the_base_is_refused(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {CONFIG}
 
 
+def test_settings_that_change_no_answer_may_differ(
+    run: Callable[..., Extraction], tmp_path: Path
+) -> None:
+    base = build("llama")
+    tuned = copy.deepcopy(base)
+    move(tuned, "q_proj.weight")
+    run(base, tuned)
+    reconfigured(use_cache=False, attention_dropout=0.1, unsloth_version="1")(tmp_path)
+    assert len(again(tmp_path).stored) == 2
+
+
 def test_the_same_weights_are_refused(run: Callable[..., Extraction]) -> None:
     base = build("llama")
     with pytest.raises(InvalidArgument, match="the same weights"):

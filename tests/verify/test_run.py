@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -18,11 +19,16 @@ from deltamux.verify.run import verify
 BASE = str(weights_path() / "base")
 
 
+LORA = peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "down_proj"])
+PROMPT = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+PREFIX = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
+
+
 @pytest.fixture
-def adapter(tmp_path: Path) -> Path:
+def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(BASE)
-    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "down_proj"])
+    config = copy.deepcopy(getattr(request, "param", LORA))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(model, config)
@@ -33,8 +39,10 @@ def adapter(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_row_of_the_head_has_its_adapter(adapter: Path) -> None:
-    found = verify(adapter, BASE, ("good morning\n", "a hat, a bear and a kite"), "cpu", "float32")
+@pytest.mark.parametrize("adapter", [LORA, PROMPT, PREFIX], indirect=True)
+def test_every_row_has_its_adapter_also_behind_virtual_tokens(adapter: Path) -> None:
+    texts = ("good morning\n", "a hat, a bear and a kite " * 9)
+    found = verify(adapter, BASE, texts, "cpu", "float32")
     assert found.prompts == 2
     assert found.effect > 1
     assert found.largest < 1e-4 and found.base_largest < 1e-4

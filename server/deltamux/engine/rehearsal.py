@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,28 +25,15 @@ def rehearse(base: Base, block_size: int) -> None:
     self_test(base, lambda prompts: packed_logits(base, prompts, block_size))
 
 
-def packed_logits(
-    base: Base,
-    prompts: Items[Items[int]],
-    block_size: int,
-    rows: Rows | None = None,
-    slots: Items[int | None] = (),
-) -> list[Tensor]:
-    """Logits [len(prompt), V], float32, of each: in one batch, in chunks, over shuffled blocks.
-
-    Where the base has sites, `rows` are theirs, and `slots` those of each prompt's adapter, in
-    rising order, None last.
-    """
+def packed_logits(base: Base, prompts: Items[Items[int]], block_size: int) -> list[Tensor]:
+    """Logits [len(prompt), V], float32, of each: in one batch, in chunks, over shuffled blocks."""
     counts = [-(-len(prompt) // block_size) for prompt in prompts]
     cache = KVCache(base.layers, sum(counts) + 1, block_size, base.dtype, base.device)
-    runner = ModelRunner(base, cache, rows or Rows(base.device))
+    runner = ModelRunner(base, cache, Rows(base.device))
     sequences = _sequences(prompts, counts)
-    for sequence, slot in zip(sequences, slots, strict=False):
-        sequence.slot = slot
     parts: list[list[Tensor]] = [[] for _ in prompts]
     for step in _steps(sequences):
         batch = runner.batch(step)
-        batch = replace(batch, sampled_segments=batch.token_segments)
         every_row = torch.arange(batch.input_ids.shape[1], device=base.device)
         logits = runner.forward(batch, every_row)
         lengths = [item.num_tokens for item in step]

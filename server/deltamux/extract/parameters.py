@@ -139,9 +139,13 @@ def require_same_model(base: Parameters, tuned: Parameters) -> None:
 
 # Fields of a config that do not change what the model computes from its weights.
 _HARMLESS = {
-    "_name_or_path", "architectures", "attention_bias", "bos_token_id", "dtype", "eos_token_id",
-    "initializer_range", "max_position_embeddings", "mlp_bias", "pad_token_id", "pretraining_tp",
-    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "attention_bias", "attention_dropout", "attn_pdrop",
+    "auto_map", "bos_token_id", "dtype", "embd_pdrop", "eos_token_id", "id2label",
+    "initializer_range", "label2id", "max_position_embeddings", "mlp_bias", "output_attentions",
+    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
+    "return_dict", "sep_token_id", "task_specific_params", "tie_word_embeddings",
+    "tokenizer_class", "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version",
+    "use_cache",
 }  # fmt: skip
 
 

@@ -75,6 +75,11 @@ def _by_peft(
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     device = model.device
+    # PEFT may give logits for virtual tokens too, in front.
     return [
-        model(torch.tensor([prompt], device=device)).logits[0].float().cpu() for prompt in prompts
+        model(input_ids=torch.tensor([prompt], device=device))
+        .logits[0, -len(prompt) :]
+        .float()
+        .cpu()
+        for prompt in prompts
     ]

@@ -7,18 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from deltamux.adapters.parse import parse_adapter
-from deltamux.adapters.rows import Rows
-from deltamux.adapters.sites import DeviceSites
-from deltamux.base.load import Base, load_base
-from deltamux.engine.rehearsal import packed_logits
-from deltamux.errors import FailedPrecondition
+from deltamux.base.load import load_base
 from deltamux.extract.samples import token_ids
+from deltamux.verify.path import mixed_logits
 from deltamux.verify.reference import reference_logits
-
-_BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -67,22 +60,3 @@ def verify(
         same_choice=float((with_adapter.argmax(-1) == adapted.argmax(-1)).float().mean()),
         effect=float((adapted - plain).abs().max()),
     )
-
-
-def mixed_logits(base: Base, adapter: Path, prompts: list[list[int]]) -> list[Tensor]:
-    """Logits [tokens, V], float32 on the host, of each prompt with the adapter, then of each
-    without: all of them rows of the same steps."""
-    parsed = parse_adapter(adapter, adapter.name, base.structure, base.dtype)
-    if parsed.task != "generation":
-        raise FailedPrecondition(
-            f"only generation is verified; this adapter's task is {parsed.task}"
-        )
-    rows = Rows(base.device)
-    memory = 2 * parsed.host_bytes + (64 << 20)
-    sites = DeviceSites(base.model, base.structure, rows, 1, memory, base.dtype, base.device)
-    if not sites.reserve(0, parsed):
-        raise FailedPrecondition(f"the adapter does not fit {memory} bytes")
-    sites.write(0, parsed)
-    slots = [0] * len(prompts) + [None] * len(prompts)
-    logits = packed_logits(base, prompts * 2, _BLOCK_SIZE, rows, slots)
-    return [piece.cpu() for piece in logits]

@@ -1,0 +1,131 @@
+"""One adapter behind the engine's own scheduler, pages and runner, beside requests of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltamux.adapters.adapter import Adapter
+from deltamux.adapters.parse import parse_adapter
+from deltamux.adapters.rows import Rows
+from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.task import Call
+from deltamux.adapters.traits import Traits
+from deltamux.base.load import Base
+from deltamux.config import EngineConfig
+from deltamux.engine.block_allocator import BlockAllocator
+from deltamux.engine.block_manager import BlockManager
+from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.limits import Limits
+from deltamux.engine.prefix_pages import PrefixPages
+from deltamux.engine.rehearsal import trial_sequence
+from deltamux.engine.runner import ModelRunner
+from deltamux.engine.scheduler import Scheduler
+from deltamux.engine.sequence import Scheduled
+from deltamux.engine.sequence import Sequence as Request
+from deltamux.errors import FailedPrecondition
+from deltamux.wire.messages import Sampling
+
+_BLOCK_SIZE = 16
+# Prompts that are longer together are computed in chunks.
+_STEP_TOKENS = 256
+
+
+def mixed_logits(base: Base, folder: Path, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """[tokens, V], float32 on the host, of each prompt with the adapter, then of each without.
+
+    All of them share the steps. Takes over the base. Raises InvalidArgument or FailedPrecondition
+    for an adapter that is not served or does not generate, and for a prompt that is too long.
+    """
+    adapter = parse_adapter(folder, folder.name, base.structure, base.dtype)
+    if adapter.task != "generation":
+        raise FailedPrecondition(f"only generation is verified; this adapter's is {adapter.task}")
+    requests = [
+        _request(number, prompt, adapter.digest if number < len(prompts) else "")
+        for number, prompt in enumerate([*prompts, *prompts])
+    ]
+    return _Path(base, adapter, requests).run()
+
+
+class _Path:
+    """The engine's parts around one adapter, which always has the only slot."""
+
+    def __init__(self, base: Base, adapter: Adapter, requests: Sequence[Request]) -> None:
+        self._traits = adapter.traits
+        self._requests = requests
+        rows = Rows(base.device)
+        sites = _sites(base, rows, adapter)
+        places = [self._traits.virtual.tokens + request.num_prompt for request in requests]
+        # The scheduler keeps one in reserve for each sequence that runs.
+        num_blocks = sum(-(-count // _BLOCK_SIZE) + 1 for count in places) + 1
+        cache = KVCache(base.layers, num_blocks, _BLOCK_SIZE, base.dtype, base.device)
+        self._runner = ModelRunner(base, cache, rows)
+        prefixes = PrefixPages(sites.prefixes, cache)
+        self._blocks = BlockManager(BlockAllocator(num_blocks), _BLOCK_SIZE, prefixes)
+        self._scheduler = Scheduler(
+            EngineConfig("", max_num_seqs=len(requests), max_num_batched_tokens=_STEP_TOKENS),
+            Limits(base.vocab_size, base.max_model_len, num_blocks * _BLOCK_SIZE),
+            self._blocks,
+            self,
+        )
+
+    def run(self) -> list[Tensor]:
+        """Logits of each request's own tokens, in the order of the requests."""
+        found: list[list[Tensor]] = [[] for _ in self._requests]
+        for request in self._requests:
+            self._scheduler.add(request)
+        while (plan := self._scheduler.schedule(0.0)).scheduled or plan.failed:
+            for error in plan.failed.values():
+                raise error
+            self._step(plan.scheduled, found)
+        return [torch.stack(rows) for rows in found]
+
+    def _step(self, scheduled: Sequence[Scheduled], found: list[list[Tensor]]) -> None:
+        batch = self._runner.batch(scheduled)
+        # Not the last row of a prompt alone reaches the head here, but every one.
+        batch = replace(batch, sampled_segments=batch.token_segments)
+        count = batch.input_ids.shape[1]
+        logits = self._runner.forward(batch, torch.arange(count, device=batch.input_ids.device))
+        # The order of the rows is the runner's own; their places in the cache tell them apart.
+        row_at = dict(zip(batch.slot_mapping.tolist(), logits.cpu(), strict=True))
+        for item in scheduled:
+            request, first = item.sequence, item.sequence.num_computed
+            for place in range(max(first, request.virtual.tokens), first + item.num_tokens):
+                block, offset = divmod(place, _BLOCK_SIZE)
+                found[request.index].append(row_at[request.blocks[block] * _BLOCK_SIZE + offset])
+            self._blocks.complete(request, item.num_tokens)
+            if not request.num_uncomputed:
+                self._scheduler.finish(request)
+
+    def acquire(self, digest: str, path: str, call: Call) -> int | None:
+        return 0
+
+    def release(self, digest: str) -> None:
+        """The adapter stays."""
+
+    def traits(self, digest: str) -> Traits:
+        return self._traits
+
+    def blocked(self, digest: str) -> bool:
+        return False
+
+
+def _sites(base: Base, rows: Rows, adapter: Adapter) -> DeviceSites:
+    memory = 2 * adapter.host_bytes + (64 << 20)
+    sites = DeviceSites(base.model, base.structure, rows, 1, memory, base.dtype, base.device)
+    if not sites.reserve(0, adapter):
+        raise FailedPrecondition(f"the adapter does not fit {memory} bytes")
+    sites.write(0, adapter)
+    return sites
+
+
+def _request(number: int, prompt: Sequence[int], adapter: str) -> Request:
+    request = trial_sequence(number, prompt, [], Sampling())
+    # Of its own, so that no block of another one is found: all logits are wanted.
+    request.request_id = request.cache_salt = str(number)
+    request.adapter = adapter
+    return request
