@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltamux.errors import DeltamuxError
 from deltamux.wire.messages import Embed
 
 Make = Callable[..., Any]
@@ -115,7 +117,7 @@ def test_wrong_fields_are_refused(
         (lambda t: t[:, :-1], "BASE_MISMATCH"),
         (lambda t: t[:, :32], "BASE_MISMATCH"),
         (lambda t: t[:-1], "SHAPE_MISMATCH"),
-        (lambda t: t.repeat(1, 1, 1), "SHAPE_MISMATCH"),
+        (lambda t: t[..., None], "SHAPE_MISMATCH"),
         (lambda t: t * torch.nan, "NON_FINITE"),
     ],
 )
@@ -126,6 +128,40 @@ def test_wrong_tensors_are_refused(
         return {name: change(tensor) for name, tensor in tensors.items()}
 
     assert refusal("llama", tune("llama", prefix()), changed).reason == reason
+
+
+@pytest.mark.parametrize("changed", [{"kv_heads": 1}, {"key_dim": 16}, {"value_dim": 4}])
+@pytest.mark.parametrize("number", [0, 1])
+def test_layers_that_are_unlike_are_refused(
+    changed: dict[str, int], number: int, tune: Make, serve: Make
+) -> None:
+    served = serve("llama")
+    layers = list(served.structure.layers)
+    layers[number] = replace(layers[number], **changed)
+    served.structure.layers = tuple(layers)
+    with pytest.raises(DeltamuxError, match="unlike") as caught:
+        served.parse(tune("llama", prefix()))
+    assert caught.value.reason == "UNSUPPORTED_FEATURE"
+
+
+def test_keys_and_values_of_unlike_width_are_refused(tune: Make, serve: Make) -> None:
+    served = serve("llama")
+    served.structure.layers = tuple(
+        replace(layer, value_dim=4) for layer in served.structure.layers
+    )
+    with pytest.raises(DeltamuxError, match="unlike"):
+        served.parse(tune("llama", prefix()))
+
+
+@pytest.mark.parametrize("config", [prefix(), prompt(3)])
+def test_a_base_whose_embedding_is_out_of_reach_is_refused(
+    config: peft.PeftConfig, tune: Make, serve: Make
+) -> None:
+    served = serve("llama")
+    served.structure = served.structure.without(["model.embed_tokens"])
+    with pytest.raises(DeltamuxError) as caught:
+        served.parse(tune("llama", config))
+    assert caught.value.reason == "UNSUPPORTED_FEATURE"
 
 
 def test_adaption_prompts_are_refused_with_the_reason(tune: Make, refusal: Make) -> None:
