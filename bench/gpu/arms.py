@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -49,10 +49,11 @@ class Deltamux(Nothing):
         *,
         capacity: bool = False,
         beside: bool = False,
+        split_rows: int = SPLIT_ROWS,
         spans: Sequence[tuple[int, int, int]] | None = None,
     ) -> None:
         """`spans`: of other rows than the step's."""
-        self.beside = beside
+        self.beside, self._split_rows = beside, split_rows
         self._sites, self.form = sites, form
         device = sites[0].base.device
         self._segments = Segments.build(step.spans if spans is None else spans, device)
@@ -67,7 +68,9 @@ class Deltamux(Nothing):
 
     def before(self, site: int, x: torch.Tensor) -> None:
         if self.form == "apart":
-            self._products[site] = shrink_triton(x, self._sites[site].a, self._segments)
+            self._products[site] = shrink_triton(
+                x, self._sites[site].a, self._segments, self._split_rows
+            )
 
     def after(self, site: int, x: torch.Tensor, y: torch.Tensor) -> None:
         weights = self._sites[site]
@@ -82,7 +85,9 @@ class Deltamux(Nothing):
             for part in slices:
                 expand_triton(part.y, h, part.b, part.columns, self._segments)
         else:
-            low_rank_site_triton(slices, x, weights.a, self._segments, self._counters)
+            low_rank_site_triton(
+                slices, x, weights.a, self._segments, self._counters, self._split_rows
+            )
 
 
 class CublasLoop(Nothing):
@@ -123,7 +128,7 @@ Arms = dict[str, Callable[[], Arm]]
 def own_arms(sites: Sequence[SiteWeights], step: Step, *, one_launch: bool) -> Arms:
     """deltamux in its forms, and what torch has; the base alone comes first."""
 
-    def deltamux(form: str, **options: bool) -> Callable[[], Arm]:
+    def deltamux(form: str, **options: Any) -> Callable[[], Arm]:
         return lambda: Deltamux(sites, step, form, **options)
 
     arms: Arms = {
@@ -131,9 +136,10 @@ def own_arms(sites: Sequence[SiteWeights], step: Step, *, one_launch: bool) -> A
         "deltamux, apart": deltamux("apart"),
         "deltamux, apart, beside the base": deltamux("apart", beside=True),
         "deltamux, site": deltamux("site"),
+        "deltamux, site, K not split": deltamux("site", split_rows=0),
         "deltamux, site, graph for any mix": deltamux("site", capacity=True),
     }
-    if one_launch and step.rows <= SPLIT_ROWS:
+    if one_launch and step.phase == "decode":
         arms["deltamux, one launch"] = deltamux("one launch")
     # A graph of more products than this takes longer to capture than to tell.
     if len(step.ranks) <= 32:

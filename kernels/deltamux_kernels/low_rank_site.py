@@ -48,8 +48,8 @@ def low_rank_site(
     """y_i[t, n] += sum_j (sum_k x[t, k] A_s[c_i + j, k]) B_is[j, n], in place, s = slot of row t.
 
     One to three slices, whose A lie stacked in `a`. It does what `shrink` and an `expand` for each
-    slice do, to the bit. With `counters` on a GPU and at most SPLIT_ROWS rows it is one launch, in
-    which the expanding programs wait for those that shrink; otherwise it is two.
+    slice do, to the bit. On a GPU it is two launches, or with `counters` one, in which the
+    programs that expand wait for those that shrink.
     """
     if x.device.type == "cuda":
         low_rank_site_triton(slices, x, a, segments, counters)
@@ -72,19 +72,23 @@ def low_rank_site_triton(
     a: PackedMatrices,
     segments: Segments,
     counters: SiteCounters | None = None,
+    split_rows: int = SPLIT_ROWS,
 ) -> None:
     """`low_rank_site` in one or two launches; see `_low_rank_site_kernel`."""
     most = segments.most_rows(a)
     if not most:
         return
-    one_launch = counters is not None and x.shape[0] <= SPLIT_ROWS
     x = x if x.stride(1) == 1 else x.contiguous()
-    h = new_planes(x, -(-a.width // CHUNK), most) if one_launch else shrink_triton(x, a, segments)
+    chunks = -(-a.width // CHUNK)
+    if counters is None:
+        h = shrink_triton(x, a, segments, split_rows)
+    else:
+        h = new_planes(x, chunks if x.shape[0] <= split_rows else 1, most)
     firsts = [0]
     for part in slices:
         firsts.append(firsts[-1] - (-part.b.width // BLOCK_N))
     tiles, rank_blocks = segments.tiles.shape[0], -(-most // BLOCK_J)
-    shrinking = tiles * rank_blocks * h.shape[0] if one_launch else 0
+    shrinking = 0 if counters is None else tiles * rank_blocks * h.shape[0]
     _low_rank_site_kernel[(shrinking + tiles * firsts[-1],)](
         x,
         h,
@@ -94,9 +98,10 @@ def low_rank_site_triton(
         a.offsets,
         a.rows,
         segments.tiles,
-        counters.table if one_launch and counters is not None else None,
+        None if counters is None else counters.table,
         a.width,
         h.shape[0],
+        chunks // h.shape[0],
         shrinking,
         rank_blocks,
         x.stride(0),
@@ -132,6 +137,7 @@ def _low_rank_site_kernel(
     counters,
     width,
     planes,
+    chunks,
     shrinking,
     rank_blocks,
     x_row,
@@ -177,8 +183,8 @@ def _low_rank_site_kernel(
             count,
             rank,
             rank_block,
-            plane,
-            1,
+            plane * chunks,
+            chunks,
             width,
             x_row,
             h_row,

@@ -11,7 +11,7 @@ import torch
 from deltamux_kernels import Columns, PackedMatrices, Segments, SiteCounters, Slice
 from deltamux_kernels.expand import expand_torch, expand_triton
 from deltamux_kernels.low_rank_site import low_rank_site_torch, low_rank_site_triton
-from deltamux_kernels.shrink import shrink_torch, shrink_triton
+from deltamux_kernels.shrink import SPLIT_ROWS, Shrunk, shrink_torch, shrink_triton
 
 Pack = Callable[[list[torch.Tensor | None], int], PackedMatrices]
 PackInOne = Callable[..., list[PackedMatrices]]
@@ -91,10 +91,15 @@ def packed(case: Case, pack_in_one: PackInOne) -> tuple[PackedMatrices, list[Sli
     return a, slices
 
 
-def run(case: Case, form: str, pack_in_one: PackInOne) -> list[torch.Tensor]:
+def run(
+    case: Case, form: str, pack_in_one: PackInOne, split_rows: int = SPLIT_ROWS
+) -> list[torch.Tensor]:
     """One shrink, then an expand for each slice."""
     a, slices = packed(case, pack_in_one)
-    h = (shrink_torch if form == "torch" else shrink_triton)(case.x, a, case.segments)
+    if form == "torch":
+        h: Shrunk = shrink_torch(case.x, a, case.segments)
+    else:
+        h = shrink_triton(case.x, a, case.segments, split_rows)
     for y, b, columns in slices:
         if isinstance(h, torch.Tensor):
             expand_triton(y, h, b, columns, case.segments)
@@ -104,14 +109,18 @@ def run(case: Case, form: str, pack_in_one: PackInOne) -> list[torch.Tensor]:
 
 
 def run_site(
-    case: Case, form: str, pack_in_one: PackInOne, counters: SiteCounters | None
+    case: Case,
+    form: str,
+    pack_in_one: PackInOne,
+    counters: SiteCounters | None,
+    split_rows: int = SPLIT_ROWS,
 ) -> list[torch.Tensor]:
     """The site in two launches, or with `counters` in one."""
     a, slices = packed(case, pack_in_one)
     if form == "torch":
         low_rank_site_torch(slices, case.x, a, case.segments)
     else:
-        low_rank_site_triton(slices, case.x, a, case.segments, counters)
+        low_rank_site_triton(slices, case.x, a, case.segments, counters, split_rows)
     return [part.y for part in slices]
 
 
@@ -151,12 +160,13 @@ def test_random_steps_agree_with_the_formula(
     check(case, run(case, form, pack_in_one), dtype)
 
 
-@pytest.mark.parametrize("launches", [1, 2])
-@pytest.mark.parametrize("seed", [0, 1, 3, 9, 99])
+@pytest.mark.parametrize(("launches", "split_rows"), [(1, SPLIT_ROWS), (1, 0), (2, SPLIT_ROWS)])
+@pytest.mark.parametrize("seed", [0, 3, 9, 99])
 @pytest.mark.usefixtures("poisoned_scratch")
 def test_a_site_at_once_is_the_shrink_and_its_expands_to_the_bit(
     seed: int,
     launches: int,
+    split_rows: int,
     form: str,
     dtype: torch.dtype,
     device: torch.device,
@@ -166,7 +176,7 @@ def test_a_site_at_once_is_the_shrink_and_its_expands_to_the_bit(
     counters = SiteCounters(len(case.segments.tile_list), device) if launches == 1 else None
     expected = run(case, form, pack_in_one)
     for _ in range(2):  # the counters of the first time must be zero again
-        ys = run_site(case, form, pack_in_one, counters)
+        ys = run_site(case, form, pack_in_one, counters, split_rows)
         assert all(torch.equal(y, e) for y, e in zip(ys, expected, strict=True))
     check(case, ys, dtype)
     assert counters is None or not counters.table.any()
@@ -232,11 +242,9 @@ def test_rank_256_and_several_chunks_agree_with_the_formula(
     dtype: torch.dtype,
     device: torch.device,
     pack_in_one: PackInOne,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shrink_module, "SPLIT_ROWS", split_rows)
     case = draw(99, device, dtype, width=1100, rank=256)
-    check(case, run(case, form, pack_in_one), dtype)
+    check(case, run(case, form, pack_in_one, split_rows), dtype)
 
 
 def test_a_step_without_adapters_changes_nothing(
@@ -255,7 +263,6 @@ def test_a_rows_bits_depend_on_neither_neighbours_nor_the_size_of_the_batch(
     dtype: torch.dtype,
     device: torch.device,
     pack_in_one: PackInOne,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = draw(3, device, dtype, width=1100, rank=24)
     slot, rows = 0, 21
@@ -263,9 +270,7 @@ def test_a_rows_bits_depend_on_neither_neighbours_nor_the_size_of_the_batch(
     case.ys = [torch.randn(rows, y.shape[1]).to(y) for y in case.ys]
     case.segments = Segments.build([(slot, 0, rows)], device)
     together = run(case, form, pack_in_one)
-    monkeypatch.setattr(shrink_module, "SPLIT_ROWS", 0)
-    unsplit = run(case, form, pack_in_one)
-    monkeypatch.undo()
+    unsplit = run(case, form, pack_in_one, split_rows=0)
     case.x, case.ys = case.x[17:18], [y[17:18] for y in case.ys]
     case.segments = Segments.build([(slot, 0, 1)], device)
     alone = run(case, form, pack_in_one)
