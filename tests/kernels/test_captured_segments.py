@@ -46,6 +46,8 @@ EVERY_KERNEL = {
     "token_rows_kernel",
     "token_columns_kernel",
 }
+# Of ops in `Site.act`: one launch each, and nothing beside them.
+CALLS = 16
 # The parameters by which a kernel knows whether a slot has something for it.
 HAS_A_MATRIX = {"rows", "ranks", "weight_rows", "word_counts", "non_zeros", "counts"}
 Spans = list[tuple[int, int, int]]
@@ -181,6 +183,7 @@ def test_one_capture_serves_any_adapters_to_the_bit(
         site.act(captured)
     replays = list(launches)
     assert {launch.name for launch in replays} == EVERY_KERNEL
+    assert len(replays) == CALLS
     for spans in STEPS:
         step = Segments.build(spans, device)
         expected = site.result(lambda step=step: site.act(step))
