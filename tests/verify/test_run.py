@@ -20,6 +20,9 @@ BASE = str(weights_path() / "base")
 
 
 LORA = peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "down_proj"])
+ALORA = peft.LoraConfig(
+    task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], alora_invocation_tokens=[40, 41]
+)
 PROMPT = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
 PREFIX = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
 
@@ -39,7 +42,7 @@ def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("adapter", [LORA, PROMPT, PREFIX], indirect=True)
+@pytest.mark.parametrize("adapter", [LORA, ALORA, PROMPT, PREFIX], indirect=True)
 def test_every_row_has_its_adapter_also_behind_virtual_tokens(adapter: Path) -> None:
     texts = ("good morning\n", "a hat, a bear and a kite " * 9)
     found = verify(adapter, BASE, texts, "cpu", "float32")

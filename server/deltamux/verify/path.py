@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from deltamux.adapters.adapter import Adapter
-from deltamux.adapters.parse import parse_adapter
 from deltamux.adapters.rows import Rows
 from deltamux.adapters.sites import DeviceSites
 from deltamux.adapters.task import Call
@@ -35,13 +33,12 @@ _BLOCK_SIZE = 16
 _STEP_TOKENS = 256
 
 
-def mixed_logits(base: Base, folder: Path, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+def mixed_logits(base: Base, adapter: Adapter, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     """[tokens, V], float32 on the host, of each prompt with the adapter, then of each without.
 
-    All of them share the steps. Takes over the base. Raises InvalidArgument or FailedPrecondition
-    for an adapter that is not served or does not generate, and for a prompt that is too long.
+    All of them share the steps. Takes over the base. Raises FailedPrecondition for an adapter that
+    does not generate, InvalidArgument for a prompt that is too long.
     """
-    adapter = parse_adapter(folder, folder.name, base.structure, base.dtype)
     if adapter.task != "generation":
         raise FailedPrecondition(f"only generation is verified; this adapter's is {adapter.task}")
     requests = [

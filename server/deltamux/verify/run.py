@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from deltamux.adapters.parse import parse_adapter
 from deltamux.base.load import load_base
 from deltamux.extract.samples import token_ids
 from deltamux.verify.path import mixed_logits
@@ -44,9 +45,12 @@ def verify(
     that is not served, or for a library that is not installed.
     """
     base = load_base(model, device, dtype)
-    prompts = token_ids(texts, model, base.vocab_size)
+    parsed = parse_adapter(adapter, adapter.name, base.structure, base.dtype)
+    # An activated LoRA sleeps until its invocation.
+    invocation = [*parsed.traits.invocation]
+    prompts = [ids + invocation for ids in token_ids(texts, model, base.vocab_size)]
     place, number = base.device, base.dtype
-    ours = mixed_logits(base, adapter, prompts)
+    ours = mixed_logits(base, parsed, prompts)
     del base
     reference = reference_logits(adapter, model, prompts, place, number)
     with_adapter, without = torch.cat(ours[: len(prompts)]), torch.cat(ours[len(prompts) :])
