@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    DebertaV2Config,
+    DebertaV2Model,
+    LlamaConfig,
+)
 
 from deltamux.base.load import adopt, load_base
 from deltamux.errors import StartupError
@@ -99,15 +106,47 @@ def test_broken_config(tmp_path: Path) -> None:
     assert "cannot be loaded" in refusal(str(tmp_path))
 
 
-def test_model_that_is_no_decoder(tmp_path: Path) -> None:
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
     config = BertConfig(
         vocab_size=64,
         hidden_size=32,
         num_hidden_layers=1,
         num_attention_heads=4,
         intermediate_size=48,
+        max_position_embeddings=77,
     )
-    BertModel(config).save_pretrained(tmp_path)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def test_an_encoder_is_ready_without_a_head(encoder: Path) -> None:
+    base = load_base(str(encoder))
+    assert base.encoder is not None
+    assert (base.vocab_size, base.max_model_len, base.token_types) == (64, 77, 2)
+    assert base.structure.head == "" and not base.structure.tied
+    assert base.structure.task_heads.width == 32
+    assert "bert.encoder.layer.0.attention.self.query" in base.structure.sites
+    assert not [site for site in base.structure.sites if "classifier" in site or "pooler" in site]
+
+
+def test_an_encoder_whose_layers_are_incomplete_is_refused(encoder: Path) -> None:
+    file = encoder / "model.safetensors"
+    weights = load_file(file)
+    del weights["bert.encoder.layer.0.output.dense.bias"]
+    save_file(weights, file, metadata={"format": "pt"})
+    assert "bert.encoder.layer.0.output.dense.bias" in refusal(str(encoder))
+
+
+def test_a_model_that_is_neither_decoder_nor_known_encoder(tmp_path: Path) -> None:
+    config = DebertaV2Config(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    DebertaV2Model(config).save_pretrained(tmp_path)
     assert refusal(str(tmp_path))
 
 

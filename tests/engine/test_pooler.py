@@ -19,40 +19,53 @@ from torch.nn import functional
 from deltamux.adapters.parse import parse_adapter
 from deltamux.adapters.rows import Rows
 from deltamux.adapters.sites import DeviceSites
-from deltamux.base.load import adopt
+from deltamux.base.load import load_base
+from deltamux.engine.encoder_runner import EncoderRunner
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.outcome import NonFinite, Outcome, SampledToken
-from deltamux.engine.rehearsal import trial_sequence
+from deltamux.engine.rehearsal import rehearse, trial_sequence
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled, Sequence
+from deltamux.errors import FailedPrecondition
 from deltamux.wire.messages import Classify, Embed, Pooled, Sampling
 
 VOCABULARY, BLOCK, PAD = 61, 4, 3
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": PAD,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+MODERN = {**SMALL, "local_attention": 8, "cls_token_id": 0, "sep_token_id": 0}
+DISTIL = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
 CONFIGS: dict[str, Callable[..., hf.PreTrainedConfig]] = {
-    "llama": lambda **labels: hf.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=PAD,
-        **labels,
-    ),
-    "gpt2": lambda **labels: hf.GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        pad_token_id=PAD,
-        bos_token_id=0,
-        eos_token_id=0,
-        **labels,
+    "llama": lambda **labels: hf.LlamaConfig(**SMALL, num_key_value_heads=2, **labels),
+    "gpt2": lambda **labels: hf.GPT2Config(**SMALL, **labels),
+    "bert": lambda **labels: hf.BertConfig(**SMALL, **labels),
+    "roberta": lambda **labels: hf.RobertaConfig(**SMALL, type_vocab_size=1, **labels),
+    "distilbert": lambda **labels: hf.DistilBertConfig(**DISTIL, pad_token_id=PAD, **labels),
+    "modernbert": lambda **labels: hf.ModernBertConfig(**MODERN, **labels),
+    "modernbert_mean": lambda **labels: hf.ModernBertConfig(
+        **MODERN, classifier_pooling="mean", **labels
     ),
 }
-TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
+DECODERS, ENCODERS = ("llama", "gpt2"), tuple(CONFIGS)[2:]
+# As bases are published: with what the library's own head builds on.
+PUBLISHED = {"bert": hf.BertForPreTraining}
+TARGETS = {
+    "llama": ["q_proj", "down_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "bert": ["query", "intermediate.dense", "pooler.dense"],
+    "roberta": ["query", "value"],
+    "distilbert": ["q_lin", "lin2"],
+    "modernbert": ["Wqkv", "head.dense"],
+    "modernbert_mean": ["Wo", "mlp.Wi"],
+}
 AUTO = {
     "SEQ_CLS": hf.AutoModelForSequenceClassification,
     "TOKEN_CLS": hf.AutoModelForTokenClassification,
@@ -68,7 +81,7 @@ class World:
 
     name: str
     folder: Path
-    runner: ModelRunner
+    runner: ModelRunner | EncoderRunner
     sites: DeviceSites
     base: Any
     blocks: Iterator[int]
@@ -99,7 +112,7 @@ class World:
     def sequence(
         self, pooling: Classify | Embed | None, slot: int | None = None, prompt: list[int] = PROMPT
     ) -> Sequence:
-        blocks = [next(self.blocks) for _ in range(5)]
+        blocks = [next(self.blocks) for _ in range(9)]
         sequence = trial_sequence(0, prompt, blocks, Sampling())
         sequence.pooling, sequence.slot = pooling, slot
         return sequence
@@ -120,21 +133,25 @@ class World:
         return [outcomes[sequence] for sequence in sequences]
 
 
-@pytest.fixture(params=CONFIGS)
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
+@pytest.fixture
+def world(name: str, tmp_path: Path) -> World:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(CONFIGS[request.param]())
+    masked = hf.AutoModelForCausalLM if name in DECODERS else hf.AutoModelForMaskedLM
+    model = PUBLISHED.get(name, masked.from_config)(CONFIGS[name]())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4) if parameter.ndim > 1 else parameter.add_(0.1)
     model.save_pretrained(tmp_path / "base")
-    base = adopt(model)
+    base = load_base(str(tmp_path / "base"))
+    rehearse(base, BLOCK)
     rows = Rows(base.device)
     sites = DeviceSites(base.model, base.structure, rows, 8, 8 << 20, base.dtype, base.device)
-    cache = KVCache(base.layers, 128, BLOCK, base.dtype, base.device)
-    runner = ModelRunner(base, cache, rows, sites.task_heads)
-    return World(request.param, tmp_path, runner, sites, base, iter(range(1, 128)))
+    runner: ModelRunner | EncoderRunner = EncoderRunner(base, rows, BLOCK, sites.task_heads)
+    if base.encoder is None:
+        cache = KVCache(base.layers, 128, BLOCK, base.dtype, base.device)
+        runner = ModelRunner(base, cache, rows, sites.task_heads)
+    return World(name, tmp_path, runner, sites, base, iter(range(1, 128)))
 
 
 def numbers(outcome: Outcome, of: str = "numbers") -> Tensor:
@@ -157,6 +174,7 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected.reshape(got.shape), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("chunk", [2, 64])
 def test_all_kinds_of_answers_share_their_steps(world: World, chunk: int) -> None:
     classes, reward = world.tune(0, "SEQ_CLS", 3), world.tune(1, "SEQ_CLS", 1)
@@ -193,7 +211,7 @@ def test_all_kinds_of_answers_share_their_steps(world: World, chunk: int) -> Non
     close(numbers(answers[10]), hidden(body).mean(0))
 
 
-@pytest.mark.parametrize("world", ["llama"], indirect=True)
+@pytest.mark.parametrize("name", ["llama"])
 @pytest.mark.parametrize("prompt", [[7, 8, PAD, PAD], [PAD, 7, PAD, 8], [7], [PAD, PAD]])
 def test_a_head_reads_the_last_token_that_is_no_padding(world: World, prompt: list[int]) -> None:
     model = world.tune(0, "SEQ_CLS", 3)
@@ -201,7 +219,7 @@ def test_a_head_reads_the_last_token_that_is_no_padding(world: World, prompt: li
     close(numbers(answer), logits(model, prompt))
 
 
-@pytest.mark.parametrize("world", ["llama"], indirect=True)
+@pytest.mark.parametrize("name", ["llama"])
 def test_scores_are_softmax_of_several_outputs_and_one_output_as_it_is(world: World) -> None:
     world.tune(0, "SEQ_CLS", 3)
     world.tune(1, "SEQ_CLS", 1)
@@ -210,7 +228,7 @@ def test_scores_are_softmax_of_several_outputs_and_one_output_as_it_is(world: Wo
     assert torch.equal(numbers(reward, "scores"), numbers(reward))
 
 
-@pytest.mark.parametrize("world", ["llama"], indirect=True)
+@pytest.mark.parametrize("name", ["llama"])
 @pytest.mark.parametrize("pooling", [Embed("mean", False), Embed("first", False), Classify()])
 def test_a_preempted_prompt_counts_once(world: World, pooling: Classify | Embed) -> None:
     world.tune(0, "TOKEN_CLS", 2)
@@ -226,7 +244,7 @@ def test_a_preempted_prompt_counts_once(world: World, pooling: Classify | Embed)
     close(numbers(outcomes[0]), numbers(whole))
 
 
-@pytest.mark.parametrize("world", ["llama"], indirect=True)
+@pytest.mark.parametrize("name", ["llama"])
 def test_poisoned_prompts_are_reported_and_their_neighbours_are_untouched(world: World) -> None:
     world.tune(0, "SEQ_CLS", 2)
     prompts = ([5, 6], [9, 8], [5, 7], [9, 7])
@@ -241,3 +259,84 @@ def test_poisoned_prompts_are_reported_and_their_neighbours_are_untouched(world:
     embedding = world.base.model.get_submodule(world.base.structure.embedding)
     embedding.weight[5] = torch.nan
     assert answers() == [NonFinite(), sound[1], NonFinite(), sound[3]]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_answer_whole_prompts_of_all_adapters_in_one_step(world: World) -> None:
+    classes, reward = world.tune(0, "SEQ_CLS", 3), world.tune(1, "SEQ_CLS", 1)
+    tokens, features = world.tune(2, "TOKEN_CLS", 5), world.tune(3, "FEATURE_EXTRACTION")
+    plain = hf.AutoModel.from_pretrained(world.folder / "base", attn_implementation="eager")
+    mean, last = Embed("mean", normalize=False), Embed("last", normalize=False)
+    long = [*PROMPT, *PROMPT[::-1], *PROMPT]
+    answers = world.run(
+        world.sequence(Classify(), slot=0, prompt=long),
+        world.sequence(mean),
+        world.sequence(Classify(), slot=2, prompt=long),
+        world.sequence(Classify(), slot=1, prompt=PROMPT[:1]),
+        world.sequence(Classify(), slot=0, prompt=PROMPT[2:5]),
+        world.sequence(mean, slot=3, prompt=long),
+        world.sequence(last, slot=3),
+        world.sequence(last, prompt=long),
+    )
+    close(numbers(answers[0]), logits(classes, long))
+    close(numbers(answers[1]), hidden(plain).mean(0))
+    close(numbers(answers[2]), logits(tokens, long))
+    close(numbers(answers[3]), logits(reward, PROMPT[:1]))
+    close(numbers(answers[4]), logits(classes, PROMPT[2:5]))
+    close(numbers(answers[5]), hidden(features, long).mean(0))
+    close(numbers(answers[6]), hidden(features)[-1])
+    close(numbers(answers[7]), hidden(plain, long)[-1])
+
+
+@pytest.mark.parametrize("name", ["bert"])
+@pytest.mark.parametrize(
+    "config",
+    [{"target_modules": "all-linear"}, {"modules_to_save": ["pooler"]}, {"use_dora": True}],
+)
+def test_the_bases_part_of_its_heads_is_adapted_like_any_module(
+    world: World, config: dict[str, Any]
+) -> None:
+    models = [world.tune(0, "SEQ_CLS", 3, **config), world.tune(1, "SEQ_CLS", 3)]
+    answers = world.run(*(world.sequence(Classify(), slot=slot) for slot in (0, 1, 0)))
+    for answer, slot in zip(answers, (0, 1, 0), strict=True):
+        close(numbers(answer), logits(models[slot]))
+
+
+@pytest.mark.parametrize("name", ["roberta"])
+def test_positions_skip_padding_where_the_model_does(world: World) -> None:
+    model = world.tune(0, "SEQ_CLS", 3)
+    padded = [7, PAD, 8, PAD, PAD, 9]
+    alone, after = (world.sequence(Classify(), slot=0, prompt=padded) for _ in range(2))
+    answers = world.run(alone, world.sequence(Classify(), slot=0), after)
+    close(numbers(answers[0]), logits(model, padded))
+    assert torch.equal(numbers(answers[0]), numbers(answers[2]))
+
+
+@pytest.mark.parametrize("name", ["bert"])
+@torch.no_grad()
+def test_tokens_of_the_second_text_are_told_apart(world: World) -> None:
+    model = world.tune(0, "SEQ_CLS", 3)
+    types = [0] * 4 + [1] * (len(PROMPT) - 4)
+    pair, single = world.sequence(Classify(), slot=0), world.sequence(Classify(), slot=0)
+    pair.token_types = tuple(types)
+    answers = world.run(single, pair)
+    ids = torch.tensor([PROMPT])
+    expected = model(input_ids=ids, token_type_ids=torch.tensor([types])).logits
+    assert (expected - logits(model)).abs().max() > 0.01
+    close(numbers(answers[0]), logits(model))
+    close(numbers(answers[1]), expected)
+
+
+@pytest.mark.parametrize("name", ["bert"])
+def test_a_checkpoint_without_the_bases_part_of_a_head_has_no_such_heads(
+    world: World, tmp_path: Path
+) -> None:
+    world.tune(0, "SEQ_CLS", 3)
+    world.tune(1, "TOKEN_CLS", 3)
+    hf.BertForMaskedLM(CONFIGS["bert"]()).save_pretrained(tmp_path / "masked")
+    base = load_base(str(tmp_path / "masked"))
+    rehearse(base, BLOCK)
+    with pytest.raises(FailedPrecondition) as caught:
+        parse_adapter(tmp_path / "0", "0", base.structure, torch.float32)
+    assert caught.value.reason == "BASE_MISMATCH"
+    assert parse_adapter(tmp_path / "1", "1", base.structure, torch.float32).task == "token"

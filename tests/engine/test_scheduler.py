@@ -18,14 +18,16 @@ BLOCK_SIZE = 4
 class Setup:
     """A scheduler, and the little that the engine does between two schedules."""
 
-    def __init__(self, adapters, prefixes, num_blocks=100, seqs=8, budget=16, context=1000):
+    def __init__(
+        self, adapters, prefixes, num_blocks=100, seqs=8, budget=16, context=1000, generates=True
+    ):
         config = EngineConfig(
             "", block_size=BLOCK_SIZE, max_num_seqs=seqs, max_num_batched_tokens=budget
         )
         self.adapters = adapters
         self.allocator = BlockAllocator(num_blocks + 1)
         self.prefixes = prefixes
-        limits = Limits(100, context, num_blocks * BLOCK_SIZE)
+        limits = Limits(100, context, num_blocks * BLOCK_SIZE, generates)
         self.blocks = BlockManager(self.allocator, BLOCK_SIZE, prefixes)
         self.scheduler = Scheduler(config, limits, self.blocks, adapters)
         self.now = 0.0
@@ -70,6 +72,17 @@ def setup(fake_adapters, fake_prefixes):
         return Setup(fake_adapters(slots, load_polls), fake_prefixes(), **limits)
 
     return make
+
+
+def test_whole_prompts_wait_for_a_step_that_holds_them(setup, new_sequence):
+    engine = setup(budget=16, generates=False)
+    prompts = [new_sequence(num_prompt=n, max_tokens=1) for n in (6, 12, 3, 16)]
+    engine.add(*prompts)
+    first, second, third, fourth = prompts
+    assert engine.step() == {first: 6}
+    assert engine.step() == {second: 12, third: 3}
+    assert engine.step() == {fourth: 16}
+    assert engine.is_empty()
 
 
 def test_prefill_is_chunked_under_the_budget_and_decodes_come_first(setup, new_sequence):

@@ -4,7 +4,7 @@ import pytest
 
 from deltamux.engine.limits import Limits
 from deltamux.engine.submission import Submissions
-from deltamux.errors import InvalidArgument
+from deltamux.errors import FailedPrecondition, InvalidArgument
 from deltamux.wire.messages import Classify, Sampling, Stopping, Submit
 
 LIMITS = Limits(vocab_size=100, max_model_len=32, kv_cache_tokens=80)
@@ -55,6 +55,19 @@ def test_requests_without_a_seed_get_different_ones_repeatably():
     assert seeds() == seeds()
     (kept,) = Submissions(LIMITS, seed=3).sequences(submit(sampling=Sampling(seed=5)), 0.0, "")
     assert kept.sampling.seed == 5
+
+
+def test_an_encoder_generates_nothing():
+    submissions = Submissions(replace(LIMITS, generates=False, token_types=2), seed=0)
+    with pytest.raises(FailedPrecondition) as caught:
+        submissions.sequences(submit(), 0.0, "")
+    assert caught.value.reason == "NO_GENERATION"
+    pair = submit(pooling=Classify(), token_types=(0, 0, 1))
+    (sequence,) = submissions.sequences(pair, 0.0, "")
+    assert sequence.token_types == (0, 0, 1)
+    for types in ((0, 1), (0, 0, 2), (0, -1, 0)):
+        with pytest.raises(InvalidArgument, match="token_types"):
+            submissions.sequences(submit(pooling=Classify(), token_types=types), 0.0, "")
 
 
 def test_a_prompt_that_is_only_pooled_may_fill_the_context_and_the_cache():

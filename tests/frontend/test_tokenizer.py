@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import AutoTokenizer
 
 from deltamux.errors import FailedPrecondition, InvalidArgument, StartupError
 from deltamux.frontend.tokenizer import Tokenizer
@@ -20,6 +21,24 @@ async def test_text_is_encoded_as_by_transformers(tokenizer, reference, text: st
     prompt = await tokenizer.encode(text)
     assert list(prompt.token_ids) == reference.encode(text)
     assert prompt.text == text
+
+
+async def test_pairs_are_encoded_as_by_transformers(tokenizer, reference) -> None:
+    prompt = await tokenizer.encode("good", "bad")
+    assert list(prompt.token_ids) == reference("good", "bad").input_ids
+    assert prompt.token_types == () and "token_type_ids" not in reference("good", "bad")
+
+
+async def test_how_the_last_batch_was_cut_and_padded_is_forgotten(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    used = AutoTokenizer.from_pretrained(model_folder)
+    used.backend_tokenizer.enable_truncation(3)
+    used.backend_tokenizer.enable_padding(length=12)
+    used.save_pretrained(tmp_path)
+    prompt = await Tokenizer.load(str(tmp_path)).encode("hello")
+    assert list(prompt.token_ids) == AutoTokenizer.from_pretrained(tmp_path)("hello").input_ids
+    assert len(prompt.token_ids) == 5
 
 
 async def test_chats_are_encoded_as_by_transformers(tokenizer, reference) -> None:

@@ -49,12 +49,22 @@ def take_task_head(
     for a task or a head that does not fit the base.
     """
     task, manifest = split_task(manifest)
-    if task == "generation":
-        return SavedHead(task, None, 0, manifest, tensors, structure)
-    bare = structure.without((structure.head,))
+    if manifest.task == "generation" and not structure.head:
+        raise FailedPrecondition(
+            "the adapter was trained to generate; the base model generates no text",
+            reason="BASE_MISMATCH",
+        )
+    seen = _trained_model(structure, task)
     heads = structure.task_heads
+    if task == "generation":
+        return SavedHead(task, None, 0, manifest, tensors, seen)
     if task == "features":
-        return SavedHead(task, None, 0, manifest, _inside_body(tensors, heads.body), bare)
+        return SavedHead(task, None, 0, manifest, _inside_body(tensors, heads.body), seen)
+    if task not in heads.formats:
+        raise FailedPrecondition(
+            f"the base model lacks the part that heads of the task {task} build on",
+            reason="BASE_MISMATCH",
+        )
     reader = _HeadReader(tensors, heads, dtype)
     head = reader.head(task)
     return SavedHead(
@@ -63,8 +73,25 @@ def take_task_head(
         sum(tensor.numel() for tensor in head.tensors),
         _without_head(manifest, reader.modules, structure),
         {name: tensor for name, tensor in tensors.items() if name not in reader.taken},
-        bare,
+        seen,
     )
+
+
+def _trained_model(structure: Structure, task: Task) -> Structure:
+    """The base as a model of that task is built on it: with or without its own parts of heads."""
+    pooled = [site.name for site in structure.sites.values() if site.pooled]
+    absent = [name for name in pooled if not _has_part(structure.task_heads, task, name)]
+    seen = structure.without(absent)
+    return seen if task == "generation" else seen.headless()
+
+
+def _has_part(heads: TaskHeads, task: Task, name: str) -> bool:
+    if task == "generation":
+        return False
+    if task == "features":
+        return name.startswith(f"{heads.body}.")
+    form = heads.formats.get(task)
+    return form is not None and form.shared
 
 
 def _inside_body(tensors: Mapping[str, Tensor], body: str) -> dict[str, Tensor]:
@@ -111,6 +138,7 @@ class _HeadReader:
             level,
             form.pooling,
             heads.pad_token_id,
+            form.shared,
             tuple(
                 Layer(part.weight.shape[0], module.biased, module.activation)
                 for module, part in zip(form.modules, parts, strict=True)

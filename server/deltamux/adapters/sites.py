@@ -39,7 +39,7 @@ class Site(nn.Module):
         self._outputs = tuple(banks.outputs.values())
         self._residual = banks.residual
         self._rows = rows
-        self._sampled = spec.kind == "head"
+        self._sampled = spec.kind == "head" or spec.pooled
 
     @property
     def weight(self) -> Tensor:

@@ -1,19 +1,25 @@
-"""Loads a transformers decoder and makes it ready to be driven: frozen, probed, its sites known."""
+"""Loads a transformers model and makes it ready to be driven: frozen, probed, its sites known."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from deltamux.base.encoders import Encoder, encoder_of, heads_of, set_shared_apart
 from deltamux.base.last_hidden import LastHidden
 from deltamux.base.packed_linear import pack_linears
 from deltamux.base.probe import AttentionLayer, probe
@@ -35,8 +41,12 @@ class Base:
     dtype: torch.dtype
     structure: Structure
     last_hidden: LastHidden
+    # None: it generates.
+    encoder: Encoder | None
     # Rows of the token embedding, and the logits of one row.
     vocab_size: int
+    # Kinds of segments that a prompt of a pair has; 0 for a model that tells none apart.
+    token_types: int
     # Positions that the model knows.
     max_model_len: int
     # transformers looks attention functions up by name, in a table that all models share.
@@ -69,16 +79,21 @@ def load_base(model: str, device: str = "cpu", dtype: str = "auto") -> Base:
     """
     place = _device(device)
     config = _config(model)
-    loaded = _weights(model, config, _dtype(dtype, place))
-    return adopt(loaded.to(place))
+    loaded, missing = _weights(model, config, _dtype(dtype, place))
+    return adopt(loaded.to(place), missing)
 
 
-def adopt(model: PreTrainedModel) -> Base:
-    """Freezes and probes a model that is in memory; it belongs to the returned Base from now on."""
+def adopt(model: PreTrainedModel, missing: frozenset[str] = frozenset()) -> Base:
+    """Freezes and probes a model that is in memory; it belongs to the returned Base from now on.
+
+    `missing` names the parameters that its checkpoint lacks.
+    """
     model.eval().requires_grad_(False)
-    layers = probe(model)
-    embedding = model.get_input_embeddings().weight
-    vocab_size = model.get_output_embeddings().weight.shape[0]
+    set_shared_apart(model, missing)
+    encoder = encoder_of(model.config)
+    layers = probe(model, causal=encoder is None)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    vocab_size = (embedding if head is None else head.weight).shape[0]
     pack_linears(model)
     return Base(
         model=model,
@@ -86,8 +101,10 @@ def adopt(model: PreTrainedModel) -> Base:
         dtype=embedding.dtype,
         structure=find_structure(model, layers),
         last_hidden=LastHidden(model),
+        encoder=encoder,
         vocab_size=vocab_size,
-        max_model_len=_max_model_len(model.config),
+        token_types=0 if encoder is None else getattr(model.config, "type_vocab_size", 0),
+        max_model_len=_max_model_len(model.config, encoder),
         attention_name=f"deltamux_{next(_attention_numbers)}",
     )
 
@@ -123,9 +140,14 @@ def _config(model: str) -> PreTrainedConfig:
         raise _not_loaded(model, error) from error
 
 
-def _weights(model: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+def _weights(
+    model: str, config: PreTrainedConfig, dtype: torch.dtype | str
+) -> tuple[PreTrainedModel, frozenset[str]]:
+    """The model, and the parameters outside its body that its checkpoint lacks."""
+    generates = encoder_of(config) is None
+    auto = AutoModelForCausalLM if generates else AutoModelForSequenceClassification
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        loaded, report = auto.from_pretrained(
             model,
             config=config,
             dtype=dtype,
@@ -135,13 +157,14 @@ def _weights(model: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> 
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_loaded(model, error) from error
-    _check_complete(model, report)
-    return loaded
+    missing = frozenset(report["missing_keys"])
+    _check_complete(model, missing - heads_of(loaded, missing))
+    return loaded, missing
 
 
-def _check_complete(model: str, report: dict[str, Any]) -> None:
+def _check_complete(model: str, names: Collection[str]) -> None:
     """transformers fills what is missing with random numbers; that must not be served."""
-    missing = sorted(report["missing_keys"])
+    missing = sorted(names)
     if missing:
         raise StartupError(
             f"{model} is incomplete: {len(missing)} weights are missing, {missing[0]} among them"
@@ -155,8 +178,10 @@ def _not_loaded(model: str, error: Exception) -> StartupError:
     return StartupError(f"{model} cannot be loaded: {first_line}")
 
 
-def _max_model_len(config: PreTrainedConfig) -> int:
+def _max_model_len(config: PreTrainedConfig, encoder: Encoder | None) -> int:
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(length, int):
         raise StartupError(f"the config of {config.model_type!r} names no max_position_embeddings")
-    return length
+    # Where positions count from behind the padding's id, those up to it are no token's.
+    skipped = config.pad_token_id + 1 if encoder is not None and encoder.skips_padding else 0
+    return length - skipped

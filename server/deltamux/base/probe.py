@@ -32,8 +32,10 @@ class AttentionLayer:
     softcap: float | None
 
 
-def probe(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
+def probe(model: PreTrainedModel, causal: bool = True) -> tuple[AttentionLayer, ...]:
     """The attention layers of a model in order; leaves the model's attention as it was.
+
+    `causal`: every token sees those before it, otherwise all of its sequence.
 
     Raises StartupError, with the reason, for a model whose layers do not all call the attention
     function with the keys and values of the packed tokens, or that mixes tokens in any other way.
@@ -43,7 +45,7 @@ def probe(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
             f"deltamux cannot serve {model.config.model_type!r} models: {reason}",
             reason="MODEL_UNSUPPORTED",
         )
-    layers = _record_layers(model)
+    layers = _record_layers(model, causal)
     expected = model.config.get_text_config().num_hidden_layers
     if [layer.layer_idx for layer in layers] != list(range(expected)):
         raise StartupError(
@@ -82,15 +84,16 @@ def _rope_types(config: PreTrainedConfig) -> Iterator[str]:
             yield candidate["rope_type"]
 
 
-def _record_layers(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
+def _record_layers(model: PreTrainedModel, causal: bool) -> tuple[AttentionLayer, ...]:
     layers: dict[int, AttentionLayer] = {}
 
     def record(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        index = getattr(module, "layer_idx", None)
+        # Without a cache, nobody asks a layer for its number, and some have none.
+        index = getattr(module, "layer_idx", None) if causal else len(layers)
         packed = query.shape[2] == key.shape[2] == value.shape[2] == _PROBE_TOKENS
-        if isinstance(index, int) and packed and getattr(module, "is_causal", True):
+        if isinstance(index, int) and packed and getattr(module, "is_causal", True) == causal:
             layers[index] = AttentionLayer(
                 index,
                 kv_heads=key.shape[1],

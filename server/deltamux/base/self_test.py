@@ -1,4 +1,4 @@
-"""Compares the packed, paged forward with plain transformers: no model is silently wrong."""
+"""Compares the packed forward with plain transformers: no model is silently wrong."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 from deltamux.base.load import Base
 from deltamux.errors import StartupError
 
-# prompts -> logits [len(prompt), V] of each, float32, computed together.
-PackedLogits = Callable[[list[list[int]]], list[Tensor]]
+# prompts -> rows of each, float32, computed together: logits [len(prompt), V], or an encoder's last
+# hidden states [len(prompt), width].
+PackedForward = Callable[[list[list[int]]], list[Tensor]]
 
-# Largest error of a row of logits, relative to the row. In 16 bits the mean over rows counts: the
+# Largest error of a row, relative to the row. In 16 bits the mean over rows counts: the
 # routing of a mixture of experts may tip over in single rows.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 _LONGEST, _SHORTEST = 640, 24
@@ -21,21 +22,22 @@ _LONGEST, _SHORTEST = 640, 24
 _WORK = {"cpu": 1.5e10, "cuda": 1e13}
 
 
-def self_test(base: Base, packed: PackedLogits) -> None:
+def self_test(base: Base, packed: PackedForward) -> None:
     """Two random prompts, one longer than any sliding window where that is affordable.
 
-    Raises StartupError when the logits do not agree.
+    Raises StartupError when the two forwards do not agree.
     """
     prompts = _prompts(base)
     with torch.inference_mode():
         computed = packed(prompts)
         base.set_plain_attention()
-        for prompt, logits in zip(prompts, computed, strict=True):
-            error = _error(logits, _plain_logits(base, prompt), base.dtype)
+        for prompt, rows in zip(prompts, computed, strict=True):
+            error = _error(rows, _plainly(base, prompt), base.dtype)
             if not error <= _TOLERANCE[base.dtype]:
+                what = "logits" if base.encoder is None else "hidden states"
                 raise StartupError(
                     f"deltamux cannot serve this {base.config.model_type!r} model: its packed "
-                    f"logits differ from those of transformers by {error:.1e} (relative), "
+                    f"{what} differ from those of transformers by {error:.1e} (relative), "
                     f"more than {_TOLERANCE[base.dtype]:.0e}",
                     reason="MODEL_UNSUPPORTED",
                 )
@@ -68,13 +70,16 @@ def _work_of_a_token(base: Base) -> int:
     return sites + others
 
 
-def _plain_logits(base: Base, prompt: list[int]) -> Tensor:
+def _plainly(base: Base, prompt: list[int]) -> Tensor:
     ids = torch.tensor([prompt], device=base.device)
-    logits: Tensor = base.model(input_ids=ids, use_cache=False).logits[0]
-    return logits.float()
+    if base.encoder is None:
+        rows: Tensor = base.model(input_ids=ids, use_cache=False).logits[0]
+    else:
+        rows = base.model.base_model(input_ids=ids).last_hidden_state[0]
+    return rows.float()
 
 
-def _error(logits: Tensor, reference: Tensor, dtype: torch.dtype) -> float:
+def _error(rows: Tensor, reference: Tensor, dtype: torch.dtype) -> float:
     centred = reference - reference.mean(-1, keepdim=True)
-    rows = (logits - reference).norm(dim=-1) / centred.norm(dim=-1)
-    return float(rows.max() if dtype == torch.float32 else rows.mean())
+    errors = (rows - reference).norm(dim=-1) / centred.norm(dim=-1)
+    return float(errors.max() if dtype == torch.float32 else errors.mean())

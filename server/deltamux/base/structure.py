@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from deltamux.base.classifiers import find_task_heads
+from deltamux.base.encoders import shared_modules
 from deltamux.base.probe import AttentionLayer
 from deltamux.base.sublayers import Sublayer, find_sublayers
-from deltamux.base.task_heads import TaskHeads, find_task_heads
+from deltamux.base.task_heads import TaskHeads
 from deltamux.base.trace import Call, is_linear, is_norm, trace
 
 Kind = Literal["linear", "embedding", "head", "norm"]
@@ -27,7 +29,8 @@ class SiteSpec:
     Sites that read the same input tensor (query, key, value; gate, up) carry the same `group`, and
     `order` is the place of their call in it. An embedding has as many `in_features` as rows,
     a norm as many as its rows are wide. A norm of queries or keys maps each of a token's heads;
-    `token_axis` says which axis of its input counts the tokens.
+    `token_axis` says which axis of its input counts the tokens. `pooled` says that it is no part of
+    the body, and is given only the rows that reach a head.
     """
 
     name: str
@@ -39,6 +42,7 @@ class SiteSpec:
     conv1d: bool = False
     embed_scale: float | None = None
     token_axis: int | None = None
+    pooled: bool = False
 
     def rows(self, tensor: Tensor) -> Tensor:
         """A view of the module's input or output by token: [rows, width] or [rows, heads, width].
@@ -54,9 +58,9 @@ class SiteSpec:
 class Structure:
     """All sites of a model by module name, in call order, and their frozen parameters.
 
-    `embedding` and `head` name those of the vocabulary; `tied` says that they share one weight.
-    `task_heads` says which other heads an adapter may bring, `sublayers` are by the name of their
-    output, in call order, `layers` those of attention.
+    `embedding` and `head` name those of the vocabulary, `tied` says that they share one weight; an
+    encoder's head is "". `task_heads` says which other heads an adapter may bring; `sublayers` are
+    by the name of their output, in call order, `layers` those of attention.
     """
 
     def __init__(
@@ -94,6 +98,12 @@ class Structure:
         less.sites = {name: site for name, site in self.sites.items() if name not in names}
         return less
 
+    def headless(self) -> Structure:
+        """The same model without the head of the vocabulary."""
+        less = self.without((self.head,))
+        less.head, less.tied = "", False
+        return less
+
     def weight(self, name: str) -> Tensor:
         """Weight of a site, [out, in]; of an embedding [in, out]; of a norm [out]. Read only."""
         weight = self._modules[name].weight
@@ -115,7 +125,7 @@ class Structure:
 
 
 def find_structure(model: PreTrainedModel, layers: Iterable[AttentionLayer] = ()) -> Structure:
-    """Runs one short forward of a transformers decoder and returns its sites.
+    """Runs one short forward of a transformers model and returns its sites.
 
     A linear module is a site when it was called once per token; the rows that a mixture of experts
     sends to one expert are not. Embeddings are sites when they take nothing but token or position
@@ -125,14 +135,16 @@ def find_structure(model: PreTrainedModel, layers: Iterable[AttentionLayer] = ()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     groups = _groups([call for call in calls if call.module is not head])
     sites = {call.name: _site(call, head, *groups.get(call.name, (None, 0))) for call in calls}
+    shared = shared_modules(model)
     names = {module: name for name, module in model.named_modules()}
+    width = calls[-1].output.shape[-1] if head is None else head.weight.shape[1]
     return Structure(
-        sites,
-        {call.name: call.module for call in calls},
+        sites | {name: _pooled_site(name, module) for name, module in shared.items()},
+        {call.name: call.module for call in calls} | shared,
         names[embedding],
-        names[head],
-        bool(model.config.get_text_config().tie_word_embeddings),
-        find_task_heads(model),
+        "" if head is None else names[head],
+        head is not None and bool(model.config.get_text_config().tie_word_embeddings),
+        find_task_heads(model, width),
         find_sublayers(calls),
         model.config.model_type,
         layers,
@@ -185,3 +197,10 @@ def _site(call: Call, head: nn.Module | None, group: int | None, order: int) -> 
     fan_in, fan_out = weight.shape if conv1d else reversed(weight.shape)
     kind: Kind = "head" if call.module is head else "linear"
     return SiteSpec(call.name, kind, fan_in, fan_out, group, order, conv1d)
+
+
+def _pooled_site(name: str, module: nn.Module) -> SiteSpec:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    kind: Kind = "norm" if is_norm(module) else "linear"
+    return SiteSpec(name, kind, weight.shape[-1], weight.shape[0], pooled=True)

@@ -1,12 +1,10 @@
-"""Which task heads transformers puts on a model, by the names that their modules have there."""
+"""What a task head is, by the names that its modules have in transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
-
-from transformers import PreTrainedConfig, PreTrainedModel
 
 # What one set of scores speaks of: a whole sequence, or one token.
 Level = Literal["sequence", "token"]
@@ -29,6 +27,8 @@ class HeadFormat:
 
     pooling: Pooling
     modules: tuple[HeadModule, ...]
+    # The base's own part of its heads comes between the two.
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,29 +45,3 @@ class TaskHeads:
     problem_type: str | None
     # Tokens that do not count as a sequence's last one.
     pad_token_id: int | None
-
-
-def find_task_heads(model: PreTrainedModel) -> TaskHeads:
-    """What transformers' AutoModelFor...Classification would put on this model."""
-    config = model.config.get_text_config()
-    return TaskHeads(
-        width=model.get_output_embeddings().weight.shape[1],
-        body=model.base_model_prefix,
-        formats=_decoder_formats(config),
-        labels=_labels(model.config),
-        problem_type=model.config.problem_type,
-        pad_token_id=config.pad_token_id,
-    )
-
-
-def _decoder_formats(config: PreTrainedConfig) -> Mapping[Level, HeadFormat]:
-    biased = getattr(config, "token_classification_bias", True)
-    return {
-        "sequence": HeadFormat("last", (HeadModule(("score",), biased=False),)),
-        "token": HeadFormat("all", (HeadModule(("score", "classifier"), biased),)),
-    }
-
-
-def _labels(config: PreTrainedConfig) -> tuple[str, ...]:
-    names = config.id2label
-    return tuple(str(names[index]) for index in sorted(names))

@@ -47,12 +47,16 @@ def trace(model: PreTrainedModel) -> list[Call]:
 
 
 def forward_plainly(model: PreTrainedModel, num_tokens: int) -> None:
-    """One forward over arbitrary tokens at positions 0 .. num_tokens - 1, without a cache."""
+    """One forward over arbitrary tokens at positions 0 .. num_tokens - 1, without a cache.
+
+    A model without a head of the vocabulary runs without any.
+    """
     embedding = model.get_input_embeddings()
     vocabulary, device = embedding.num_embeddings, embedding.weight.device
     positions = torch.arange(num_tokens, device=device)[None]
+    body = model.base_model if model.get_output_embeddings() is None else model
     with torch.inference_mode():
-        model(input_ids=(positions + 3) % vocabulary, position_ids=positions, use_cache=False)
+        body(input_ids=(positions + 3) % vocabulary, position_ids=positions, use_cache=False)
 
 
 def is_linear(module: nn.Module) -> bool:

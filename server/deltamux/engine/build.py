@@ -9,12 +9,14 @@ import torch
 from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.families import FAMILIES
 from deltamux.adapters.parse import parse_adapter
+from deltamux.adapters.primitives.task_head import TaskHeadBank
 from deltamux.adapters.rows import Rows
 from deltamux.adapters.sites import DeviceSites
 from deltamux.base.load import Base, load_base
 from deltamux.config import EngineConfig
 from deltamux.engine.block_allocator import BlockAllocator
 from deltamux.engine.block_manager import BlockManager
+from deltamux.engine.encoder_runner import EncoderRunner
 from deltamux.engine.engine import Engine
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.limits import Limits
@@ -50,17 +52,25 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
     sites = _device_sites(config, base, rows)
     adapters = _adapter_cache(config, base, sites, link)
     num_blocks = count_kv_blocks(base, config)
-    cache = KVCache(base.layers, num_blocks, config.block_size, base.dtype, base.device)
+    # An encoder keeps nothing of a prompt: its blocks have no pages, and only count.
+    layers = base.layers if base.encoder is None else ()
+    cache = KVCache(layers, num_blocks, config.block_size, base.dtype, base.device)
     prefixes = PrefixPages(sites.prefixes, cache)
     blocks = BlockManager(BlockAllocator(num_blocks), config.block_size, prefixes)
-    limits = Limits(base.vocab_size, max_model_len, blocks.num_total * config.block_size)
+    limits = Limits(
+        base.vocab_size,
+        max_model_len,
+        blocks.num_total * config.block_size,
+        generates=base.encoder is None,
+        token_types=base.token_types,
+    )
     engine = Engine(
         link,
         Submissions(limits, config.seed, config.enable_prefix_caching),
         Scheduler(config, limits, blocks, adapters),
         blocks,
         adapters,
-        ModelRunner(base, cache, rows, sites.task_heads),
+        _runner(base, cache, rows, sites.task_heads),
     )
     return engine, _ready(config, base, limits)
 
@@ -71,7 +81,16 @@ def _max_model_len(config: EngineConfig, base: Base) -> int:
         raise StartupError(
             f"max_model_len is {length}; the model knows {base.max_model_len} positions"
         )
-    return length
+    # An encoder reads a prompt in one step.
+    return length if base.encoder is None else min(length, config.max_num_batched_tokens)
+
+
+def _runner(
+    base: Base, cache: KVCache, rows: Rows, heads: TaskHeadBank
+) -> ModelRunner | EncoderRunner:
+    if base.encoder is not None:
+        return EncoderRunner(base, rows, cache.block_size, heads)
+    return ModelRunner(base, cache, rows, heads)
 
 
 def _device_sites(config: EngineConfig, base: Base, rows: Rows) -> DeviceSites:
@@ -119,4 +138,6 @@ def _ready(config: EngineConfig, base: Base, limits: Limits) -> Ready:
         block_size=config.block_size,
         adapter_slots=config.max_adapter_slots,
         families=tuple(family.name for family in FAMILIES),
+        generates=limits.generates,
+        tells_pairs_apart=limits.token_types > 1,
     )

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Items
+from typing import Protocol
 
 import structlog
 import torch
@@ -20,7 +22,6 @@ import torch
 from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.outcome import NonFinite, Outcome, SampledToken
 from deltamux.engine.reply import admission, finish_reason, non_finite_error
-from deltamux.engine.runner import ModelRunner
 from deltamux.engine.scheduler import Scheduler
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.engine.submission import Submissions
@@ -45,6 +46,14 @@ from deltamux.wire.messages import (
 _log = structlog.get_logger(__name__)
 
 
+class Runner(Protocol):
+    """What drives the base model."""
+
+    def run(self, scheduled: Items[Scheduled]) -> list[Outcome]:
+        """Computes the scheduled tokens; one outcome for each that yields, in the given order."""
+        ...
+
+
 class Engine:
     """Owns nothing but the order of things; an exception out of `step` is a bug and ends it."""
 
@@ -55,7 +64,7 @@ class Engine:
         scheduler: Scheduler,
         blocks: BlockManager,
         adapters: AdapterCache,
-        runner: ModelRunner,
+        runner: Runner,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link = link

@@ -13,6 +13,10 @@ class Limits:
     max_model_len: int
     # Tokens that the KV cache holds when one sequence has it to itself.
     kv_cache_tokens: int
+    # False: tokens all see each other, and a prompt is only ever pooled, whole.
+    generates: bool = True
+    # Kinds of segments that a prompt may have; 0 where none are told apart.
+    token_types: int = 0
 
     def check_room(self, prompt: int, answer: int, virtual: int = 0) -> None:
         """Raises InvalidArgument where the context has no room for the prompt and, unless `answer`

@@ -25,6 +25,11 @@ def count_kv_blocks(base: Base, config: EngineConfig) -> int:
     that will stay on the device, the adapters' arena above all, must be there already.
     Raises StartupError when not even one block fits.
     """
+    longest = config.max_model_len or base.max_model_len
+    useful = config.max_num_seqs * -(-longest // config.block_size) + 1
+    if base.encoder is not None:
+        # Blocks of nothing, by which the tokens that are under way are counted.
+        return useful
     size = block_bytes(base.layers, config.block_size, base.dtype)
     available = _available_bytes(base, config)
     if available < 2 * size:
@@ -32,10 +37,7 @@ def count_kv_blocks(base: Base, config: EngineConfig) -> int:
             f"{max(available, 0)} bytes are left for the KV cache; one block takes {size}"
         )
     affordable = available // size
-    if config.enable_prefix_caching:
-        return affordable
-    longest = config.max_model_len or base.max_model_len
-    return min(affordable, config.max_num_seqs * -(-longest // config.block_size) + 1)
+    return affordable if config.enable_prefix_caching else min(affordable, useful)
 
 
 def _available_bytes(base: Base, config: EngineConfig) -> int:

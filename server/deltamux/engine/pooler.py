@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
-from itertools import groupby
+from itertools import accumulate, groupby
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,6 +23,10 @@ from deltamux.engine.outcome import NonFinite
 from deltamux.engine.sequence import Sequence
 from deltamux.engine.transfer import to_device
 from deltamux.wire.messages import Embed, Pooled
+from deltamux_kernels import Segments
+
+# Pooled rows [n, width] to as many, each with the adapter of its segment.
+SharedHead = Callable[[Tensor, Segments], Tensor]
 
 _SCORINGS: Mapping[Scoring, Callable[[Tensor], Tensor]] = {
     "none": lambda logits: logits,
@@ -34,8 +38,10 @@ _SCORINGS: Mapping[Scoring, Callable[[Tensor], Tensor]] = {
 class Pooler:
     """Belongs to one runner; forgets a sequence when it ends."""
 
-    def __init__(self, heads: TaskHeadBank) -> None:
+    def __init__(self, heads: TaskHeadBank, shared: SharedHead | None = None) -> None:
+        """`shared` is the base's own part of its heads, where it has one."""
         self._heads = heads
+        self._shared = shared
         # Of each sequence, by the position of a chunk's first token.
         self._chunks: WeakKeyDictionary[Sequence, dict[int, Tensor]] = WeakKeyDictionary()
 
@@ -56,6 +62,7 @@ class Pooler:
                 [ended[place] for place in embedded],
             )
             outcomes |= zip(embedded, vectors, strict=True)
+        self._run_shared(rows, ended)
         for slot, places in groupby(rows, lambda place: ended[place].slot):
             outcomes |= self._scores(slot, {place: rows[place] for place in places})
         return outcomes
@@ -83,6 +90,23 @@ class Pooler:
         if self._rule(sequence) == "mean":
             return rows.sum(0, keepdim=True) / len(sequence.tokens)
         return rows
+
+    def _run_shared(self, rows: dict[int, Tensor], sequences: Mapping[int, Sequence]) -> None:
+        """Takes rows through the base's part of the heads that build on it."""
+        places = [place for place in rows if self._plan(sequences[place]).shared]
+        if not places:
+            return
+        assert self._shared is not None, "such heads are refused when they are loaded"
+        lengths = [len(rows[place]) for place in places]
+        ends = accumulate(lengths)
+        spans = [
+            (slot, end - length, end)
+            for place, length, end in zip(places, lengths, ends, strict=True)
+            if (slot := sequences[place].slot) is not None
+        ]
+        stacked = torch.cat([rows[place] for place in places])
+        computed = self._shared(stacked, Segments.build(spans, stacked.device))
+        rows.update(zip(places, computed.split_with_sizes(lengths), strict=True))
 
     def _scores(
         self, slot: int | None, rows: Mapping[int, Tensor]

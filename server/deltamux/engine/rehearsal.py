@@ -12,6 +12,8 @@ from torch import Tensor
 from deltamux.adapters.rows import Rows
 from deltamux.base.load import Base
 from deltamux.base.self_test import self_test
+from deltamux.engine.batch import StepBatch
+from deltamux.engine.encoder_runner import EncoderRunner
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled, Sequence
@@ -22,7 +24,10 @@ _CHUNKS = 3
 
 def rehearse(base: Base, block_size: int) -> None:
     """Refuses, with StartupError, a base whose packed forward differs from transformers' own."""
-    self_test(base, lambda prompts: packed_logits(base, prompts, block_size))
+    if base.encoder is None:
+        self_test(base, lambda prompts: packed_logits(base, prompts, block_size))
+    else:
+        self_test(base, lambda prompts: packed_hidden(base, prompts, block_size))
 
 
 def packed_logits(base: Base, prompts: Items[Items[int]], block_size: int) -> list[Tensor]:
@@ -41,6 +46,15 @@ def packed_logits(base: Base, prompts: Items[Items[int]], block_size: int) -> li
             parts[item.sequence.index].append(piece)
             item.sequence.num_computed += item.num_tokens
     return [torch.cat(pieces) for pieces in parts]
+
+
+def packed_hidden(base: Base, prompts: Items[Items[int]], block_size: int) -> list[Tensor]:
+    """An encoder's last hidden states [len(prompt), width], float32, of each: in one batch."""
+    runner = EncoderRunner(base, Rows(base.device), block_size)
+    sequences = _sequences(prompts, [-(-len(prompt) // block_size) for prompt in prompts])
+    step = [Scheduled(sequence, sequence.num_places) for sequence in sequences]
+    hidden = runner.forward(StepBatch.build(step, block_size, base.device))
+    return list(hidden.float().split_with_sizes([item.num_tokens for item in step]))
 
 
 def trial_sequence(

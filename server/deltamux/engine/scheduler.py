@@ -157,6 +157,9 @@ class Scheduler:
             # preempted and computed again.
             if not self._blocks.fits(sequence, reserve=len(self.running)):
                 return
+            if not self._limits.generates and sequence.num_places > plan.budget:
+                # An encoder reads a prompt in one step; the next one has room for it.
+                return
             if self._acquire(sequence, plan):
                 self._start(sequence, now)
                 plan.add(sequence)

@@ -35,6 +35,8 @@ class Sequence:
     cache_salt: str
     # None: it generates. Otherwise it ends with its prompt.
     pooling: Classify | Embed | None = None
+    # Which of two texts each token belongs to; empty for one text.
+    token_types: tuple[int, ...] = ()
     # The first choice of the same request, which computes the prompt for all of them.
     leader: Sequence | None = None
 

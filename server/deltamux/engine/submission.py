@@ -10,7 +10,7 @@ import msgspec
 
 from deltamux.engine.limits import Limits
 from deltamux.engine.sequence import Sequence
-from deltamux.errors import InvalidArgument
+from deltamux.errors import FailedPrecondition, InvalidArgument
 from deltamux.wire.messages import Sampling, Stopping, Submit
 
 # Exclusive bound of a seed: it must fit a signed 64-bit integer.
@@ -30,6 +30,7 @@ class Submissions:
 
         Raises InvalidArgument when a value is out of range or the KV cache could never hold it.
         """
+        self._check_kind(submit)
         self._check_lengths(submit)
         self._check_token_ids(submit)
         _check_sampling(submit.sampling)
@@ -51,6 +52,7 @@ class Submissions:
                 adapter_path=submit.adapter_path,
                 cache_salt=self._salt(submit),
                 pooling=submit.pooling,
+                token_types=submit.token_types,
                 leader=sequences[0] if sequences else None,
                 tier=tier,
             )
@@ -70,6 +72,15 @@ class Submissions:
         """Without the ids that no row of logits has: some models' own end token is such a one."""
         reachable = tuple(i for i in stopping.stop_token_ids if 0 <= i < self.limits.vocab_size)
         return msgspec.structs.replace(stopping, stop_token_ids=reachable)
+
+    def _check_kind(self, submit: Submit) -> None:
+        if submit.pooling is None and not self.limits.generates:
+            raise FailedPrecondition("the base model generates no text", reason="NO_GENERATION")
+        types = submit.token_types
+        if types and len(types) != len(submit.prompt):
+            raise InvalidArgument("token_types are not as many as tokens", field="text_pair")
+        if not all(0 <= kind < self.limits.token_types for kind in types):
+            raise InvalidArgument("token_types are out of range", field="text_pair")
 
     def _check_lengths(self, submit: Submit) -> None:
         if submit.stopping.max_tokens < 1:

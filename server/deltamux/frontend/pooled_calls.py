@@ -68,6 +68,7 @@ class PooledCalls:
                     adapter_path=str(lease.path) if lease else "",
                     deadline=call.remaining,
                     pooling=pooling,
+                    token_types=prompt.token_types if call.info.tells_pairs_apart else (),
                 )
             )
             progress = await anext(stream)

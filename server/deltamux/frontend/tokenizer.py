@@ -32,6 +32,8 @@ class Prompt:
 
     text: str
     token_ids: tuple[int, ...]
+    # Which of two texts each token belongs to; empty for one text.
+    token_types: tuple[int, ...] = ()
 
 
 class Tokenizer:
@@ -43,6 +45,10 @@ class Tokenizer:
             raise StartupError("the model has no tokenizer that the tokenizers library can run")
         self._tokenizer = tokenizer
         self._backend: RustTokenizer = tokenizer.backend_tokenizer
+        self._tells_pairs_apart = "token_type_ids" in tokenizer.model_input_names
+        # Some tokenizers are saved as they cut and padded their last batch.
+        self._backend.no_truncation()
+        self._backend.no_padding()
         # Reads the text of a special token as the plain characters that it is made of.
         self._plain = RustTokenizer.from_str(self._backend.to_str())
         self._plain.encode_special_tokens = True
@@ -69,8 +75,7 @@ class Tokenizer:
 
         With `pair`, both texts in the tokenizer's own template.
         """
-        ids = await self._run(self._encode, (text, pair))
-        return Prompt(text, tuple(ids))
+        return await self._run(self._encode, (text, pair))
 
     async def encode_chat(self, messages: Sequence[ChatMessage]) -> Prompt:
         """A chat under the model's template, up to where its answer begins.
@@ -91,10 +96,11 @@ class Tokenizer:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, function, argument)
 
-    def _encode(self, texts: tuple[str, str]) -> list[int]:
+    def _encode(self, texts: tuple[str, str]) -> Prompt:
         text, pair = texts
-        ids: list[int] = self._backend.encode(text, pair or None, add_special_tokens=True).ids
-        return ids
+        encoding = self._backend.encode(text, pair or None, add_special_tokens=True)
+        types = encoding.type_ids if pair and self._tells_pairs_apart else ()
+        return Prompt(text, tuple(encoding.ids), tuple(types))
 
     def _encode_chat(self, messages: Sequence[ChatMessage]) -> Prompt:
         mark = f"\ue000{secrets.token_hex(8)}\ue001"

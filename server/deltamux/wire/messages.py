@@ -67,6 +67,8 @@ class Submit(ToEngine, frozen=True, tag=True):
     deadline: float | None = None
     # None: tokens are wanted, as many as `stopping` allows.
     pooling: Classify | Embed | None = None
+    # Which of two texts each token belongs to; empty for one text.
+    token_types: tuple[int, ...] = ()
 
 
 class Cancel(ToEngine, frozen=True, tag=True):
@@ -122,6 +124,8 @@ class Ready(FromEngine, frozen=True, tag=True):
     families: tuple[str, ...]
     # False: a model whose tokens all see each other, which pools and classifies only.
     generates: bool = True
+    # Whether it is told which of two texts a token belongs to.
+    tells_pairs_apart: bool = False
 
 
 class StartupFailed(FromEngine, frozen=True, tag=True):

@@ -40,6 +40,8 @@ class HeadPlan:
     pooling: Pooling
     # Tokens that do not count as a sequence's last one.
     pad_token_id: int | None
+    # The base's own part of its heads comes before the layers.
+    shared: bool
     layers: tuple[Layer, ...]
     labels: tuple[str, ...]
     scoring: Scoring
@@ -90,6 +92,7 @@ class TaskHeadBank:
             self._biases.views[slot],
         )
         assert weights is not None
+        x = x.to(weights.dtype)
         matrices = weights.split_with_sizes([layer.rows for layer in plan.layers])
         vectors = iter(() if biases is None else biases[:, 0].split_with_sizes(plan.biased_rows))
         for layer, matrix in zip(plan.layers, matrices, strict=True):
