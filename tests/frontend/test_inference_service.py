@@ -96,7 +96,8 @@ async def test_every_field_reaches_the_engine(harness) -> None:
     assert (submit.stopping.max_tokens, submit.stopping.min_tokens) == (9, 2)
     assert submit.stopping.stop_token_ids == (7, 8, 1)
     assert (submit.n, submit.priority, submit.adapter, submit.adapter_path) == (3, -3, "", "")
-    assert 0 < submit.deadline <= 20
+    # gRPC rounds the time up on its way.
+    assert 0 < submit.deadline <= 21
 
 
 async def test_open_fields_take_the_models_defaults_and_the_rest_of_the_context(harness) -> None:
