@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from deltamux.adapters.files import CONFIG
+from deltamux.adapters.files import CONFIG, MODEL_CONFIG
 from deltamux.adapters.task import Call, require_fit
 from deltamux.errors import DeltamuxError
 
@@ -103,6 +103,42 @@ def test_labels_and_scores_are_those_of_the_base_where_it_has_as_many(
     assert (two.labels, two.scoring) == (("ham", "spam"), "sigmoid")
     assert (three.labels, three.scoring) == (("LABEL_0", "LABEL_1", "LABEL_2"), "softmax")
     assert (one.labels, one.scoring) == (("LABEL_0",), "none")
+
+
+def configured(folder: Path, **fields: object) -> Path:
+    (folder / MODEL_CONFIG).write_text(json.dumps(fields))
+    return folder
+
+
+def test_a_config_beside_the_adapter_says_more_than_the_base(classifier: Make, serve: Make) -> None:
+    folder = classifier("llama", "SEQ_CLS", lora("SEQ_CLS"), num_labels=3)
+    names = {"2": "late", "0": "early", "1": "in time"}
+    fields = {"id2label": names, "problem_type": "multi_label_classification", "pad_token_id": 7}
+    plan = serve("llama").parse(configured(folder, **fields, hidden_size=32)).head.plan
+    assert (plan.labels, plan.scoring) == (("early", "in time", "late"), "sigmoid")
+    assert plan.pad_token_id == 7
+    bare = serve("llama").parse(configured(folder, vocab_size=61)).head.plan
+    assert (bare.labels[2], bare.scoring, bare.pad_token_id) == ("LABEL_2", "softmax", None)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"id2label": {"0": "a", "1": "b"}},
+        {"id2label": {"0": "a", "1": "b", "3": "c"}},
+        {"id2label": {"0": "a", "1": "b", "2": 3}},
+        {"id2label": ["a", "b", "c"]},
+        {"problem_type": "guess"},
+        {"pad_token_id": "x"},
+    ],
+)
+def test_a_config_that_does_not_fit_the_head_is_refused(
+    fields: dict[str, object], classifier: Make, serve: Make
+) -> None:
+    folder = classifier("llama", "SEQ_CLS", lora("SEQ_CLS"), num_labels=3)
+    with pytest.raises(DeltamuxError) as caught:
+        serve("llama").parse(configured(folder, **fields))
+    assert (caught.value.code, caught.value.reason) == ("INVALID_ARGUMENT", "BAD_FIELD")
 
 
 def without(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

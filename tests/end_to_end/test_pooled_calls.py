@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ from deltamux.v1 import inference_pb2
 BASE = weights_path() / "base"
 GENERATING = weights_path() / "adapters" / "rot13"
 TEXTS = ["the quick fox", "a", "silver moon over water and a far hill"]
+TOPICS = ["sea", "sky", "land"]
 LABELS = {"topic": 3, "reward": 1, "words": 5}
 PATIENCE = 60.0
 
@@ -59,6 +61,9 @@ class Library:
         )
         tuned = peft.get_peft_model(model, config).eval()
         tuned.save_pretrained(self.folder / name)
+        if name == "topic":
+            names = {str(number): label for number, label in enumerate(TOPICS)}
+            (self.folder / name / "config.json").write_text(json.dumps({"id2label": names}))
         return tuned
 
     def ids(self, text: str) -> Tensor:
@@ -130,7 +135,8 @@ async def test_three_kinds_of_calls_share_the_server(client: AsyncClient, librar
         expected = library.logits(name, text)
         assert len(positions) == len(expected)
         for position, row in zip(positions, expected, strict=True):
-            assert [s.label for s in position] == [f"LABEL_{i}" for i in range(LABELS[name])]
+            unnamed = [f"LABEL_{i}" for i in range(LABELS[name])]
+            assert [s.label for s in position] == (TOPICS if name == "topic" else unnamed)
             close([s.logit for s in position], row)
             close([s.score for s in position], row if name == "reward" else row.softmax(-1))
     for (text, name, pooling), vector in zip(embedded, vectors, strict=True):

@@ -58,3 +58,15 @@ def test_weights_under_another_library_s_name_are_the_same_content(tmp_path):
     before = fingerprint(other)
     (other / "adapter.safetensors").write_bytes(b"changed")
     assert fingerprint(other) != before
+
+
+def test_a_model_s_config_beside_the_adapter_is_part_of_it(tmp_path):
+    plain, named = (write(tmp_path / name, b"{}", b"weights") for name in "ab")
+    before = fingerprint(named)
+    (named / "config.json").write_text('{"id2label": {"0": "a"}}')
+    assert content_digest(named) != content_digest(plain)
+    assert fingerprint(named) != before
+    (named / "config.json").unlink()
+    (named / "config.json").symlink_to("/etc/hostname")
+    with pytest.raises(InvalidArgument):
+        content_digest(named)

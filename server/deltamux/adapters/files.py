@@ -1,4 +1,4 @@
-"""The two files that are an adapter, opened as regular files and never as anything else."""
+"""The files that are an adapter, opened as regular files and never as anything else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ADAPTERHUB_WEIGHTS = "adapter.safetensors"
 PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
+# The config of the model that was trained, which may lie beside and names the labels of its head.
+MODEL_CONFIG = "config.json"
 
 # What AdapterHub saves beside an adapter, and changes what it computes.
 HEAD_CONFIG = "head_config.json"
@@ -30,6 +32,11 @@ def open_config(folder: Path) -> BinaryIO:
         return open_regular(folder / CONFIG)
     except FileNotFoundError:
         raise InvalidArgument(f"{CONFIG} is missing", reason="MISSING_CONFIG") from None
+
+
+def open_model_config(folder: Path) -> BinaryIO:
+    """Opens config.json. Raises FileNotFoundError: an adapter need not have it."""
+    return open_regular(folder / MODEL_CONFIG)
 
 
 def weights_path(folder: Path) -> Path:

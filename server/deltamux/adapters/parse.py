@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from deltamux.adapters.checkpoint import read_tensors
 from deltamux.adapters.families import FAMILIES
 from deltamux.adapters.family import Family
 from deltamux.adapters.fields import unsupported
+from deltamux.adapters.head_config import read_head_config
 from deltamux.adapters.manifest import Manifest, read_manifest
 from deltamux.adapters.saved_head import take_task_head
 from deltamux.adapters.saved_modules import take_saved_modules
@@ -37,7 +39,8 @@ def parse_adapter(folder: Path, digest: str, structure: Structure, dtype: torch.
     """
     manifest = read_manifest(folder)
     family = family_of(manifest)
-    trained = take_task_head(manifest, read_tensors(folder), structure, dtype)
+    head_config = partial(read_head_config, folder)
+    trained = take_task_head(manifest, read_tensors(folder), structure, dtype, head_config)
     saved = take_saved_modules(trained.manifest, trained.tensors, trained.structure, dtype)
     parsed = family.parse(saved.manifest, saved.tensors, saved.structure, dtype)
     if parsed.invocation and (saved.payloads or trained.head):

@@ -10,7 +10,7 @@ from deltamux_kernels.segments import Segments
 class Rows:
     """The step's truth: one object, refilled before each step, that every site of a model holds.
 
-    `tokens` speaks of all rows of the step, `sampled` of the rows that reach the language head.
+    `tokens` speaks of all rows of the step, `sampled` of the rows that reach a head of the base.
     A row in no segment has no adapter.
     """
 

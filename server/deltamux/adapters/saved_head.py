@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from deltamux.adapters.checkpoint import require_finite
 from deltamux.adapters.fields import Fields
-from deltamux.adapters.files import WEIGHTS
+from deltamux.adapters.files import MODEL_CONFIG, WEIGHTS
+from deltamux.adapters.head_config import SCORINGS, HeadConfig
 from deltamux.adapters.manifest import Manifest
 from deltamux.adapters.module_tensors import PREFIX
 from deltamux.adapters.primitives.task_head import HeadPlan, Layer, Scoring, TaskHead
@@ -41,9 +42,13 @@ class SavedHead:
 
 
 def take_task_head(
-    manifest: Manifest, tensors: Mapping[str, Tensor], structure: Structure, dtype: torch.dtype
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    structure: Structure,
+    dtype: torch.dtype,
+    head_config: Callable[[], HeadConfig],
 ) -> SavedHead:
-    """Sets the task and its head apart.
+    """Sets the task and its head apart; `head_config` reads what is said of a head elsewhere.
 
     Raises InvalidArgument where the head's tensors are missing or mis-shaped, FailedPrecondition
     for a task or a head that does not fit the base.
@@ -65,7 +70,7 @@ def take_task_head(
             f"the base model lacks the part that heads of the task {task} build on",
             reason="BASE_MISMATCH",
         )
-    reader = _HeadReader(tensors, heads, dtype)
+    reader = _HeadReader(tensors, heads, dtype, head_config())
     head = reader.head(task)
     return SavedHead(
         task,
@@ -119,32 +124,39 @@ def _without_head(manifest: Manifest, modules: Iterable[str], structure: Structu
 class _HeadReader:
     """Takes the linear modules of a head, the last of which maps to the labels."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], heads: TaskHeads, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        heads: TaskHeads,
+        dtype: torch.dtype,
+        config: HeadConfig,
+    ) -> None:
         # Names of the modules of the head, and of the tensors that belong to them.
         self.modules: list[str] = []
         self.taken: set[str] = set()
         self._tensors = tensors
         self._heads = heads
         self._dtype = dtype
+        self._config = config
 
     def head(self, level: Level) -> TaskHead:
-        heads = self._heads
+        heads, config = self._heads, self._config
         form = heads.formats[level]
         parts = [self._module(module) for module in form.modules]
-        labels = _labels(heads, parts[-1].weight.shape[0])
+        count = parts[-1].weight.shape[0]
         for part in parts[:-1]:
             self._require_width(part.weight.shape[0], part)
         plan = HeadPlan(
             level,
             form.pooling,
-            heads.pad_token_id,
+            heads.pad_token_id if config.pad_token_id is None else config.pad_token_id,
             form.shared,
             tuple(
                 Layer(part.weight.shape[0], module.biased, module.activation)
                 for module, part in zip(form.modules, parts, strict=True)
             ),
-            labels,
-            _scoring(heads, labels),
+            _labels(heads, config, count),
+            _scoring(heads, config, count),
         )
         biases = tuple(part.bias for part in parts if part.bias is not None)
         return TaskHead(plan, tuple(part.weight for part in parts), biases)
@@ -195,22 +207,23 @@ class _Linear:
     bias: Tensor | None
 
 
-def _labels(heads: TaskHeads, count: int) -> tuple[str, ...]:
-    """Those of the base's config where it has as many, else as transformers names them."""
-    if len(heads.labels) == count:
-        return heads.labels
-    return tuple(f"LABEL_{number}" for number in range(count))
+def _labels(heads: TaskHeads, config: HeadConfig, count: int) -> tuple[str, ...]:
+    """The head's own, those of the base's config where it has as many, or as transformers names
+    them."""
+    if config.labels is not None and len(config.labels) != count:
+        raise InvalidArgument(
+            f"{MODEL_CONFIG} names {len(config.labels)} labels; the task head has {count} outputs",
+            reason="BAD_FIELD",
+            field="id2label",
+        )
+    unnamed = tuple(f"LABEL_{number}" for number in range(count))
+    return config.labels or (heads.labels if len(heads.labels) == count else unnamed)
 
 
-def _scoring(heads: TaskHeads, labels: tuple[str, ...]) -> Scoring:
+def _scoring(heads: TaskHeads, config: HeadConfig, count: int) -> Scoring:
     """As transformers' pipelines decide it; one output without a problem type is a regression."""
-    if labels == heads.labels and heads.problem_type is not None:
-        return _SCORINGS[heads.problem_type]
-    return "softmax" if len(labels) > 1 else "none"
-
-
-_SCORINGS: Mapping[str, Scoring] = {
-    "single_label_classification": "softmax",
-    "multi_label_classification": "sigmoid",
-    "regression": "none",
-}
+    if config.scoring is not None:
+        return config.scoring
+    if len(heads.labels) == count and heads.problem_type is not None:
+        return SCORINGS[heads.problem_type]
+    return "softmax" if count > 1 else "none"

@@ -46,4 +46,4 @@ def adapter_error(error: DeltamuxError) -> DeltamuxError:
 def non_finite_error(sequence: Sequence) -> DeltamuxError:
     """The adapter's fault where there is one: the base has passed its self-test."""
     kind = FailedPrecondition if sequence.adapter else Internal
-    return kind("the logits are not finite", reason="NON_FINITE_OUTPUT")
+    return kind("what the model gives is not finite", reason="NON_FINITE_OUTPUT")

@@ -1,4 +1,4 @@
-"""The content of an adapter's two files: its digest, and how to see that it changed."""
+"""The content of an adapter's files: its digest, and how to see that it changed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from deltamux.adapters.files import CONFIG, WEIGHTS, open_config, open_weights, weights_path
+from deltamux.adapters.files import (
+    CONFIG,
+    MODEL_CONFIG,
+    WEIGHTS,
+    open_config,
+    open_model_config,
+    open_weights,
+    weights_path,
+)
 
-# In the order in which the digest takes them.
-OPENERS: dict[str, Callable[[Path], BinaryIO]] = {CONFIG: open_config, WEIGHTS: open_weights}
+_OPENERS: dict[str, Callable[[Path], BinaryIO]] = {CONFIG: open_config, WEIGHTS: open_weights}
 
 # Of each file: device, inode, size, and when its content and its inode last changed.
 Fingerprint = tuple[tuple[int, ...], ...]
 
 _CHUNK_BYTES = 1 << 20
+
+
+def openers(folder: Path) -> dict[str, Callable[[Path], BinaryIO]]:
+    """How each of the folder's files is opened, in the order in which the digest takes them."""
+    there = os.path.lexists(folder / MODEL_CONFIG)
+    return _OPENERS | ({MODEL_CONFIG: open_model_config} if there else {})
 
 
 class ContentDigest:
@@ -47,7 +60,7 @@ def chunks(file: BinaryIO) -> Iterator[bytes]:
 def content_digest(folder: Path) -> str:
     """Digest of the adapter files in `folder`, as 64 hexadecimal characters."""
     digest = ContentDigest()
-    for name, opened in OPENERS.items():
+    for name, opened in openers(folder).items():
         with opened(folder) as file:
             digest.begin(name, os.fstat(file.fileno()).st_size)
             for chunk in chunks(file):
@@ -57,7 +70,8 @@ def content_digest(folder: Path) -> str:
 
 def fingerprint(folder: Path) -> Fingerprint:
     """What changes when a file is written or replaced; costs no reading. Raises OSError."""
-    return tuple(_fingerprint(os.lstat(path)) for path in (folder / CONFIG, weights_path(folder)))
+    paths = [weights_path(folder) if name == WEIGHTS else folder / name for name in openers(folder)]
+    return tuple(_fingerprint(os.lstat(path)) for path in paths)
 
 
 def _fingerprint(status: os.stat_result) -> tuple[int, ...]:

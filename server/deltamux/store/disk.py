@@ -22,7 +22,7 @@ from deltamux.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from deltamux.store.content import OPENERS, ContentDigest, chunks, fingerprint
+from deltamux.store.content import ContentDigest, chunks, fingerprint, openers
 
 # Then the id of the process that works in it.
 _TEMPORARY = ".tmp-"
@@ -114,7 +114,7 @@ class DiskStore:
                 "the source is not a folder", reason="SOURCE_NOT_FOUND", field="source"
             )
         size = 0
-        for opened in OPENERS.values():
+        for opened in openers(source).values():
             with opened(source) as file:
                 size += os.fstat(file.fileno()).st_size
         if size > self._max_adapter_bytes:
@@ -198,7 +198,8 @@ class DiskStore:
 
     def _adopt(self, digest: str) -> None:
         try:
-            size = sum(os.lstat(self.path(digest) / name).st_size for name in OPENERS)
+            copy = self.path(digest)
+            size = sum(os.lstat(copy / name).st_size for name in openers(copy))
         except FileNotFoundError:
             shutil.rmtree(self.path(digest), ignore_errors=True)
         else:
@@ -206,10 +207,10 @@ class DiskStore:
 
 
 def _copy(source: Path, folder: Path) -> str:
-    """Copies the two files, synced, and returns the digest of what was written."""
+    """Copies the files, synced, and returns the digest of what was written."""
     before = fingerprint(source)
     digest = ContentDigest()
-    for name, opened in OPENERS.items():
+    for name, opened in openers(source).items():
         with opened(source) as original, open(folder / name, "xb") as copy:
             size = os.fstat(original.fileno()).st_size
             digest.begin(name, size)
