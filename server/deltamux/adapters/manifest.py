@@ -16,29 +16,27 @@ _MAX_BYTES = 64 << 10
 # Who wrote the adapter.
 Library = Literal["peft", "adapterhub", "deltamux"]
 
-# Every type that PEFT has written up to 0.21; a name outside is no PEFT adapter at all.
+# The types that there are, by library: all that PEFT has written up to 0.21; AdapterHub tells the
+# type inside its `config`, or nothing of it for bottlenecks.
 # fmt: off
-_PEFT_TYPES = frozenset((
-    "ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "BONE", "C3A", "CARTRIDGE", "CPT",
-    "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY",
-    "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "MULTITASK_PROMPT_TUNING", "OFT", "OSF",
-    "PEANUT", "POLY", "PREFIX_TUNING", "PROMPT_TUNING", "PSOFT", "PVERA", "P_TUNING", "RANDLORA",
-    "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA",
-    "VERA", "WAVEFT", "XLORA",
-))
+TYPES: dict[Library, frozenset[str]] = {
+    "peft": frozenset((
+        "ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "BONE", "C3A", "CARTRIDGE", "CPT",
+        "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY",
+        "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "MULTITASK_PROMPT_TUNING", "OFT", "OSF",
+        "PEANUT", "POLY", "PREFIX_TUNING", "PROMPT_TUNING", "PSOFT", "PVERA", "P_TUNING",
+        "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS",
+        "UNILORA", "VBLORA", "VERA", "WAVEFT", "XLORA",
+    )),
+    "adapterhub": frozenset((
+        "bottleneck", "lora", "mtl_lora", "prefix_tuning", "prompt_tuning", "reft", "union",
+    )),
+    "deltamux": frozenset(("delta",)),
+}
 # fmt: on
 
-
-# The field that names the type, by library, and the types that there are.
-_TYPES: dict[Library, tuple[str, frozenset[str]]] = {
-    "peft": ("peft_type", _PEFT_TYPES),
-    "deltamux": ("deltamux_type", frozenset(("delta",))),
-}
-
-# AdapterHub tells the type inside its `config`, or nothing of it for bottlenecks.
-_ADAPTERHUB_TYPES = frozenset(
-    ("bottleneck", "lora", "mtl_lora", "prefix_tuning", "prompt_tuning", "reft", "union")
-)
+# The field that names the type, where it is one.
+_TYPE_FIELDS: dict[Library, str] = {"peft": "peft_type", "deltamux": "deltamux_type"}
 
 
 @dataclass(frozen=True)
@@ -67,14 +65,14 @@ def read_manifest(folder: Path) -> Manifest:
     library = _library(fields)
     if library == "adapterhub":
         return Manifest(library, _adapterhub_type(fields), fields)
-    name, known = _TYPES[library]
-    return Manifest(library, _known(name, fields.pop(name, None), known), fields)
+    name = _TYPE_FIELDS[library]
+    return Manifest(library, _known(name, fields.pop(name, None), TYPES[library]), fields)
 
 
 def _adapterhub_type(fields: Mapping[str, Json]) -> str:
     config = fields["config"]
     assert isinstance(config, dict)
-    return _known("architecture", config.get("architecture") or "bottleneck", _ADAPTERHUB_TYPES)
+    return _known("architecture", config.get("architecture") or "bottleneck", TYPES["adapterhub"])
 
 
 def _known(name: str, value: Json, known: frozenset[str]) -> str:
@@ -89,9 +87,9 @@ def _known(name: str, value: Json, known: frozenset[str]) -> str:
 
 def _library(fields: Mapping[str, Json]) -> Library:
     """Whose config this is; PEFT's where no field tells."""
-    named = [library for library, (name, _) in _TYPES.items() if name in fields]
+    named = [library for library, name in _TYPE_FIELDS.items() if name in fields]
     if len(named) > 1:
-        names = " and ".join(_TYPES[library][0] for library in named)
+        names = " and ".join(_TYPE_FIELDS[library] for library in named)
         raise InvalidArgument(f"{CONFIG} has both {names}", reason="UNKNOWN_TYPE")
     if not named and isinstance(fields.get("config"), dict) and "model_type" in fields:
         return "adapterhub"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class ModuleTensors:
         self._parts = parts
         self._shared = {f"{_SHARED_PREFIX}{name}": name for name in shared}
         self._left: dict[tuple[str, str], tuple[str, Tensor]] = {}
-        # Numbers in the tensors that were taken.
+        # Trained numbers in the tensors that were taken.
         self.taken = 0
         for name, tensor in tensors.items():
             key = self._split(name)
@@ -71,15 +71,26 @@ class ModuleTensors:
             raise other_base(site, f"{part} of {tuple(tensor.shape)} instead of {shape}")
         return tensor.float()
 
-    def take_shared(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of all modules in float32. Raises as `take_shaped` does."""
-        tensor = self._take(("", name), name, len(shape))
+    def take_shared(self, name: str, shape: tuple[int, ...], trained: bool = True) -> Tensor:
+        """A tensor of all modules, weights in float32. Raises as `take_shaped` does."""
+        tensor = self._take(("", name), name, len(shape), trained)
         if tensor.shape != shape:
             raise FailedPrecondition(
                 f"{name} of {tuple(tensor.shape)}, where the modules of this base need {shape}",
                 reason="BASE_MISMATCH",
             )
-        return tensor.float()
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def drop_idle(self, part: str, is_idle: Callable[[Tensor], bool]) -> None:
+        """Forgets what PEFT saves with each module beside its parameters, if it `is_idle`.
+
+        Raises InvalidArgument (MALFORMED_WEIGHTS) where it is not.
+        """
+        for key in [key for key in self._left if key[1] == part]:
+            name, tensor = self._left.pop(key)
+            if not is_idle(tensor):
+                message = f"{WEIGHTS}: {quoted(name)} is not what PEFT saves there"
+                raise InvalidArgument(message, reason="MALFORMED_WEIGHTS")
 
     def take_if_any(self, module: str, part: str, dimensions: int) -> Tensor | None:
         """As `take`, None where it is missing."""
@@ -99,7 +110,9 @@ class ModuleTensors:
         for name, _ in self._left.values():
             raise _extra(name, "nothing that the config asks for")
 
-    def _take(self, key: tuple[str, str], what: str, dimensions: int) -> Tensor:
+    def _take(
+        self, key: tuple[str, str], what: str, dimensions: int, trained: bool = True
+    ) -> Tensor:
         if key not in self._left:
             raise InvalidArgument(
                 f"{WEIGHTS} lacks {what}, which the adapter needs", reason="MISSING_TENSORS"
@@ -108,7 +121,8 @@ class ModuleTensors:
         if tensor.ndim != dimensions:
             message = f"{quoted(name)} has {tensor.ndim} dimensions, not {dimensions}"
             raise InvalidArgument(message, reason="SHAPE_MISMATCH")
-        self.taken += tensor.numel()
+        if trained and tensor.is_floating_point():
+            self.taken += tensor.numel()
         return tensor
 
     def _split(self, name: str) -> tuple[str, str]:

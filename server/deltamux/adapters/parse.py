@@ -16,19 +16,8 @@ from deltamux.adapters.head_config import read_head_config
 from deltamux.adapters.manifest import Manifest, read_manifest
 from deltamux.adapters.saved_head import take_task_head
 from deltamux.adapters.saved_modules import take_saved_modules
+from deltamux.adapters.unserved import refusal
 from deltamux.base.structure import Structure
-from deltamux.errors import FailedPrecondition
-
-# Types that no family claims, for a reason that their owner should know.
-_REFUSED = {
-    "ADAPTION_PROMPT": ": their prompt has a softmax of its own, behind a gate, beside that of "
-    "attention, which paged attention does not compute",
-    "ADAMSS": ": they change the rows of a weight in clusters that are not in the file and cannot "
-    "be found again",
-    "POLY": ": their answer depends on the number of a task, which no request names",
-    "PSOFT": ": their factors are singular vectors of the base's weight, which are not in the file "
-    "and whose signs differ from machine to machine",
-}
 
 
 def parse_adapter(folder: Path, digest: str, structure: Structure, dtype: torch.dtype) -> Adapter:
@@ -63,8 +52,4 @@ def family_of(manifest: Manifest) -> Family:
     for family in FAMILIES:
         if family.claims(manifest):
             return family
-    why = _REFUSED.get(manifest.type, "")
-    raise FailedPrecondition(
-        f"adapters of type {manifest.type} ({manifest.library}) are not served{why}",
-        reason="UNSUPPORTED_TYPE",
-    )
+    raise refusal(manifest)

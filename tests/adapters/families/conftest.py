@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -64,6 +65,35 @@ def refusal(serve: Callable[..., Any], rewrite: Callable[..., Path]) -> Callable
         return caught.value
 
     return refusal
+
+
+@pytest.fixture
+def refusal_of_part(refusal: Callable[..., DeltamuxError]) -> Callable[..., DeltamuxError]:
+    """refusal_of_part(name, folder, part, change) -> why the adapter is refused with the tensors
+    of that part changed so."""
+
+    def refusal_of_part(
+        name: str, folder: Path, part: str, change: Callable[[Tensor], Tensor]
+    ) -> DeltamuxError:
+        def changed(tensors: Tensors) -> Tensors:
+            return {name: change(t) if part in name else t for name, t in tensors.items()}
+
+        return refusal(name, folder, changed)
+
+    return refusal_of_part
+
+
+@pytest.fixture
+def beside_lora(
+    tune: Callable[..., Path], save: Callable[..., Path], as_in_peft: Callable[..., None]
+) -> Callable[[str, peft.PeftConfig], None]:
+    """beside_lora(name, config): two adapters of that config and one of LoRA answer as in PEFT."""
+
+    def beside_lora(name: str, config: peft.PeftConfig) -> None:
+        lora = save(name, r=4, target_modules="all-linear")
+        as_in_peft(name, [tune(name, config, 1), lora, tune(name, config, 2)])
+
+    return beside_lora
 
 
 # Logits behind each token of a request that was computed, by the token's number.

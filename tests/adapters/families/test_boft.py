@@ -44,14 +44,10 @@ def test_rotated_inputs_and_scaled_outputs_beside_lora(
     name: str,
     targets: list[str] | str,
     settings: dict[str, Any],
-    tune: Make,
-    save: Make,
-    as_in_peft: Make,
+    beside_lora: Make,
     extension: None,
 ) -> None:
-    config = peft.BOFTConfig(target_modules=targets, **settings)
-    lora = save(name, r=4, target_modules="all-linear")
-    as_in_peft(name, [tune(name, config, 1), lora, tune(name, config, 2)])
+    beside_lora(name, peft.BOFTConfig(target_modules=targets, **settings))
 
 
 def test_one_factor_is_served_where_more_were_asked_of_peft(

@@ -40,13 +40,9 @@ def test_rotated_inputs_beside_lora(
     name: str,
     targets: list[str] | str,
     settings: dict[str, Any],
-    tune: Make,
-    save: Make,
-    as_in_peft: Make,
+    beside_lora: Make,
 ) -> None:
-    config = peft.OFTConfig(target_modules=targets, **settings)
-    lora = save(name, r=4, target_modules="all-linear")
-    as_in_peft(name, [tune(name, config, 1), lora, tune(name, config, 2)])
+    beside_lora(name, peft.OFTConfig(target_modules=targets, **settings))
 
 
 def test_blocks_of_unequal_size_in_one_batch(tune: Make, as_in_peft: Make) -> None:

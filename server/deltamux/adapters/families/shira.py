@@ -54,8 +54,7 @@ class Shira:
             for site in targeted_sites(config.selector, structure, _KINDS)
         }
         modules.require_none_left()
-        numbers = sum(payload.values.numel() for (payload,) in payloads.values())
-        return Parsed(payloads, rank=0, parameters=numbers, notes=notes)
+        return Parsed(payloads, rank=0, parameters=modules.taken, notes=notes)
 
 
 @dataclass(frozen=True, eq=False)

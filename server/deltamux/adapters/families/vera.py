@@ -59,7 +59,7 @@ class _Vera(Tuner):
         if not self.names.shared:
             return kaiming_uniform(shapes, self.seed)
         names = zip(self.names.shared, shapes, strict=True)
-        return [modules.take_shared(name, shape) for name, shape in names]
+        return [modules.take_shared(name, shape, trained=False) for name, shape in names]
 
     def change(self, site: SiteSpec, given: Given) -> Factors:
         name_b, name_a = self.names.parts

@@ -1,0 +1,112 @@
+"""WaveFT in PEFT's format: a few coefficients of the wavelet transform of a change of weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltamux.adapters.drawn_places import DrawnPlaces, read_places
+from deltamux.adapters.family import Parsed
+from deltamux.adapters.fields import unsupported
+from deltamux.adapters.manifest import Manifest
+from deltamux.adapters.module_family import parse_modules
+from deltamux.adapters.module_tensors import ModuleTensors
+from deltamux.adapters.per_module import as_scale
+from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.sparse_delta import SparseDelta
+from deltamux.adapters.shared_fields import tuner_fields
+from deltamux.adapters.strict_json import Json, quoted
+from deltamux.adapters.targets import Targets, read_targets
+from deltamux.base.structure import SiteSpec, Structure
+
+_SPECTRUM = "waveft_spectrum"
+
+# How coefficients were first drawn, and how many each module has, which their tensors show.
+_HARMLESS = (
+    "fan_in_fan_out",
+    "init_weights",
+    "n_frequency",
+    "n_frequency_pattern",
+    "proportional_parameters",
+)
+
+
+class Waveft:
+    """A coefficient of Haar's wavelet ("db1") makes four numbers; other wavelets make many more."""
+
+    name = "waveft"
+
+    def claims(self, manifest: Manifest) -> bool:
+        return manifest.peft_type == "WAVEFT"
+
+    def parse(
+        self,
+        manifest: Manifest,
+        tensors: Mapping[str, Tensor],
+        structure: Structure,
+        dtype: torch.dtype,
+    ) -> Parsed:
+        config = _read_config(manifest.fields)
+        modules = ModuleTensors(tensors, structure, {_SPECTRUM: _SPECTRUM})
+
+        def read(site: SiteSpec) -> list[Payload]:
+            spectrum = modules.take(site.name, _SPECTRUM, 1).float()
+            rows, columns = config.places.of(site, len(spectrum))
+            values = spectrum * config.scale
+            if config.transforms:
+                rows, columns, values = _haar(site, rows, columns, values)
+            return [_sparse(site, rows, columns, values)]
+
+        sites = config.targets.sites(structure)
+        return parse_modules(config.targets, sites, modules, structure, dtype, read)
+
+
+@dataclass(frozen=True, eq=False)
+class _Config:
+    targets: Targets
+    places: DrawnPlaces
+    scale: float
+    # Whether what was trained are coefficients, not the numbers themselves.
+    transforms: bool
+
+
+def _read_config(values: Mapping[str, Json]) -> _Config:
+    with tuner_fields(values, _HARMLESS) as fields:
+        wavelet, transforms = fields.take("wavelet_family", "db1"), fields.take("use_idwt")
+        if transforms is not False and wavelet != "db1":
+            raise unsupported(f"wavelet_family = {quoted(wavelet)}, whose filters it lacks,")
+        return _Config(
+            targets=read_targets(fields, "waveft_only"),
+            places=read_places(fields),
+            scale=as_scale("scaling", fields.take("scaling", 25.0)),
+            transforms=transforms is not False,
+        )
+
+
+def _haar(
+    site: SiteSpec, rows: Tensor, columns: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers that each coefficient makes: half of it at four places, in two of them less."""
+    half_rows, half_columns = -(-site.out_features // 2), -(-site.in_features // 2)
+    detail_rows, detail_columns = rows // half_rows, columns // half_columns
+    found = []
+    for i in (0, 1):
+        for j in (0, 1):
+            sign = 1 - 2 * ((i * detail_columns + j * detail_rows) % 2)
+            found.append(
+                (rows % half_rows * 2 + i, columns % half_columns * 2 + j, values * sign / 2)
+            )
+    made_rows, made_columns, made = (torch.cat(parts) for parts in zip(*found, strict=True))
+    inside = (made_rows < site.out_features) & (made_columns < site.in_features)
+    return made_rows[inside], made_columns[inside], made[inside]
+
+
+def _sparse(site: SiteSpec, rows: Tensor, columns: Tensor, values: Tensor) -> SparseDelta:
+    """With one number at each place."""
+    places, inverse = torch.unique(rows * site.in_features + columns, return_inverse=True)
+    summed = torch.zeros(len(places)).index_add(0, inverse, values)
+    rows, columns = places // site.in_features, places % site.in_features
+    return SparseDelta.of(rows, columns, summed, site.out_features)
