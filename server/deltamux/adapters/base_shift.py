@@ -91,11 +91,11 @@ def _shift_of(init: Json) -> Shift:
 
 
 def _require_own_weight(site: SiteSpec, structure: Structure) -> None:
-    own = structure.weight(site.name).data_ptr()
-    for other in structure.sites:
-        if other != site.name and structure.weight(other).data_ptr() == own:
-            raise FailedPrecondition(
-                f"{site.name} shares its weight with {other}, whose answers the init changed too; "
-                "that is not served",
-                reason="UNSUPPORTED_FEATURE",
-            )
+    pair = (structure.embedding, structure.head)
+    if structure.tied and site.name in pair:
+        other = pair[pair[0] == site.name]
+        raise FailedPrecondition(
+            f"{site.name} shares its weight with {other}, whose answers the init changed too; "
+            "that is not served",
+            reason="UNSUPPORTED_FEATURE",
+        )
