@@ -42,6 +42,7 @@ class PackedMatrices:
         self.transposed: list[torch.Tensor | None] = [None] * slots
         self._rows_on_host = [0] * slots
         self._first_row = [0] * slots
+        self._offset_on_host = [0] * slots
         # Of the last spans; decode repeats them step after step.
         self._pattern: tuple[RowPattern, torch.Tensor] | None = None
 
@@ -58,12 +59,28 @@ class PackedMatrices:
             raise ValueError(f"matrix is {width} wide, this site is {self.width}")
         if offset % self.alignment or offset < 0 or end > self.arena.numel():
             raise ValueError(f"[{offset}, {end}) is no aligned extent of {self.arena.numel()}")
-        view = self.arena[offset:end].view(rows, width)
-        view.copy_(matrix, non_blocking=True)
+        self.arena[offset:end].view(rows, width).copy_(matrix, non_blocking=True)
         self.offsets[slot] = offset
         self.rows[slot] = rows
+        self._point(slot, offset, rows)
+
+    def divide(self, first: int, count: int, source: PackedMatrices, slot: int) -> None:
+        """Gives `count` slots from `first` on equal parts of what `source` has in `slot`.
+
+        Nothing is copied. Every part must hold a multiple of ALIGNMENT elements.
+        """
+        rows, offset = source.rows_of(slot) // count, source._offset_on_host[slot]
+        offsets = [offset + part * rows * self.width for part in range(count)]
+        self.offsets[first : first + count] = torch.tensor(offsets)
+        self.rows[first : first + count] = rows
+        for part, offset in enumerate(offsets):
+            self._point(first + part, offset, rows)
+
+    def _point(self, slot: int, offset: int, rows: int) -> None:
+        view = self.arena[offset : offset + rows * self.width].view(rows, self.width)
+        self._offset_on_host[slot] = offset
         self._rows_on_host[slot] = rows
-        self._first_row[slot] = offset // width
+        self._first_row[slot] = offset // self.width
         self.views[slot] = view if rows else None
         self.transposed[slot] = view.t() if rows else None
         self._pattern = None

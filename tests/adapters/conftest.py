@@ -62,6 +62,17 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     ),
     "gpt2": lambda: transformers.GPT2Config(**_GPT2, **_TOKENS),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SMALL),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **_GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
+    ),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **_GROUPED,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
     "mixtral": lambda: transformers.MixtralConfig(
         **_GROUPED, num_local_experts=4, num_experts_per_tok=2
     ),

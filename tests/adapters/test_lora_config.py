@@ -126,7 +126,6 @@ def test_inits_that_leave_the_base_alone_are_plain_lora(init: Any) -> None:
                 "layer_replication": [[0, 1]],
                 "loftq_config": {"loftq_bits": 4},
                 "monteclora_config": {"x": 1},
-                "target_parameters": ["experts.down_proj"],
                 "task_type": "SEQ_CLS",
                 "velora_config": {"num_groups": 2},
             }.items()

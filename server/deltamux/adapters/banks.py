@@ -32,6 +32,7 @@ from deltamux.adapters.primitives.dense import (
     DenseEmbeddingBank,
 )
 from deltamux.adapters.primitives.embedding_low_rank import EmbeddingLowRank, EmbeddingLowRankBank
+from deltamux.adapters.primitives.expert_low_rank import ExpertLowRankBank
 from deltamux.adapters.primitives.input_scale import InputScale, InputScaleBank
 from deltamux.adapters.primitives.low_rank import LowRank, LowRankBank, SharedInput
 from deltamux.adapters.primitives.norm_parameters import NormParameters, NormParametersBank
@@ -49,6 +50,7 @@ from deltamux.adapters.primitives.virtual_tokens import (
     VirtualTokens,
     VirtualTokensBank,
 )
+from deltamux.base.experts import Experts
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux_kernels.expand import Columns
 from deltamux_kernels.packed import PackedMatrices
@@ -94,6 +96,13 @@ class BankFactory:
             return self._embedding(spec)
         banks = self._norm(spec) if spec.kind == "norm" else self._linear(spec)
         return replace(banks, residual=self._residual) if spec.name in self._residuals else banks
+
+    def experts(self, experts: Experts, projection: str) -> ExpertLowRankBank:
+        """The empty bank of one layer of a mixture of experts."""
+        out_features, in_features = experts.weight(projection).shape[1:]
+        columns = Columns(self._slots * experts.count, self._arena.device)
+        a, b = self._store(in_features), self._store(out_features)
+        return ExpertLowRankBank(a, b, experts.count, columns)
 
     def task_heads(self) -> TaskHeadBank:
         """The empty bank of what adapters put in place of the language head."""

@@ -46,7 +46,6 @@ UNSERVED: Mapping[str, Json] = {
     "arrow_config": None,
     "layer_replication": None,
     "monteclora_config": None,
-    "target_parameters": None,
     "velora_config": None,
 }
 
@@ -68,6 +67,8 @@ class LoraConfig:
     tied: bool
     # The tokens in a prompt that wake the adapter (aLoRA); it is always awake where there are none.
     invocation: tuple[int, ...]
+    # Parameters that are adapted by their own names: those of experts.
+    parameters: tuple[str, ...]
 
     def scale_of(self, module: str) -> float:
         """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
@@ -86,8 +87,9 @@ def read_lora_config(values: Mapping[str, Json]) -> LoraConfig:
     fields.require_off(UNSERVED)
     require_generation(fields)
     tied = fields.take_bool(weight_tying.FIELD)
+    parameters = fields.take_names("target_parameters")
     config = LoraConfig(
-        selector=read_selector(fields),
+        selector=read_selector(fields, may_be_empty=bool(parameters)),
         ranks=read_ranks(fields),
         alphas=read_scales(fields, "lora_alpha"),
         rank_stabilized=fields.take_bool("use_rslora"),
@@ -99,6 +101,7 @@ def read_lora_config(values: Mapping[str, Json]) -> LoraConfig:
         trained_tokens=read_trained_tokens(fields.take(TOKENS_FIELD), tied),
         tied=tied,
         invocation=_invocation(fields.take(_INVOCATION)),
+        parameters=parameters,
     )
     fields.discard(HARMLESS)
     fields.require_none_left()
@@ -122,6 +125,10 @@ def _require_compatible(config: LoraConfig) -> None:
         raise unsupported("use_bdlora beside another variant of LoRA")
     if config.shift == "kasa" and config.dora:
         raise unsupported("kasa_config beside use_dora")
+    if config.parameters and (config.bias or config.invocation or config.dora):
+        raise unsupported("target_parameters beside another variant of LoRA")
+    if config.parameters and (config.blocks is not None or config.shift != "none"):
+        raise unsupported("target_parameters beside another variant of LoRA")
     always_awake = config.trained_biases != "none" or config.trained_tokens.by_module
     variant = config.dora or config.blocks is not None or config.shift != "none"
     if config.invocation and (variant or always_awake):

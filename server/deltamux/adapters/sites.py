@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.arena import ArenaAllocator
 from deltamux.adapters.banks import BankFactory, SiteBanks
+from deltamux.adapters.experts_site import ExpertsLayer, ExpertsSite
 from deltamux.adapters.primitives.bottleneck import BottleneckBank
 from deltamux.adapters.primitives.low_rank import LowRankBank
 from deltamux.adapters.primitives.payload import Bank, Payload
 from deltamux.adapters.rows import Rows
+from deltamux.base.experts import PROJECTIONS, Experts
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
 
@@ -90,14 +92,18 @@ class _Stack:
         return row
 
 
+# What has to act where a bank has something.
+Acting = Sequence[Site | ExpertsLayer]
+
+
 @dataclass(eq=False)
 class _Layout:
     """Where an adapter's tensors belong, as long as it is in a slot."""
 
     stacks: dict[PackedMatrices, _Stack] = field(default_factory=dict)
-    placements: list[tuple[list[Site], Bank, list[int]]] = field(default_factory=list)
+    placements: list[tuple[Acting, Bank, list[int]]] = field(default_factory=list)
 
-    def add(self, sites: list[Site], bank: Bank, payload: Payload) -> None:
+    def add(self, sites: Acting, bank: Bank, payload: Payload) -> None:
         """A payload for `bank`, which makes these sites act."""
         pieces = bank.pieces(payload)
         rows = [self.stacks.setdefault(store, _Stack()).add(matrix) for store, matrix in pieces]
@@ -130,6 +136,9 @@ class DeviceSites:
             spec.name: _install(model, spec, factory.banks(spec), rows)
             for spec in structure.sites.values()
         }
+        self._experts: dict[str, ExpertsLayer] = {}
+        for mixture in structure.experts.values():
+            self._experts |= _install_experts(model, mixture, factory, rows)
         self._sublayers = structure.sublayers
         self.task_heads = factory.task_heads()
         self._groups: defaultdict[int | None, list[Site]] = defaultdict(list)
@@ -199,7 +208,7 @@ class DeviceSites:
     def _layout(self, adapter: Adapter) -> _Layout:
         layout = _Layout()
         for name, payloads in adapter.payloads.items():
-            site = self._sites[name]
+            site = self._experts.get(name) or self._sites[name]
             for payload in payloads:
                 bank = site.banks[type(payload)]
                 layout.add(self._acting(site, bank), bank, payload)
@@ -207,8 +216,9 @@ class DeviceSites:
             layout.add([], self.task_heads, adapter.head)
         return layout
 
-    def _acting(self, site: Site, bank: Bank) -> list[Site]:
-        """The sites that have to act where a bank has something."""
+    def _acting(self, site: Site | ExpertsLayer, bank: Bank) -> Acting:
+        if isinstance(site, ExpertsLayer):
+            return [site]
         if isinstance(bank, BottleneckBank):
             return [site, self._sites[self._sublayers[site.spec.name].residual]]
         if bank is self.prefixes:
@@ -237,6 +247,16 @@ class DeviceSites:
 
 def _install(model: nn.Module, spec: SiteSpec, banks: SiteBanks, rows: Rows) -> Site:
     site = Site(model.get_submodule(spec.name), spec, banks, rows)
-    parent, _, child = spec.name.rpartition(".")
-    setattr(model.get_submodule(parent), child, site)
+    model.set_submodule(spec.name, site)
     return site
+
+
+def _install_experts(
+    model: nn.Module, experts: Experts, factory: BankFactory, rows: Rows
+) -> dict[str, ExpertsLayer]:
+    experts = Experts(experts.name, model.get_submodule(experts.name))
+    banks = [factory.experts(experts, projection) for projection in PROJECTIONS]
+    layers = [ExpertsLayer(bank, experts.count) for bank in banks]
+    model.set_submodule(experts.name, ExpertsSite(experts, layers, rows))
+    names = [f"{experts.name}.{projection}" for projection in PROJECTIONS]
+    return dict(zip(names, layers, strict=True))

@@ -92,8 +92,11 @@ def targeted_sites(
     return sites
 
 
-def read_selector(fields: Fields) -> Selector:
-    """Takes target_modules, exclude_modules, layers_to_transform and layers_pattern."""
+def read_selector(fields: Fields, may_be_empty: bool = False) -> Selector:
+    """Takes target_modules, exclude_modules, layers_to_transform and layers_pattern.
+
+    `may_be_empty`: the config may target no module, since it targets something else.
+    """
     targets, excluded = fields.take("target_modules"), fields.take("exclude_modules")
     layers, patterns = (
         _layers(fields.take("layers_to_transform")),
@@ -103,10 +106,10 @@ def read_selector(fields: Fields) -> Selector:
         refuse_field("target_modules", targets, "a list where layers_to_transform is set")
     if patterns and not layers:
         refuse_field("layers_pattern", list(patterns), "missing where layers_to_transform is")
+    if targets == _NOTHING or (may_be_empty and not targets):
+        return Selector(targets=())
     if not targets:
         raise InvalidArgument(f"{CONFIG}: target_modules is empty", reason="NO_TARGETS")
-    if targets == _NOTHING:
-        return Selector(targets=())
     all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     return Selector(
         targets=None if all_linear else _rule("target_modules", targets),

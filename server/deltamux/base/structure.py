@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltamux.base.classifiers import find_task_heads
 from deltamux.base.encoders import shared_modules
+from deltamux.base.experts import Experts, find_experts
 from deltamux.base.probe import AttentionLayer
 from deltamux.base.sublayers import Sublayer, find_sublayers
 from deltamux.base.task_heads import TaskHeads
@@ -60,7 +61,8 @@ class Structure:
 
     `embedding` and `head` name those of the vocabulary, `tied` says that they share one weight; an
     encoder's head is "". `task_heads` says which other heads an adapter may bring; `sublayers` are
-    by the name of their output, in call order, `layers` those of attention.
+    by the name of their output, in call order, `layers` those of attention, `experts` the mixtures
+    of them by name.
     """
 
     def __init__(
@@ -75,10 +77,12 @@ class Structure:
         model_type: str = "",
         layers: Iterable[AttentionLayer] = (),
         registered: Mapping[str, Kind] | None = None,
+        experts: Iterable[Experts] = (),
     ) -> None:
         self.sites = dict(sites)
         # Linear modules and embeddings, sites or not, in the order in which the model holds them.
         self.registered = dict(registered or {name: site.kind for name, site in sites.items()})
+        self.experts = {mixture.name: mixture for mixture in experts}
         self.embedding = embedding
         self.head = head
         self.tied = tied
@@ -149,6 +153,7 @@ def find_structure(model: PreTrainedModel, layers: Iterable[AttentionLayer] = ()
         model.config.model_type,
         layers,
         _registered(model, head),
+        find_experts(model),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deltamux.adapters.base_shift import part_taken_out
+from deltamux.adapters.expert_tensors import ExpertTarget, expert_targets, take_experts
 from deltamux.adapters.family import Parsed
 from deltamux.adapters.fields import unsupported
 from deltamux.adapters.lora_config import LoraConfig, read_lora_config
@@ -63,13 +64,15 @@ class Lora:
     ) -> Parsed:
         config = read_lora_config(manifest.fields)
         pair = targeted_pair(config.selector, structure) if config.tied else {}
-        sites = _targets(config, structure, pair)
-        modules = ModuleTensors(tensors, structure, _PARTS)
+        sites, experts = _targets(config, structure, pair)
+        left = dict(tensors)
+        of_experts = take_experts(experts, left, config.ranks.of, config.scale_of, dtype)
+        modules = ModuleTensors(left, structure, _PARTS)
         shifts = take_bias_shifts(config.trained_biases, sites, modules, structure)
         tokens = take_trained_tokens(config.trained_tokens, modules, structure, dtype)
         notes = modules.drop_base_copies()
         reader = _SiteReader(config, modules, structure, dtype)
-        payloads = {
+        payloads: dict[str, tuple[Payload, ...]] = {
             site.name: tuple(reader.payloads(site, shifts.pop(site.name, None))) for site in sites
         }
         for name, shift in shifts.items():
@@ -77,22 +80,26 @@ class Lora:
         for name in tokens.keys() & payloads.keys():
             raise unsupported(f"trained tokens at {name}, which is adapted besides,")
         payloads.update({name: (rows,) for name, rows in tokens.items()})
+        payloads.update({name: (payload,) for name, payload in of_experts.items()})
         modules.require_none_left()
         if pair:
             _require_tied(tensors, structure)
-        return Parsed(payloads, _rank(payloads), modules.taken, notes, config.invocation)
+        ranks = [_rank(payloads), *(config.ranks.of(target.name) for target in experts)]
+        numbers = modules.taken + _numbers(tensors) - _numbers(left)
+        return Parsed(payloads, max(ranks), numbers, notes, config.invocation)
 
 
 def _targets(
     config: LoraConfig, structure: Structure, pair: Mapping[str, SiteSpec]
-) -> list[SiteSpec]:
+) -> tuple[list[SiteSpec], list[ExpertTarget]]:
     targets = targeted_sites(config.selector, structure, _KINDS)
+    experts = expert_targets(config.parameters, structure)
     sites = {**{site.name: site for site in targets}, **pair}
     if config.invocation and any(site.kind == "embedding" for site in sites.values()):
         raise unsupported("alora_invocation_tokens at an embedding")
     for table in (config.ranks, config.alphas):
-        table.require_used(list(sites))
-    return list(sites.values())
+        table.require_used([*sites, *(target.name for target in experts)])
+    return list(sites.values()), experts
 
 
 def _require_tied(tensors: Mapping[str, Tensor], structure: Structure) -> None:
@@ -102,6 +109,10 @@ def _require_tied(tensors: Mapping[str, Tensor], structure: Structure) -> None:
             tensors[f"{PREFIX}{structure.head}.lora_{head}.weight"],
             tensors[f"{PREFIX}{structure.embedding}.lora_embedding_{embedding}"].T,
         )
+
+
+def _numbers(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def _rank(payloads: Mapping[str, tuple[Payload, ...]]) -> int:
