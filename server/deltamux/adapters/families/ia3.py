@@ -18,10 +18,8 @@ from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.row_scale import OutputScale
 from deltamux.adapters.shared_fields import tuner_fields
 from deltamux.adapters.strict_json import Json
-from deltamux.adapters.targets import read_selector, targeted_sites
-from deltamux.base.structure import Kind, SiteSpec, Structure
-
-_KINDS: frozenset[Kind] = frozenset(("linear", "head"))
+from deltamux.adapters.targets import LINEAR, read_selector, targeted_sites
+from deltamux.base.structure import SiteSpec, Structure
 
 # How vectors were first drawn; fan_in_fan_out says what the base shows.
 _HARMLESS = ("fan_in_fan_out", "init_ia3_weights")
@@ -47,7 +45,7 @@ class Ia3:
         notes = modules.drop_base_copies()
         payloads = {
             site.name: (_payload(site, modules, config.is_feedforward(site.name), dtype),)
-            for site in targeted_sites(config.selector, structure, _KINDS)
+            for site in targeted_sites(config.selector, structure, LINEAR)
         }
         modules.require_none_left()
         return Parsed(payloads, rank=0, parameters=modules.taken, notes=notes)

@@ -16,11 +16,9 @@ from deltamux.adapters.patterns import Selector
 from deltamux.adapters.primitives.sparse_delta import SparseDelta
 from deltamux.adapters.shared_fields import tuner_fields
 from deltamux.adapters.strict_json import Json
-from deltamux.adapters.targets import read_selector, targeted_sites
-from deltamux.base.structure import Kind, SiteSpec, Structure
+from deltamux.adapters.targets import LINEAR, read_selector, targeted_sites
+from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import InvalidArgument
-
-_KINDS: frozenset[Kind] = frozenset(("linear", "head"))
 
 _VALUES, _INDICES = "shira_weight", "shira_indices"
 
@@ -51,7 +49,7 @@ class Shira:
         notes = modules.drop_base_copies()
         payloads = {
             site.name: (_payload(site, modules, config.rank, dtype),)
-            for site in targeted_sites(config.selector, structure, _KINDS)
+            for site in targeted_sites(config.selector, structure, LINEAR)
         }
         modules.require_none_left()
         return Parsed(payloads, rank=0, parameters=modules.taken, notes=notes)
