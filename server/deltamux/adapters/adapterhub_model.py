@@ -132,7 +132,7 @@ def _names(model_type: str, structure: Structure) -> ModelNames:
 
 
 def _require_width(value: Json, structure: Structure) -> None:
-    width = structure.sites[structure.embedding].out_features
+    width = structure.task_heads.width
     if value is not None and as_integer("hidden_size", value, 1, 1 << 20) != width:
         raise FailedPrecondition(
             f"the adapter is for hidden_size {value}, this base has {width}",

@@ -11,6 +11,8 @@ from deltamux.adapters.replacement import replacement
 from deltamux.base.structure import Structure
 from deltamux.errors import FailedPrecondition
 
+_WEIGHT = "lm_head.weight"
+
 
 def take_language_head(
     tensors: KeyedTensors, structure: Structure, dtype: torch.dtype
@@ -19,14 +21,16 @@ def take_language_head(
 
     Raises FailedPrecondition (UNSUPPORTED_FEATURE) for a trained one that changes embeddings too.
     """
-    weight = tensors.take_any("lm_head.weight")
+    weight = tensors.take_any(_WEIGHT)
     if weight is None:
         return {}, ()
+    if f"{structure.head}.weight" != _WEIGHT:
+        raise FailedPrecondition(f"the base model has no {_WEIGHT}", reason="BASE_MISMATCH")
     if is_copy(weight, structure.weight(structure.head)):
-        return {}, ("copy of the base left out: lm_head.weight",)
+        return {}, (f"copy of the base left out: {_WEIGHT}",)
     if structure.tied:
         raise FailedPrecondition(
-            "lm_head.weight differs from the base model's, which is tied to its embeddings",
+            f"{_WEIGHT} differs from the base model's, which is tied to its embeddings",
             reason="UNSUPPORTED_FEATURE",
         )
     site = structure.sites[structure.head]

@@ -92,6 +92,11 @@ def test_a_trained_head_that_is_tied_to_the_embeddings_is_refused(
     assert reason(served, changed("pfeiffer", base="gpt2", more=head)) == "UNSUPPORTED_FEATURE"
 
 
+def test_a_base_without_such_a_head_is_another(serve: Make, changed: Make, reason: Make) -> None:
+    folder = changed("pfeiffer", base="bert", more={"lm_head.weight": torch.ones(61, 32)})
+    assert reason(serve("adapterhub/bert"), folder) == "BASE_MISMATCH"
+
+
 def test_a_norm_with_two_names_must_be_one(serve: Make, tmp_path: Path, reason: Make) -> None:
     folder = convert(LLAMA / "normed", tmp_path / "normed")
     tensors = load_file(folder / ADAPTERHUB_WEIGHTS)
@@ -200,11 +205,32 @@ def test_layers_that_norm_last_need_their_residual(
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_neox"])
-def test_bases_whose_sublayers_are_not_known_are_refused(
+def test_bases_that_adapterhub_has_no_names_for_are_refused(
     name: str, changed: Make, serve: Make, reason: Make
 ) -> None:
     folder = changed("pfeiffer", {"model_type": name})
     assert reason(serve(name), folder) == "UNSUPPORTED_FEATURE"
+
+
+def test_a_layer_whose_sublayers_are_not_known_is_refused(serve: Make, reason: Make) -> None:
+    served = serve("adapterhub/llama")
+    del served.structure.sublayers["model.layers.1.mlp.down_proj"]
+    assert reason(served, LLAMA / "pfeiffer") == "UNSUPPORTED_FEATURE"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "expected"),
+    [
+        ("layers.0.output_adapters.adapters.pfeiffer.adapter_up.bias", torch.ones(32), "EXTRA"),
+        ("model.layers.0.mystery", torch.ones(3), "EXTRA"),
+        ("model.layers.0.mystery", torch.ones(3, dtype=torch.int32), "MALFORMED"),
+    ],
+)
+def test_tensors_that_nothing_asks_for_are_refused(
+    name: str, tensor: Tensor, expected: str, changed: Make, serve: Make, reason: Make
+) -> None:
+    folder = changed("pfeiffer", more={name: tensor})
+    assert reason(serve("adapterhub/llama"), folder).startswith(expected)
 
 
 @pytest.mark.parametrize("architecture", ["mtl_lora", "prefix_tuning", "reft", "union"])
