@@ -7,8 +7,9 @@
 `adapters` 1.3.0 needs transformers 4.57.6, which cannot live beside the transformers that deltamux
 drives; so the answers are kept as files. The folder gets, for each base, its config and weights,
 the adapters as `save_adapter` writes them, and `logits.safetensors`: the logits of `ids` without an
-adapter and with each one alone. All weights are random, rounded to 16 bits so that they take half
-the room, and computed with in float32.
+adapter and with each one alone. Beside them are, in `hidden.safetensors`, the last hidden states of
+a bert that encodes, with the same weights and adapters. All weights are random, rounded to 16 bits
+so that they take half the room, and computed with in float32.
 """
 
 from __future__ import annotations
@@ -130,12 +131,14 @@ def main(folder: Path) -> None:
         )
         answers = _answers(model, base, RECIPES[name])
         save_file(dict(answers), base / "logits.safetensors")
+    bert = folder / "bert"
+    save_file(dict(_hidden_states(bert, [*RECIPES["bert"]])), bert / "hidden.safetensors")
 
 
 def _answers(
     model: transformers.PreTrainedModel, base: Path, recipes: dict[str, adapters.AdapterConfig]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    ids = torch.randint(3, 61, (1, 9), generator=torch.Generator().manual_seed(1))
+    ids = _ids()
     # Given, since models count them from different numbers on.
     positions = torch.arange(ids.shape[1])[None]
     yield "ids", ids
@@ -160,6 +163,22 @@ def _answers(
                 model.lm_head.weight.copy_(kept)
             _halve(base / name)
             model.delete_adapter(name)
+
+
+def _hidden_states(base: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    model = transformers.BertModel.from_pretrained(
+        base, is_decoder=False, add_pooling_layer=False, dtype=torch.float32
+    ).eval()
+    adapters.init(model)
+    with torch.no_grad():
+        yield "base", model(_ids()).last_hidden_state
+        for name in names:
+            model.load_adapter(str(base / name), set_active=True, use_safetensors=True)
+            yield name, model(_ids()).last_hidden_state
+
+
+def _ids() -> torch.Tensor:
+    return torch.randint(3, 61, (1, 9), generator=torch.Generator().manual_seed(1))
 
 
 def _draw(parameters: Iterator[tuple[str, torch.nn.Parameter]], scale: float) -> None:
