@@ -29,9 +29,6 @@ def test_sequences_see_themselves_alone(window: int | None, scale: float | None)
         torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)
     )
     attention = PackedAttention()
-    # Masks of another step must not stay.
-    attention.begin((12, 13))
-    attention(nn.Module(), query, key, value, None, sliding_window=2)
     attention.begin(LENGTHS)
     got, weights = attention(
         nn.Module(), query, key, value, None, scaling=scale, sliding_window=window, dropout=0.0

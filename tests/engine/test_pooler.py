@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import transformers as hf
 from torch import Tensor
 from torch.nn import functional
 
+from deltamux.adapters.files import CONFIG
 from deltamux.adapters.parse import parse_adapter
 from deltamux.adapters.rows import Rows
 from deltamux.adapters.sites import DeviceSites
@@ -340,3 +342,13 @@ def test_a_checkpoint_without_the_bases_part_of_a_head_has_no_such_heads(
         parse_adapter(tmp_path / "0", "0", base.structure, torch.float32)
     assert caught.value.reason == "BASE_MISMATCH"
     assert parse_adapter(tmp_path / "1", "1", base.structure, torch.float32).task == "token"
+
+
+@pytest.mark.parametrize("name", ["distilbert"])
+def test_an_adapter_that_was_trained_to_generate_does_not_fit_an_encoder(world: World) -> None:
+    world.tune(0, "SEQ_CLS")
+    fields = json.loads((world.folder / "0" / CONFIG).read_text())
+    (world.folder / "0" / CONFIG).write_text(json.dumps(fields | {"task_type": "CAUSAL_LM"}))
+    with pytest.raises(FailedPrecondition, match="generates no text") as caught:
+        parse_adapter(world.folder / "0", "0", world.base.structure, torch.float32)
+    assert caught.value.reason == "BASE_MISMATCH"
