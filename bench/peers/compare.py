@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -83,15 +84,14 @@ class Deltamux:
 
     name = "deltamux"
 
-    def __init__(self, folder: Path, adapters: int, threads: int) -> None:
+    def __init__(self, folder: Path, adapters: Iterable[int], threads: int) -> None:
         self._cache = tempfile.TemporaryDirectory()
         command = [sys.executable, "-m", "deltamux", "serve", "--model", str(folder / "base")]
         command += ["--port", str(PORT), "--metrics-port", "0", "--threads", str(threads)]
         command += ["--adapter-cache-dir", self._cache.name, "--log-level", "warning"]
         # The rounds repeat their prompts, which no other peer remembers.
         command += ["--no-enable-prefix-caching"]
-        for index in range(adapters):
-            name = adapter_name(index)
+        for name in map(adapter_name, adapters):
             command += ["--adapter", f"{name}={folder / 'adapters' / name}"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         self._wait_until_ready()
@@ -213,7 +213,7 @@ def main() -> None:
     peers: list[Peer] = [
         HuggingFace("plain", args.model, adapters, args.threads),
         HuggingFace("peft", args.model, adapters, args.threads),
-        Deltamux(args.model, adapters, args.threads),
+        Deltamux(args.model, range(adapters), args.threads),
     ]
     cells = [Cell(mode, batch) for batch in args.batch for mode in MODES]
     try:

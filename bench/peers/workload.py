@@ -8,13 +8,16 @@ from dataclasses import dataclass
 PROMPT_TOKENS = 128
 NEW_TOKENS = 64
 MODES = ("base", "one", "distinct")
+# The adapters behind the LoRA ones, of other families.
+FIRST_OF_FAMILIES = 32
 
 
 @dataclass(frozen=True)
 class Cell:
     """A batch of `batch` requests that arrive at once.
 
-    mode: base (no adapter), one (all the same, of rank 32) or distinct (request i takes adapter i).
+    mode: base (no adapter), one (all the same, of rank 32), distinct (request i takes adapter i) or
+    families (distinct ones too, of eight families).
     """
 
     mode: str
@@ -22,7 +25,12 @@ class Cell:
 
     @property
     def adapters(self) -> list[int | None]:
-        pick = {"base": lambda i: None, "one": lambda i: 3, "distinct": lambda i: i}[self.mode]
+        pick = {
+            "base": lambda i: None,
+            "one": lambda i: 3,
+            "distinct": lambda i: i,
+            "families": lambda i: FIRST_OF_FAMILIES + i,
+        }[self.mode]
         return [pick(i) for i in range(self.batch)]
 
     @property

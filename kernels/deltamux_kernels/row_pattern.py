@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+
+Array = np.ndarray[Any, Any]
 
 # Rows `start` to `end` of a step have the adapter in this slot: (slot, start, end).
 Span = tuple[int, int, int]
@@ -28,12 +31,10 @@ class RowPattern:
     @classmethod
     def build(cls, spans: tuple[Span, ...], rows_of_span: Sequence[range]) -> RowPattern:
         """`rows_of_span`: which rows of the table every row of that span uses."""
-        used: list[range] = []
-        for (_, start, end), rows in zip(spans, rows_of_span, strict=True):
-            used += [range(0)] * (start - spans[0][1] - len(used))
-            used += [rows] * (end - start)
-        sizes = [0, *map(len, used)]
-        return cls(spans, torch.from_numpy(np.cumsum(sizes)), _flat(used))
+        used = _by_row(spans, rows_of_span)
+        starts = np.zeros(len(used) + 1, dtype=np.int64)
+        np.cumsum([len(rows) for rows in used], out=starts[1:])
+        return cls(spans, torch.from_numpy(starts), torch.from_numpy(_joined(used)))
 
     @property
     def covered(self) -> slice:
@@ -48,15 +49,23 @@ class RowPattern:
 
     def entries(self, columns_of_span: Sequence[range]) -> torch.Tensor:
         """Which entries are, in each row of a span, those in `columns` of all that the row has."""
-        starts = self.starts.tolist()
-        picked = [
-            range(starts[row] + columns.start, starts[row] + columns.stop)
-            for (_, start, end), columns in zip(self.spans, columns_of_span, strict=True)
-            for row in range(start - self.spans[0][1], end - self.spans[0][1])
-        ]
-        return _flat(picked)
+        columns = _by_row(self.spans, columns_of_span)
+        return torch.from_numpy(_joined(columns, self.starts[:-1].numpy()))
 
 
-def _flat(ranges: list[range]) -> torch.Tensor:
-    pieces = [np.arange(r.start, r.stop, dtype=np.int64) for r in ranges]
-    return torch.from_numpy(np.concatenate(pieces))
+def _by_row(spans: tuple[Span, ...], of_span: Sequence[range]) -> list[range]:
+    """The range of each row from the first span's start on, empty between spans."""
+    rows: list[range] = []
+    for (_, start, end), numbers in zip(spans, of_span, strict=True):
+        rows += [range(0)] * (start - spans[0][1] - len(rows))
+        rows += [numbers] * (end - start)
+    return rows
+
+
+def _joined(ranges: list[range], offsets: Array | int = 0) -> Array:
+    """The numbers of all ranges one after the other, each range moved by its offset."""
+    sizes = np.array([len(numbers) for numbers in ranges])
+    firsts = np.array([numbers.start for numbers in ranges]) + offsets
+    ends = sizes.cumsum()
+    joined: Array = np.arange(ends[-1]) + np.repeat(firsts - ends + sizes, sizes)
+    return joined
