@@ -67,3 +67,12 @@ def test_wrong_tensors_are_refused(
     refusal_of_part: Make,
 ) -> None:
     assert refusal_of_part("llama", folder, part, change).reason == reason
+
+
+def test_more_singular_values_than_a_weight_has_are_refused(folder: Path, refusal: Make) -> None:
+    repeats = {"U_low": (1, 3), "S_low": (3,), "V_low": (3, 1)}
+
+    def changed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.repeat(repeats[name.rpartition(".")[2]]) for name, t in tensors.items()}
+
+    assert refusal("llama", folder, changed).reason == "BASE_MISMATCH"
