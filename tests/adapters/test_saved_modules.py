@@ -76,7 +76,7 @@ def test_names_end_a_modules_path_or_that_of_a_module_around_it(serve: Make) -> 
     ("change", "reason"),
     [
         (lambda head: head[:-1], "BASE_MISMATCH"),
-        (lambda head: torch.cat((head, head[:3])), "BASE_MISMATCH"),
+        (lambda head: torch.cat((head, head[:3])), "ADDED_TOKENS"),
         (lambda head: head[0], "SHAPE_MISMATCH"),
         (None, "MISSING_TENSORS"),
     ],

@@ -144,6 +144,8 @@ class ModuleTensors:
         name, copy = self._left.pop((module, part))
         read = self._structure.weight if part == "base weight" else self._structure.bias
         base = read(module)
+        if part == "base weight":
+            refuse_added_tokens(self._structure.sites[module], len(copy))
         if base is None or not is_copy(copy, base):
             raise FailedPrecondition(
                 f"{quoted(name)} differs from the base model's own; "
@@ -158,6 +160,18 @@ def to_serving(site: SiteSpec, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = tensor.to(dtype).contiguous()
     require_finite(f"{site.name}, scaled and in {dtype},", tensor)
     return tensor
+
+
+def refuse_added_tokens(site: SiteSpec, tokens: int) -> None:
+    """Raises FailedPrecondition (ADDED_TOKENS) where an embedding or head has rows for more tokens
+    than the base's: it was resized before the adapter was trained."""
+    known = {"embedding": site.in_features, "head": site.out_features}.get(site.kind, tokens)
+    if tokens > known:
+        raise FailedPrecondition(
+            f"{site.name} has rows for {tokens} tokens, the base model's for {known}; "
+            "adapters that add tokens to the vocabulary are not served",
+            reason="ADDED_TOKENS",
+        )
 
 
 def other_base(site: SiteSpec, what: str) -> FailedPrecondition:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltamux.adapters.module_tensors import other_base, to_serving
+from deltamux.adapters.module_tensors import other_base, refuse_added_tokens, to_serving
 from deltamux.adapters.primitives.dense import Dense, DenseEmbedding
 from deltamux.base.structure import SiteSpec, Structure
 
@@ -15,9 +15,10 @@ def replacement(
 ) -> Dense | DenseEmbedding:
     """`weight` and `bias` [out] replace those of a linear module, a head or an embedding.
 
-    `weight` is [out, in], of an embedding [in, out]. Raises FailedPrecondition (BASE_MISMATCH)
-    where they do not have the base's shapes.
+    `weight` is [out, in], of an embedding [in, out]. Raises FailedPrecondition (BASE_MISMATCH,
+    ADDED_TOKENS) where they do not have the base's shapes.
     """
+    refuse_added_tokens(site, len(weight))
     if weight.shape != structure.weight(site.name).shape:
         raise other_base(site, f"weight of {tuple(weight.shape)}")
     if site.kind == "embedding":

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from deltamux.adapters.fields import as_integer, refuse_field, unsupported
-from deltamux.adapters.module_tensors import ModuleTensors, other_base, to_serving
+from deltamux.adapters.module_tensors import (
+    ModuleTensors,
+    other_base,
+    refuse_added_tokens,
+    to_serving,
+)
 from deltamux.adapters.primitives.token_rows import TokenRows
 from deltamux.adapters.strict_json import Json, quoted
 from deltamux.base.structure import SiteSpec, Structure
@@ -112,9 +117,9 @@ def token_payload(
     site = structure.sites.get(name)
     if site is None or structure.bias(name) is not None:
         raise unsupported(f"trained tokens at {name}, which has a bias or was replaced,")
-    vocabulary, width = structure.weight(name).shape
-    if rows.shape != (len(ids), width) or max(ids) >= vocabulary:
-        what = f"rows of {tuple(rows.shape)} for {len(ids)} tokens up to {max(ids)}"
+    refuse_added_tokens(site, max(ids) + 1)
+    if rows.shape != (len(ids), structure.weight(name).shape[1]):
+        what = f"rows of {tuple(rows.shape)} for {len(ids)} tokens"
         raise other_base(site, what)
     return TokenRows.of(ids, to_serving(site, _scaled(site, rows), dtype))
 

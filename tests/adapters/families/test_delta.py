@@ -244,7 +244,7 @@ def changed(tensors: Tensors, part: str, change: Callable[[Tensor], Tensor]) -> 
         (rows(1, 2, 2), "MALFORMED_WEIGHTS"),
         (rows(1, -2, 3), "MALFORMED_WEIGHTS"),
         (rows(1, 2), "BASE_MISMATCH"),
-        (rows(1, 2, 61), "BASE_MISMATCH"),
+        (rows(1, 2, 61), "ADDED_TOKENS"),
         (rows(1, 2, 3, width=31), "BASE_MISMATCH"),
         (rows(1, 2, 3, module=QUERY), "EXTRA_TENSORS"),
         (rows(1, 2, 3) | {f"{EMBEDDING}.value": torch.zeros(61, 32)}, "EXTRA_TENSORS"),
