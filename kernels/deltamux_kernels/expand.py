@@ -51,13 +51,15 @@ class Columns:
     def work(self, of: RowPattern, b: PackedMatrices, segments: Segments) -> _Work:
         """The work list of the CPU, the same as before where nothing changed."""
         pattern, matrix = b.pattern(segments.spans)
-        if self._work is None or self._work.of is not of or self._work.pattern is not pattern:
+        kept = self._work
+        if kept is None or kept.of is not of or kept.pattern is not pattern:
             columns = [
                 range(self.first[slot], self.first[slot] + b.rows_of(slot))
                 for slot, _, _ in segments.spans
             ]
-            self._work = _Work(of, pattern, matrix, matrix.values(), of.entries(columns))
-        return self._work
+            kept = _Work(of, pattern, matrix, matrix.values(), of.entries(columns))
+            self._work = kept
+        return kept
 
 
 def expand(

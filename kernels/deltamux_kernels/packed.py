@@ -108,10 +108,12 @@ class PackedMatrices:
 
         The same objects as before, as long as neither the spans nor a matrix changed.
         """
-        if self._pattern is None or self._pattern[0].spans != spans:
+        # Read once: a slot that no row of the step uses may be written meanwhile.
+        kept = self._pattern
+        if kept is None or kept[0].spans != spans:
             pattern = RowPattern.build(spans, [self.rows_in_table(slot) for slot, _, _ in spans])
-            self._pattern = (pattern, pattern.matrix(self.table))
-        return self._pattern
+            kept = self._pattern = (pattern, pattern.matrix(self.table))
+        return kept
 
     def most_rows(self, slots: Iterable[int]) -> int:
         """Rows of the tallest matrix among `slots`; 0 when none has one."""
