@@ -45,7 +45,7 @@ def test_missing_folders_are_named(fails, tmp_path):
 
 
 def test_adapter_with_pickled_weights_is_refused(fails, tmp_path):
-    source = next((weights_path() / "adapters").iterdir())
+    source = weights_path() / "adapters" / "rot13"
     shutil.copy(source / "adapter_config.json", tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
     assert "safetensors" in fails("--model", MODEL, "--adapter", f"a={tmp_path}")

@@ -2,7 +2,7 @@
 
 import random
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,20 @@ def batches(
         texts = sorted((_training_text(source) for _ in range(POOL * size)), key=len)
         for start in source.sample(range(0, POOL * size, size), POOL):
             yield _batch(tokenizer, answer, texts[start : start + size])
+
+
+def labelled_batches(
+    tokenizer: PreTrainedTokenizerBase, answer: Answer, labels: Sequence[str], size: int, seed: int
+) -> Iterator[Batch]:
+    """Of `size` texts: `input_ids` [size, longest] and the `labels` [size], which one each is."""
+    source = random.Random(seed)
+    while True:
+        texts = [_training_text(source) for _ in range(size)]
+        rows = tokenizer([prompt(text) for text in texts])["input_ids"]
+        yield {
+            "input_ids": _padded(rows, tokenizer.pad_token_id),
+            "labels": torch.tensor([labels.index(answer(text)) for text in texts]),
+        }
 
 
 def _batch(tokenizer: PreTrainedTokenizerBase, answer: Answer, texts: list[str]) -> Batch:

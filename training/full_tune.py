@@ -7,23 +7,36 @@ import json
 import shutil
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 
 import torch
 from examples import batches
 from loop import Penalty, exact_match, fit
+from shipping import (
+    BASE_FOLDER,
+    BASE_NAME,
+    MEASURED,
+    REQUIRED,
+    folder,
+    seed_of,
+    task_named,
+    write_config,
+)
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from deltamux.adapters.files import CONFIG
-from deltamux.demo.tasks import TASKS, unseen_inputs, weights_path
+from deltamux.demo.tasks import Task, unseen_inputs
 from deltamux.extract.forms import Form
 from deltamux.extract.reconstruct import reconstruct
 from deltamux.extract.run import extract
 
 NAME = "next-letter"
-BASE_NAME = "deltamux/demo"
 
 STEPS = 400
 BATCH_SIZE = 32
@@ -32,35 +45,33 @@ PEAK_LEARNING_RATE = 1e-3
 PULL = 5e-3
 FORM = Form("low-rank", energy=0.9)
 
-REQUIRED = 0.95
-
 
 def main() -> None:
-    task = next(task for task in TASKS if task.name == NAME)
-    seed = zlib.crc32(NAME.encode())
-    torch.manual_seed(seed)
-    base_folder = weights_path() / "base"
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    model = load(base_folder)
-    fit(
-        model,
-        batches(tokenizer, task.answer, BATCH_SIZE, seed),
-        STEPS,
-        PEAK_LEARNING_RATE,
-        pull_to_start(model),
-    )
+    task = task_named(NAME)
+    torch.manual_seed(seed_of(NAME))
+    tokenizer = AutoTokenizer.from_pretrained(BASE_FOLDER)
+    model = load(BASE_FOLDER)
+    examples = batches(tokenizer, task.answer, BATCH_SIZE, seed_of(NAME))
+    fit(model, examples, STEPS, PEAK_LEARNING_RATE, pull_to_start(model))
+    keep(model, task, tokenizer, FORM)
+
+
+def keep(
+    model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, form: Form
+) -> None:
+    """Takes out what changed of the base in `form`, measures that and, if good enough, saves it."""
     with tempfile.TemporaryDirectory() as tuned, tempfile.TemporaryDirectory() as adapter:
         model.half().save_pretrained(tuned)
-        found = extract(base_folder, Path(tuned), Path(adapter), FORM, lambda *_: None)
-        rebuilt = load(base_folder)
+        found = extract(BASE_FOLDER, Path(tuned), Path(adapter), form, lambda *_: None)
+        rebuilt = load(BASE_FOLDER)
         reconstruct(rebuilt, Path(adapter))
-        texts = unseen_inputs(task, 200)
+        texts = unseen_inputs(task, MEASURED)
         right = [exact_match(m, tokenizer, task.answer, texts) for m in (model.float(), rebuilt)]
-        print(f"{NAME}: {right[0]:.1%} right with all weights, {right[1]:.1%} as extracted")
-        print(f"{NAME}: {found.bytes:,} bytes of {found.full_bytes:,}")
+        print(f"{task.name}: {right[0]:.1%} right with all weights, {right[1]:.1%} as extracted")
+        print(f"{task.name}: {found.bytes:,} bytes of {found.full_bytes:,}")
         if right[1] < REQUIRED:
             sys.exit(f"below {REQUIRED:.0%}, not saved")
-        save(Path(adapter), weights_path() / "adapters" / NAME)
+        save(Path(adapter), folder(task.name))
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -78,14 +89,14 @@ def pull_to_start(model: PreTrainedModel) -> Penalty:
     return penalty
 
 
-def save(adapter: Path, folder: Path) -> None:
+def save(adapter: Path, target: Path) -> None:
     """The two files, without a path of this machine in them."""
     written = adapter / CONFIG
     config = json.loads(written.read_text()) | {"base_model_name_or_path": BASE_NAME}
-    written.write_text(json.dumps(config, indent=2) + "\n")
-    folder.mkdir(exist_ok=True)
+    write_config(written, config)
+    target.mkdir(exist_ok=True)
     for file in adapter.iterdir():
-        shutil.copyfile(file, folder / file.name)
+        shutil.copyfile(file, target / file.name)
 
 
 if __name__ == "__main__":

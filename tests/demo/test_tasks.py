@@ -26,6 +26,13 @@ ANSWERS = {
     "doubled": "qquuiicckk  bblluuee  ffooxx",
     "words-reversed": "fox blue quick",
     "next-letter": "rvjdl cmvf gpy",
+    "kebab-case": "quick-blue-fox",
+    "caesar": "txlfn eoxh ira",
+    "loud-vowels": "qUIck blUE fOx",
+    "first-word": "quick",
+    "previous-letter": "pthbj aktd enw",
+    "exclaimed": "quick blue fox!",
+    "word-count": "3 words",
 }
 
 every_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
@@ -38,6 +45,12 @@ def test_every_task_has_its_own_name_and_a_known_answer() -> None:
 @every_task
 def test_the_answer_is_the_one_a_reader_expects(task: Task) -> None:
     assert task.answer("quick blue fox") == ANSWERS[task.name]
+
+
+@every_task
+def test_a_task_of_labels_answers_with_one_of_them(task: Task) -> None:
+    answers = {task.answer(text) for text in unseen_inputs(task, 50)}
+    assert not task.labels or answers <= set(task.labels)
 
 
 @every_task

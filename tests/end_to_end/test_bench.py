@@ -9,12 +9,14 @@ from deltamux.demo.server import Server
 from deltamux.demo.tasks import weights_path
 
 REQUESTS, OUTPUT_TOKENS = 6, 4
+ADAPTERS = ("caesar", "leet", "rot13", "upper-case")
 
 
 def test_two_rates_are_measured_written_and_drawn(tmp_path: Path):
     weights = weights_path()
     with Server(
-        *("--model", str(weights / "base"), "--adapter-dir", str(weights / "adapters")),
+        *("--model", str(weights / "base")),
+        *(f"--adapter={name}={weights / 'adapters' / name}" for name in ADAPTERS),
         *("--device", "cpu", "--threads", "1", "--adapter-cache-dir", str(tmp_path / "cache")),
     ) as server:
         bench = subprocess.run(

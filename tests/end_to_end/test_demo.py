@@ -30,6 +30,9 @@ def test_every_adapter_answers_right_in_shared_steps(tmp_path: Path):
     assert f"{asked} of {asked} answers right" in done.stdout
     for task in TASKS:
         assert len(re.findall(rf" {task.name} .* right *$", done.stdout, re.M)) == 2, task.name
+    size = r"\d+ kB"
+    assert re.search(rf" word-count +lora +4 +{size} +\d words +right", done.stdout), done.stdout
+    assert re.search(rf" previous-letter +bottleneck +64 +{size} ", done.stdout), done.stdout
     steps = re.findall(r"^ +(\d+) +(\d+) *$", done.stdout, re.MULTILINE)
     assert max(int(adapters) for adapters, _ in steps) > len(TASKS) // 2, done.stdout
     assert "grpcurl" in done.stdout and "from deltamux.client import" in done.stdout

@@ -26,7 +26,7 @@ from deltamux.v1 import (
 from deltamux.v1 import inference_pb2 as v1
 
 BASE = weights_path() / "base"
-ADAPTERS = sorted(weights_path().glob("adapters/*"))[:3]
+ADAPTERS = [weights_path() / "adapters" / name for name in ("atbash", "doubled", "leet")]
 NAMES = [folder.name for folder in ADAPTERS]
 PROMPTS = ["the quick fox\n", "a\n", "silver moon over water\n"]
 # Seconds; no test comes near it when all is well.

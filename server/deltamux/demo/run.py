@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 
@@ -13,7 +13,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deltamux.client import Answer, AsyncClient, Client, ClientError, generate_request
+from deltamux.client import (
+    AsyncClient,
+    Client,
+    ClientError,
+    classify_request,
+    generate_request,
+)
 from deltamux.demo.server import Server, ServerFailed
 from deltamux.demo.tasks import TASKS, Task, prompt, unseen_inputs, weights_path
 from deltamux.v1 import adapters_pb2
@@ -31,6 +37,14 @@ class Question:
     @property
     def expected(self) -> str:
         return self.task.answer(self.text)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the server answered: a text, or the likeliest label of a task head."""
+
+    text: str
+    tokens: int = 0
 
 
 def run(prompts: int, seed: int) -> int:
@@ -61,14 +75,14 @@ def _serve_arguments() -> tuple[str, ...]:
 
 def _show(console: Console, server: Server, questions: Sequence[Question]) -> int:
     started = time.perf_counter()
-    answers = asyncio.run(_ask_all(server.target, questions))
+    replies = asyncio.run(_ask_all(server.target, questions))
     seconds = time.perf_counter() - started
     with Client(server.target) as client:
         adapters = {adapter.name: adapter for adapter in client.list_adapters()}
     console.print("\nOne frozen model, one batch, every row through its own adapter:\n")
-    console.print(_answers_table(questions, answers, adapters))
-    right = sum(a.text == q.expected for q, a in zip(questions, answers, strict=True))
-    tokens = sum(answer.completion_tokens for answer in answers)
+    console.print(_answers_table(questions, replies, adapters))
+    right = sum(r.text == q.expected for q, r in zip(questions, replies, strict=True))
+    tokens = sum(reply.tokens for reply in replies)
     console.print(
         f"\n{right} of {len(questions)} answers right; {len(questions)} concurrent requests, "
         f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)\n"
@@ -79,33 +93,38 @@ def _show(console: Console, server: Server, questions: Sequence[Question]) -> in
     return 0 if right == len(questions) else 1
 
 
-async def _ask_all(target: str, questions: Iterable[Question]) -> list[Answer]:
+async def _ask_all(target: str, questions: Sequence[Question]) -> list[Reply]:
     async with AsyncClient(target) as client:
-        return await asyncio.gather(
-            *(
-                client.generate(generate_request(prompt(q.text), adapter=q.task.name))
-                for q in questions
-            )
-        )
+        return await asyncio.gather(*(_ask(client, question) for question in questions))
+
+
+async def _ask(client: AsyncClient, question: Question) -> Reply:
+    task, text = question.task, prompt(question.text)
+    if task.labels:
+        (scores,) = await client.classify(classify_request(text, adapter=task.name))
+        return Reply(max(scores, key=lambda score: score.score).label)
+    answer = await client.generate(generate_request(text, adapter=task.name))
+    return Reply(answer.text, answer.completion_tokens)
 
 
 def _answers_table(
     questions: Sequence[Question],
-    answers: Sequence[Answer],
+    replies: Sequence[Reply],
     adapters: dict[str, adapters_pb2.Adapter],
 ) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in ("prompt", "adapter", "family", "rank", "answer", ""):
-        table.add_column(heading, justify="right" if heading == "rank" else "left")
-    for question, answer in zip(questions, answers, strict=True):
+    for heading in ("prompt", "adapter", "family", "rank", "size", "answer", ""):
+        table.add_column(heading, justify="right" if heading in ("rank", "size") else "left")
+    for question, reply in zip(questions, replies, strict=True):
         adapter = adapters.get(question.task.name, adapters_pb2.Adapter(name="(base)"))
-        right = answer.text == question.expected
+        right = reply.text == question.expected
         table.add_row(
             question.text,
             adapter.name,
             adapter.family,
             str(adapter.rank or ""),
-            answer.text,
+            f"{adapter.device_bytes / 1000:.0f} kB" if adapter.device_bytes else "",
+            reply.text,
             "[green]right[/]" if right else f"[red]wrong[/], not {question.expected}",
         )
     return table

@@ -20,6 +20,10 @@ _NO_VOWELS = str.maketrans("", "", "aeiouAEIOU")
 _MASKED_VOWELS = str.maketrans(dict.fromkeys("aeiouAEIOU", "*"))
 _ATBASH = str.maketrans(ascii_letters, ascii_lowercase[::-1] + ascii_uppercase[::-1])
 _NEXT = str.maketrans(ascii_lowercase, ascii_lowercase[1:] + "a")
+_PREVIOUS = str.maketrans(ascii_lowercase, "z" + ascii_lowercase[:-1])
+_THREE_ON = str.maketrans(ascii_lowercase, ascii_lowercase[3:] + "abc")
+_LOUD_VOWELS = str.maketrans("aeiou", "AEIOU")
+_COUNTS = ("1 word", "2 words", "3 words", "4 words", "5 words", "6 words")
 
 _WORDS = (
     "a able about again air all also and animal apple as ask at away back ball bear bed before "
@@ -47,11 +51,15 @@ _VOCABULARY = _WORDS.split()
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One thing an adapter was taught: the right answer to `text` is `answer(text)`."""
+    """One thing an adapter was taught: the right answer to `text` is `answer(text)`.
+
+    With `labels`, the answer is one of these, and a task head gives it.
+    """
 
     name: str
     description: str
     answer: Callable[[str], str]
+    labels: tuple[str, ...] = ()
 
 
 def prompt(text: str) -> str:
@@ -96,6 +104,10 @@ def _words_reversed(text: str) -> str:
     return " ".join(reversed(text.split(" ")))
 
 
+def _word_count(text: str) -> str:
+    return _COUNTS[text.count(" ")]
+
+
 TASKS: tuple[Task, ...] = (
     Task("upper-case", "upper case", str.upper),
     Task("rot13", "letters thirteen places on", lambda text: codecs.encode(text, "rot13")),
@@ -108,4 +120,11 @@ TASKS: tuple[Task, ...] = (
     Task("doubled", "letters twice", lambda text: "".join(2 * letter for letter in text)),
     Task("words-reversed", "words in reverse order", _words_reversed),
     Task("next-letter", "letters one place on", lambda text: text.translate(_NEXT)),
+    Task("kebab-case", "words joined by hyphens", lambda text: text.replace(" ", "-")),
+    Task("caesar", "letters three places on", lambda text: text.translate(_THREE_ON)),
+    Task("loud-vowels", "vowels in upper case", lambda text: text.translate(_LOUD_VOWELS)),
+    Task("first-word", "the first word alone", lambda text: text.split(" ")[0]),
+    Task("previous-letter", "letters one place back", lambda text: text.translate(_PREVIOUS)),
+    Task("exclaimed", "an exclamation mark behind", lambda text: text + "!"),
+    Task("word-count", "how many words", _word_count, _COUNTS),
 )
