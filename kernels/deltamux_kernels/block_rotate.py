@@ -30,14 +30,11 @@ def block_rotate_torch(
 ) -> None:
     """`block_rotate` in plain torch; half types are computed in float32 and rounded once."""
     wide = y.dtype in (torch.float16, torch.bfloat16)
-    pieces = zip(segments.spans, segments.pieces(x), segments.pieces(y), strict=True)
-    for (slot, _, _), given, rows in pieces:
-        blocks = r.views[slot]
-        if blocks is None:
-            continue
+    for _, rows, blocks in segments.owners(r):
+        given = x[rows]
         if wide:
             given, blocks = given.float(), blocks.float()
-        rows.copy_(_rotated(given, blocks))
+        y[rows] = _rotated(given, blocks)
 
 
 def _rotated(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

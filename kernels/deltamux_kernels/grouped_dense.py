@@ -41,11 +41,9 @@ def grouped_dense_torch(
     segments: Segments,
 ) -> None:
     """`grouped_dense` in plain torch; half types are computed as torch's linear layers do."""
-    pieces = zip(segments.spans, segments.pieces(x), segments.pieces(y), strict=True)
-    for (slot, _, _), given, rows in pieces:
-        weight, bias = weights.views[slot], biases.views[slot]
-        if weight is not None:
-            rows.copy_(torch.nn.functional.linear(given, weight, None if bias is None else bias[0]))
+    for slot, rows, weight in segments.owners(weights):
+        bias = biases.views[slot]
+        y[rows] = torch.nn.functional.linear(x[rows], weight, None if bias is None else bias[0])
 
 
 def grouped_dense_triton(
@@ -76,11 +74,8 @@ def dense_delta_torch(
     y: torch.Tensor, x: torch.Tensor, deltas: PackedMatrices, segments: Segments
 ) -> None:
     """`dense_delta` in plain torch."""
-    pieces = zip(segments.spans, segments.pieces(x), segments.pieces(y), strict=True)
-    for (slot, _, _), given, rows in pieces:
-        delta = deltas.transposed[slot]
-        if delta is not None:
-            rows.addmm_(given, delta)
+    for _, rows, delta in segments.owners(deltas):
+        y[rows].addmm_(x[rows], delta.t())
 
 
 def dense_delta_triton(

@@ -56,11 +56,8 @@ def pair_rotate(y: torch.Tensor, f: PairFactors, segments: Segments) -> None:
 def pair_rotate_torch(y: torch.Tensor, f: PairFactors, segments: Segments) -> None:
     """`pair_rotate` in plain torch; half types are computed in float32 and rounded once."""
     wide = y.dtype in (torch.float16, torch.bfloat16)
-    for (slot, _, _), rows in zip(segments.spans, segments.pieces(y), strict=True):
-        factors = f.factors.views[slot]
-        if factors is None:
-            continue
-        given = rows
+    for slot, span, factors in segments.owners(f.factors):
+        given = rows = y[span]
         if wide:
             given, factors = given.float(), factors.float()
         own, other = factors

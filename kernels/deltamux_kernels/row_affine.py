@@ -31,10 +31,8 @@ def row_affine_torch(
 ) -> None:
     """`row_affine` in plain torch; half types are computed in float32 and rounded once."""
     wide = y.dtype in (torch.float16, torch.bfloat16)
-    for (slot, _, _), rows in zip(segments.spans, segments.pieces(y), strict=True):
-        scale = g.views[slot]
-        if scale is None:
-            continue
+    for _, span, scale in segments.owners(g):
+        rows = y[span]
         if wide:
             rows.copy_(_scaled(rows.float(), None if bias is None else bias.float(), scale.float()))
         else:

@@ -68,6 +68,17 @@ class Segments:
         """Rows of the tallest matrix that a row of the step may meet; 0 when there is none."""
         return matrices.most_rows(self.slots)
 
+    def owners(self, matrices: PackedMatrices) -> list[tuple[int, slice, torch.Tensor]]:
+        """The slots of the step that have a matrix there, each with its rows and the matrix.
+
+        In a mix of families few have, and no view is made for the others.
+        """
+        return [
+            (slot, slice(start, end), matrix)
+            for slot, start, end in self.spans
+            if (matrix := matrices.views[slot]) is not None
+        ]
+
     def pieces(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The rows of each span, as views of `x` [T, ...].
 

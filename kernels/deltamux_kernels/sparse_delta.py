@@ -49,9 +49,9 @@ class SparseMatrices:
             check_invariants=False,
         )
 
-    def by_row(self, slot: int) -> torch.Tensor | None:
-        """The slot's matrix for the torch form, a view of the arena, or None."""
-        return None if self.values.views[slot] is None else self._by_row[slot]
+    def by_row(self, slot: int) -> torch.Tensor:
+        """The slot's matrix for the torch form, a view of the arena. It has one."""
+        return self._by_row[slot]
 
     @property
     def _parts(self) -> tuple[PackedMatrices, PackedMatrices, PackedMatrices]:
@@ -74,11 +74,9 @@ def sparse_delta_torch(
 ) -> None:
     """`sparse_delta` in plain torch; half types are computed in float32 and rounded once."""
     wide = y.dtype in (torch.float16, torch.bfloat16)
-    pieces = zip(segments.spans, segments.pieces(x), segments.pieces(y), strict=True)
-    for (slot, _, _), given, rows in pieces:
+    for slot, span, _ in segments.owners(s.values):
+        given, rows = x[span], y[span]
         matrix = s.by_row(slot)
-        if matrix is None:
-            continue
         if wide:
             rows.copy_(rows.float() + (matrix.float() @ given.float().t()).t())
         else:

@@ -143,10 +143,7 @@ class BottleneckBank:
 
 def _with_norm(x: Tensor, norms: PackedMatrices, segments: Segments) -> list[tuple[Tensor, Tensor]]:
     """The rows of each slot that has a norm, as views of `x`, and that norm."""
-    pieces = zip(segments.spans, segments.pieces(x), strict=True)
-    return [
-        (rows, norm) for (slot, _, _), rows in pieces if (norm := norms.views[slot]) is not None
-    ]
+    return [(x[rows], norm) for _, rows, norm in segments.owners(norms)]
 
 
 def _normed(rows: Tensor, norm: Tensor) -> Tensor:

@@ -96,10 +96,6 @@ class DenseEmbeddingBank:
         """Nothing to keep: a table is alone in its store."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        pieces = zip(
-            segments.spans, segments.pieces(x.reshape(-1)), segments.pieces(y), strict=True
-        )
-        for (slot, _, _), ids, rows in pieces:
-            table = self._tables.views[slot]
-            if table is not None:
-                rows.copy_(table.index_select(0, ids))
+        ids = x.reshape(-1)
+        for _, rows, table in segments.owners(self._tables):
+            y[rows] = table.index_select(0, ids[rows])

@@ -49,9 +49,6 @@ class NormParametersBank:
         self._norms[slot] = norm
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        inputs = segments.pieces(self._spec.rows(x))
-        for (slot, _, _), given, rows in zip(
-            segments.spans, inputs, segments.pieces(y), strict=True
-        ):
-            if self._parameters.views[slot] is not None:
-                rows.copy_(self._norms[slot](given))
+        given = self._spec.rows(x)
+        for slot, rows, _ in segments.owners(self._parameters):
+            y[rows] = self._norms[slot](given[rows])

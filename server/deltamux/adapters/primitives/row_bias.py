@@ -36,7 +36,5 @@ class RowBiasBank:
         """Nothing to keep: a bias is alone in its store."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        for (slot, _, _), rows in zip(segments.spans, segments.pieces(y), strict=True):
-            bias = self._biases.views[slot]
-            if bias is not None:
-                rows += bias
+        for _, rows, bias in segments.owners(self._biases):
+            y[rows].add_(bias)

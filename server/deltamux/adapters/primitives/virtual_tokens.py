@@ -61,14 +61,11 @@ class VirtualTokensBank:
         return x.clamp(min=0)
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        pieces = zip(
-            segments.spans, segments.pieces(x.reshape(-1)), segments.pieces(y), strict=True
-        )
-        for (slot, _, _), ids, given in pieces:
-            rows = self._rows.views[slot]
-            if rows is not None:
-                wanted = rows.index_select(0, (-1 - ids).clamp(min=0))
-                torch.where((ids < 0)[:, None], wanted, given, out=given)
+        all_ids = x.reshape(-1)
+        for _, span, rows in segments.owners(self._rows):
+            ids, given = all_ids[span], y[span]
+            wanted = rows.index_select(0, (-1 - ids).clamp(min=0))
+            torch.where((ids < 0)[:, None], wanted, given, out=given)
 
 
 @dataclass(frozen=True, eq=False)
