@@ -130,7 +130,7 @@ def test_64_adapters_over_8_slots_all_serve_themselves(make_device, files, store
         for seed in running[:4]:
             running.remove(seed)
             cache.release(adapters[seed][0])
-        cache.poll()
+        drive_cache(cache, device.loader)
     assert cache.device_evictions >= 56
     assert cache.device_hits + cache.host_hits + cache.misses == 3 * 64
 
