@@ -70,10 +70,8 @@ def configs(name: str) -> dict[str, peft.PeftConfig]:
         ),
     }
     if name == "gpt2":
-        # PEFT reads a base of Conv1D layers for LoRA, IA3 and VeRA alone, and has no bias there
-        # that LoRA would not have trained as well.
-        absent = ("adalora", "loha", "shira", "bitfit")
-        return {key: config for key, config in found.items() if key not in absent}
+        # PEFT refuses its Conv1D layers for these, and for most of those below.
+        return {key: config for key, config in found.items() if key not in ("loha", "shira")}
     return found | {
         "miss": peft.MissConfig(r=4, **targets),
         "gralora": peft.GraloraConfig(r=4, gralora_k=2, hybrid_r=0, **targets),
