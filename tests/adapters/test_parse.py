@@ -183,7 +183,7 @@ def poisoned(value: float) -> Callable[[Tensor], Tensor]:
         pytest.param(
             added("base_model.model.model.embed_tokens.weight", 64, 32),
             "FAILED_PRECONDITION",
-            "UNSUPPORTED_FEATURE",
+            "ADDED_TOKENS",
             "embed_tokens",
             id="a resized vocabulary",
         ),
