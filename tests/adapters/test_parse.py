@@ -243,7 +243,7 @@ def test_a_config_that_does_not_fit_the_tensors_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("peft_type", "why"), [("PSOFT", "signs"), ("ADAMSS", "clusters"), ("POLY", "task")]
+    ("peft_type", "why"), [("PSOFT", "signs"), ("ADAMSS", "clusters"), ("LILY", "batch")]
 )
 def test_a_type_that_cannot_be_served_is_refused_with_its_reason(
     peft_type: str, why: str, sound: Path, serve: Make, tmp_path: Path

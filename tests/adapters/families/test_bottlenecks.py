@@ -231,12 +231,3 @@ def test_tensors_that_nothing_asks_for_are_refused(
 ) -> None:
     folder = changed("pfeiffer", more={name: tensor})
     assert reason(serve("adapterhub/llama"), folder).startswith(expected)
-
-
-@pytest.mark.parametrize("architecture", ["mtl_lora", "prefix_tuning", "reft", "union"])
-def test_other_methods_of_adapterhub_are_refused_by_name(
-    architecture: str, changed: Make, serve: Make
-) -> None:
-    with pytest.raises(DeltamuxError, match=architecture) as caught:
-        serve("adapterhub/llama").parse(changed("pfeiffer", architecture=architecture))
-    assert caught.value.reason == "UNSUPPORTED_TYPE"
