@@ -15,7 +15,6 @@ UNSERVED: Mapping[Library, Mapping[str, str]] = {
         "attention, which paged attention does not compute",
         "LILY": "its router averages over all tokens of a call, so that an answer depends on what "
         "else is in the batch",
-        "POLY": "its answer depends on the number of a task, which no request names",
         "PSOFT": "its factors are singular vectors of the base's weight, which are not in the file "
         "and whose signs differ from machine to machine",
         "SHADOW": "it is a second transformer with a KV cache of its own beside the base",

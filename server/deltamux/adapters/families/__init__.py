@@ -24,6 +24,7 @@ from deltamux.adapters.families.miss import Miss
 from deltamux.adapters.families.oft import Oft
 from deltamux.adapters.families.osf import Osf
 from deltamux.adapters.families.peanut import Peanut
+from deltamux.adapters.families.poly import Poly
 from deltamux.adapters.families.prefix_tuning import CARTRIDGE, PREFIX_TUNING
 from deltamux.adapters.families.prompt_tuning import (
     CPT,
@@ -72,6 +73,7 @@ FAMILIES: tuple[Family, ...] = (
     Oft(),
     Osf(),
     Peanut(),
+    Poly(),
     PREFIX_TUNING,
     PROMPT_TUNING,
     P_TUNING,
