@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -37,14 +38,22 @@ def token_ids(texts: tuple[str, ...], model: str, vocab_size: int) -> list[list[
     A model without a tokenizer gets random tokens in place of our own texts; for others
     InvalidArgument is raised.
     """
+    tokenizer = _tokenizer(model)
+    read = [] if tokenizer is None else [tokenizer(text)["input_ids"] for text in texts]
+    # transformers makes some models a tokenizer out of nothing, which reads nothing.
+    if found := [ids[:_MAX_TOKENS] for ids in read if ids]:
+        return found
+    if texts is not _PROMPTS:
+        raise InvalidArgument(f"{model} has no tokenizer to read the prompts with")
+    generator = torch.Generator().manual_seed(0)
+    random: list[list[int]] = torch.randint(
+        vocab_size, (len(texts), 16), generator=generator
+    ).tolist()
+    return random
+
+
+def _tokenizer(model: str) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError):
-        if texts is not _PROMPTS:
-            raise InvalidArgument(f"{model} has no tokenizer to read the prompts with") from None
-        generator = torch.Generator().manual_seed(0)
-        random: list[list[int]] = torch.randint(
-            vocab_size, (len(texts), 16), generator=generator
-        ).tolist()
-        return random
-    return [ids for text in texts if (ids := tokenizer(text)["input_ids"][:_MAX_TOKENS])]
+        return None
