@@ -15,6 +15,7 @@ from deltamux.cli import main
 from deltamux.demo.tasks import weights_path
 from deltamux_kernels.sign_delta import pack_signs
 
+PEERS = Path(__file__).parents[1] / "peers" / "adapterhub"
 BASE = str(weights_path() / "base")
 ADAPTER = str(weights_path() / "adapters" / "rot13")
 COMMAND = ["verify", ADAPTER, "--model", BASE, "--device", "cpu"]
@@ -71,3 +72,23 @@ def test_a_missing_library_is_named(
     error = capsys.readouterr().err
     assert error.startswith("deltamux verify: PEFT is not installed")
     assert "deltamux[verify]" in error and len(error.splitlines()) == 1
+
+
+def test_a_library_that_cannot_be_here_is_told_how_to_be_elsewhere(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["verify", str(PEERS / "llama" / "houlsby"), "--model", str(PEERS / "llama")]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("deltamux verify: AdapterHub is not installed")
+    assert "python -m venv adapterhub; adapterhub/bin/pip install torch adapters==1.3.0" in error
+    assert "--reference-python adapterhub/bin/python" in error and len(error.splitlines()) == 1
+
+
+def test_a_python_that_breaks_is_exit_code_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELTAMUX_REFERENCE_PYTHON", "/bin/false")
+    assert main(COMMAND) == 1
+    error = capsys.readouterr().err
+    assert error == "deltamux verify: /bin/false gave no answer: it ended with exit code 1\n"

@@ -1,14 +1,18 @@
-"""AdapterHub's answers from whole models: loaded, scheduled, packed, over pages of the cache."""
+"""AdapterHub's answers from whole models: loaded, scheduled, packed, over pages of the cache.
+
+Those that it gave once are kept. ADAPTERHUB_PYTHON names a Python that has it, to ask it anew.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from deltamux.adapters.parse import parse_adapter
 from deltamux.adapters.rows import Rows
@@ -18,10 +22,18 @@ from deltamux.engine.batch import StepBatch
 from deltamux.engine.encoder_runner import EncoderRunner
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
+from deltamux.extract.samples import sample_texts
+from deltamux.verify.alone import Question, Refused
+from deltamux.verify.interpreter import Interpreter
 from deltamux.verify.path import mixed_logits
+from deltamux.verify.run import verify
 from deltamux.wire.messages import Sampling
 
 GOLDENS = Path(__file__).parent / "adapterhub"
+ADAPTERHUB = Interpreter(os.environ.get("ADAPTERHUB_PYTHON", ""), timeout=120)
+needs_adapterhub = pytest.mark.skipif(
+    not ADAPTERHUB.python, reason="ADAPTERHUB_PYTHON names no Python that has AdapterHub"
+)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +77,47 @@ def test_the_hidden_states_of_an_encoder_are_those_of_adapterhub(tmp_path: Path)
     expected = load_file(GOLDENS / "bert" / "hidden.safetensors")
     for name, states in zip([*names, "base"], hidden.split(len(ids)), strict=True):
         torch.testing.assert_close(states, expected[name][0], atol=1e-4, rtol=0, msg=name)
+
+
+@needs_adapterhub
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [
+        ("llama", "houlsby"),
+        ("llama", "pfeiffer"),
+        ("llama", "parallel"),
+        ("llama", "compacter"),
+        ("llama", "lora"),
+        ("llama", "ia3"),
+        ("gpt2", "houlsby"),
+    ],
+)
+def test_an_adapter_is_verified_by_adapterhub_itself(name: str, adapter: str) -> None:
+    folder, base = GOLDENS / name / adapter, str(GOLDENS / name)
+    found = verify(folder, base, sample_texts(None), "cpu", "float32", ADAPTERHUB)
+    assert found.library.startswith("AdapterHub 1.")
+    assert found.effect > 0.1 and found.within(1e-4)
+
+
+@needs_adapterhub
+def test_adapterhub_passes_over_nothing(tmp_path: Path) -> None:
+    """What it merely logs is refused, and it is never let near a pickle."""
+    shutil.copytree(GOLDENS / "llama" / "houlsby", tmp_path, dirs_exist_ok=True)
+    question = Question(
+        "adapterhub", str(tmp_path), str(GOLDENS / "llama"), [[3, 4]], "cpu", "float32"
+    )
+    weights = tmp_path / "adapter.safetensors"
+    whole = load_file(weights)
+    first = next(iter(whole))
+    save_file({name: tensor for name, tensor in whole.items() if name != first}, weights)
+    with pytest.raises(Refused, match=r"^AdapterHub reports missing_keys in the adapter: "):
+        ADAPTERHUB.ask(question)
+    save_file({**whole, "nothing.of.this.name": whole[first].clone()}, weights)
+    with pytest.raises(Refused, match=r"unexpected_keys in the adapter: nothing\.of\.this\.name"):
+        ADAPTERHUB.ask(question)
+    weights.unlink()
+    with pytest.raises(Refused, match=r"no adapter\.safetensors, which AdapterHub reads"):
+        ADAPTERHUB.ask(question)
 
 
 def encoding_bert(folder: Path) -> Path:

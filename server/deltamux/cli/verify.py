@@ -13,6 +13,7 @@ from deltamux.cli.command import option
 from deltamux.cli.tables import Report, print_facts, print_json, progress_bar
 from deltamux.errors import DeltamuxError
 from deltamux.extract.samples import sample_texts
+from deltamux.verify.interpreter import Interpreter
 from deltamux.verify.run import Verification, verify
 
 PROGRAM = "deltamux verify"
@@ -28,6 +29,11 @@ class Verify(Report):
     tolerance: float = option(1e-4, gt=0, help="largest difference of a logit", metavar="X")
     dtype: str = option("float32", help="to compute in: float32, bfloat16, float16", metavar="TYPE")
     device: str = option("auto", help="cpu, cuda, cuda:N or auto", metavar="DEVICE")
+    reference_python: str | None = option(
+        None, help="the Python that has the adapter's library, where deltamux's own has not: "
+        "AdapterHub's needs an environment of its own", metavar="PYTHON",
+    )  # fmt: skip
+    reference_timeout: float = option(600, gt=0, help="seconds that it may take", metavar="SECONDS")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,7 +42,14 @@ def main(arguments: Sequence[str]) -> int:
     try:
         texts = sample_texts(options.prompts)
         with progress_bar("running both"):
-            found = verify(options.adapter, options.model, texts, options.device, options.dtype)
+            found = verify(
+                options.adapter,
+                options.model,
+                texts,
+                options.device,
+                options.dtype,
+                _elsewhere(options),
+            )
     except DeltamuxError as error:
         print(f"{PROGRAM}: {error.message}", file=sys.stderr)
         return 1
@@ -46,6 +59,12 @@ def main(arguments: Sequence[str]) -> int:
     else:
         _show(found, options.tolerance, agrees)
     return 0 if agrees else 1
+
+
+def _elsewhere(options: Verify) -> Interpreter | None:
+    if options.reference_python is None:
+        return None
+    return Interpreter(options.reference_python, options.reference_timeout)
 
 
 def _show(found: Verification, tolerance: float, agrees: bool) -> None:

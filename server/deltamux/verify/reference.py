@@ -1,85 +1,55 @@
-"""The logits of an adapter by the library that wrote it, on a model that runs it alone."""
+"""What an adapter is held to: the library that wrote it, here or in another Python."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deltamux.adapters.manifest import Library, read_manifest
 from deltamux.errors import FailedPrecondition
 from deltamux.extract.reconstruct import reconstruct
+from deltamux.verify import alone
+from deltamux.verify.alone import Answer, Missing, Question, Refused
+from deltamux.verify.interpreter import Interpreter
+
+_OWN: Library = "deltamux"
+_HOW_TO_INSTALL: dict[Library, str] = {
+    "peft": "PEFT is not installed, and the adapter is compared with it: "
+    "pip install 'deltamux[verify]'",
+    "adapterhub": "AdapterHub is not installed, and the adapter is compared with it; it needs an "
+    "environment of its own: python -m venv adapterhub; adapterhub/bin/pip install torch "
+    "adapters==1.3.0; then pass --reference-python adapterhub/bin/python",
+}
 
 
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """Logits [tokens, V], float32 on the host, of each prompt, without and with the adapter."""
-
-    library: str
-    plain: list[Tensor]
-    adapted: list[Tensor]
-
-
-def reference_logits(
-    adapter: Path,
-    model: str,
-    prompts: Sequence[Sequence[int]],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Reference:
-    """Loads the model anew; raises FailedPrecondition where the library is missing or refuses."""
+def require_library(adapter: Path) -> None:
+    """Raises FailedPrecondition where this Python lacks the library that wrote the adapter."""
     library = read_manifest(adapter).library
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, attn_implementation="eager", trust_remote_code=False
-    )
-    loaded = loaded.to(device).eval()
-    plain = _logits(loaded, prompts)
-    if library == "deltamux":
-        reconstruct(loaded, adapter)
-        return Reference("dense reconstruction", plain, _logits(loaded, prompts))
-    words, adapted = _by_peft(loaded, adapter, library)
-    return Reference(words, plain, _logits(adapted, prompts))
-
-
-def _by_peft(
-    model: PreTrainedModel, adapter: Path, library: Library
-) -> tuple[str, PreTrainedModel]:
-    if library != "peft":
-        raise FailedPrecondition(
-            f"adapters of {library} are not verified: its library does not run beside deltamux's "
-            "version of transformers"
-        )
+    if library == _OWN:
+        return
     try:
-        import peft
-    except ImportError:
-        raise FailedPrecondition(
-            "PEFT is not installed, and the adapter is compared with it: "
-            "pip install 'deltamux[verify]'"
-        ) from None
+        alone.import_library(library)
+    except Missing:
+        raise FailedPrecondition(_HOW_TO_INSTALL[library]) from None
+    except Refused as refused:
+        raise FailedPrecondition(str(refused)) from None
+
+
+def reference(question: Question, elsewhere: Interpreter | None) -> Answer:
+    """Loads the model anew. Raises FailedPrecondition where the library does not answer.
+
+    Without `elsewhere`, in this Python. An own adapter has no library: it is written into the
+    model's weights, densely.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            adapted = peft.PeftModel.from_pretrained(model, adapter).eval()
-    except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FailedPrecondition(f"PEFT cannot load the adapter: {first_line}") from None
-    return f"PEFT {peft.__version__}", adapted
+        if question.library == _OWN:
+            return _reconstructed(question)
+        return alone.answer(question) if elsewhere is None else elsewhere.ask(question)
+    except Refused as refused:
+        raise FailedPrecondition(str(refused)) from None
 
 
-@torch.inference_mode()
-def _logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    device = model.device
-    # PEFT may give logits for virtual tokens too, in front.
-    return [
-        model(input_ids=torch.tensor([prompt], device=device))
-        .logits[0, -len(prompt) :]
-        .float()
-        .cpu()
-        for prompt in prompts
-    ]
+def _reconstructed(question: Question) -> Answer:
+    model = alone.load_model(question)
+    plain = alone.logits(model, question.prompts)
+    reconstruct(model, Path(question.adapter))
+    return Answer("dense reconstruction", plain, alone.logits(model, question.prompts))

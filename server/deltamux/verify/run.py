@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
+from deltamux.adapters.manifest import read_manifest
 from deltamux.adapters.parse import parse_adapter
 from deltamux.base.load import load_base
 from deltamux.extract.samples import token_ids
+from deltamux.verify.alone import Question
+from deltamux.verify.interpreter import Interpreter
 from deltamux.verify.path import mixed_logits
-from deltamux.verify.reference import reference_logits
+from deltamux.verify.reference import reference, require_library
 
 
 @dataclass(frozen=True)
@@ -37,26 +40,40 @@ class Verification:
 
 
 def verify(
-    adapter: Path, model: str, texts: tuple[str, ...], device: str, dtype: str
+    adapter: Path,
+    model: str,
+    texts: tuple[str, ...],
+    device: str,
+    dtype: str,
+    elsewhere: Interpreter | None = None,
 ) -> Verification:
-    """Loads the model twice, one after the other.
+    """Loads the model twice, one after the other; for the library, with `elsewhere` if given.
 
     Raises StartupError for a model, and InvalidArgument or FailedPrecondition for an adapter,
-    that is not served, or for a library that is not installed.
+    that is not served, or for a library that is not to be had.
     """
+    if elsewhere is None:
+        require_library(adapter)
     base = load_base(model, device, dtype)
     parsed = parse_adapter(adapter, adapter.name, base.structure, base.dtype)
     # An activated LoRA sleeps until its invocation.
     invocation = [*parsed.traits.invocation]
     prompts = [ids + invocation for ids in token_ids(texts, model, base.vocab_size)]
-    place, number = base.device, base.dtype
+    question = Question(
+        library=read_manifest(adapter).library,
+        adapter=str(adapter.absolute()),
+        model=model,
+        prompts=prompts,
+        device=str(base.device),
+        dtype=str(base.dtype).removeprefix("torch."),
+    )
     ours = mixed_logits(base, parsed, prompts)
     del base
-    reference = reference_logits(adapter, model, prompts, place, number)
+    theirs = reference(question, elsewhere)
     with_adapter, without = torch.cat(ours[: len(prompts)]), torch.cat(ours[len(prompts) :])
-    adapted, plain = torch.cat(reference.adapted), torch.cat(reference.plain)
+    adapted, plain = torch.cat(theirs.adapted), torch.cat(theirs.plain)
     return Verification(
-        library=reference.library,
+        library=theirs.library,
         prompts=len(prompts),
         tokens=len(adapted),
         largest=float((with_adapter - adapted).abs().max()),

@@ -1,0 +1,90 @@
+"""The reference under another Python: what crosses, and every way in which none comes back."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltamux.demo.tasks import weights_path
+from deltamux.verify import alone
+from deltamux.verify.alone import Question, Refused
+from deltamux.verify.interpreter import Interpreter
+
+QUESTION = Question(
+    "peft",
+    str(weights_path() / "adapters" / "rot13"),
+    str(weights_path() / "base"),
+    [[1, 2, 3], [4, 5, 6, 7, 8]],
+    "cpu",
+    "float32",
+)
+
+
+def program(path: Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_the_answer_is_that_of_the_library_where_there_is_no_deltamux(tmp_path: Path) -> None:
+    bare = (
+        "import runpy, sys; sys.modules['deltamux'] = None; sys.argv = sys.argv[2:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    python = program(tmp_path / "python", f'#!/bin/sh\nexec {sys.executable} -c "{bare}" "$@"\n')
+    theirs, ours = Interpreter(python, 300).ask(QUESTION), alone.answer(QUESTION)
+    assert theirs.library == ours.library
+    for there, here in ((theirs.plain, ours.plain), (theirs.adapted, ours.adapted)):
+        assert [len(rows) for rows in there] == [3, 5]
+        torch.testing.assert_close(there, here)
+    assert (theirs.plain[0] - theirs.adapted[0]).abs().max() > 1
+
+
+def test_a_refusal_crosses_too() -> None:
+    with pytest.raises(Refused, match=r"^\S+ has no package 'adapters'$"):
+        Interpreter(sys.executable, 300).ask(replace(QUESTION, library="adapterhub"))
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        (
+            "echo Traceback >&2; echo \"No module named 'torch'\" >&2; exit 1",
+            "No module named 'torch'",
+        ),
+        ("exit 3", "it ended with exit code 3"),
+        ("kill -SEGV $$", "it was ended by SIGSEGV"),
+        ("exit 0", "is it a Python?"),
+    ],
+)
+def test_a_python_that_breaks_says_how(script: str, why: str, tmp_path: Path) -> None:
+    python = program(tmp_path / "python", f"#!/bin/sh\n{script}\n")
+    with pytest.raises(Refused) as refused:
+        Interpreter(python, 60).ask(QUESTION)
+    assert str(refused.value).startswith(f"{python} gave no answer")
+    assert str(refused.value).endswith(why)
+
+
+def test_a_python_that_cannot_be_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    for path, why in (("plain", "Permission denied"), ("absent", "No such file or directory")):
+        with pytest.raises(Refused, match=f"{path} cannot be run: {why}"):
+            Interpreter(str(tmp_path / path), 60).ask(QUESTION)
+
+
+def test_a_python_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    python = program(
+        tmp_path / "python", f"#!/bin/sh\nsleep 600 &\necho $! > {tmp_path}/started\nwait\n"
+    )
+    with pytest.raises(Refused, match=r"no answer within 0\.5 seconds; --reference-timeout"):
+        Interpreter(python, 0.5).ask(QUESTION)
+    status = Path("/proc", (tmp_path / "started").read_text().strip(), "status")
+    deadline = time.monotonic() + 30
+    while status.exists() and "(zombie)" not in status.read_text():
+        assert time.monotonic() < deadline, "it still runs"
+        time.sleep(0.01)
