@@ -49,6 +49,14 @@ def test_an_own_adapter_is_held_to_its_dense_reconstruction(
     assert "of 1 prompts, with dense reconstruction" in text and "equal within 1e-04" in text
 
 
+def test_a_task_head_is_compared_by_its_logits(capsys: pytest.CaptureFixture[str]) -> None:
+    head = str(weights_path() / "adapters" / "word-count")
+    assert main(["verify", head, "--model", BASE, "--device", "cpu"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["adapter"].startswith("logits differ by") and "moves" not in lines["adapter"]
+    assert "embeddings differ by" in lines["base"] and "greedy" not in lines
+
+
 def test_a_difference_above_the_tolerance_is_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

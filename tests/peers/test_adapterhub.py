@@ -25,7 +25,7 @@ from deltamux.engine.sequence import Scheduled
 from deltamux.extract.samples import sample_texts
 from deltamux.verify.alone import Question, Refused
 from deltamux.verify.interpreter import Interpreter
-from deltamux.verify.path import mixed_logits
+from deltamux.verify.path import mixed_answers
 from deltamux.verify.run import verify
 from deltamux.wire.messages import Sampling
 
@@ -51,7 +51,7 @@ def test_an_adapter_and_the_base_answer_as_in_adapterhub(name: str, adapter: str
     base = load_base(str(GOLDENS / name))
     parsed = parse_adapter(GOLDENS / name / adapter, adapter, base.structure, base.dtype)
     expected = load_file(GOLDENS / name / "logits.safetensors")
-    adapted, plain = mixed_logits(base, parsed, [expected["ids"][0].tolist()])
+    adapted, plain = mixed_answers(base, parsed, [expected["ids"][0].tolist()])
     torch.testing.assert_close(adapted, expected[adapter][0], atol=1e-4, rtol=0)
     torch.testing.assert_close(plain, expected["base"][0], atol=1e-4, rtol=0)
 
@@ -96,7 +96,19 @@ def test_an_adapter_is_verified_by_adapterhub_itself(name: str, adapter: str) ->
     folder, base = GOLDENS / name / adapter, str(GOLDENS / name)
     found = verify(folder, base, sample_texts(None), "cpu", "float32", ADAPTERHUB)
     assert found.library.startswith("AdapterHub 1.")
-    assert found.effect > 0.1 and found.within(1e-4)
+    assert found.effect is not None and found.effect > 0.1 and found.within(1e-4)
+
+
+@needs_adapterhub
+@pytest.mark.parametrize("adapter", ["houlsby", "compacter", "lora"])
+def test_an_adapter_of_an_encoder_is_verified_by_adapterhub_itself(
+    adapter: str, tmp_path: Path
+) -> None:
+    base = str(encoding_bert(tmp_path))
+    folder = GOLDENS / "bert" / adapter
+    found = verify(folder, base, sample_texts(None), "cpu", "float32", ADAPTERHUB)
+    assert found.compared == ("embeddings", "embeddings")
+    assert found.effect is not None and found.effect > 0.01 and found.within(1e-4)
 
 
 @needs_adapterhub
@@ -104,7 +116,16 @@ def test_adapterhub_passes_over_nothing(tmp_path: Path) -> None:
     """What it merely logs is refused, and it is never let near a pickle."""
     shutil.copytree(GOLDENS / "llama" / "houlsby", tmp_path, dirs_exist_ok=True)
     question = Question(
-        "adapterhub", str(tmp_path), str(GOLDENS / "llama"), [[3, 4]], "cpu", "float32"
+        library="adapterhub",
+        adapter=str(tmp_path),
+        model=str(GOLDENS / "llama"),
+        auto_class="AutoModelForCausalLM",
+        config={},
+        device="cpu",
+        dtype="float32",
+        prompts=[[3, 4]],
+        plain="logits",
+        adapted="logits",
     )
     weights = tmp_path / "adapter.safetensors"
     whole = load_file(weights)

@@ -15,7 +15,18 @@ from deltamux.verify.alone import Missing, Question, Refused
 
 BASE = str(weights_path() / "base")
 ROT13 = weights_path() / "adapters" / "rot13"
-QUESTION = Question("peft", str(ROT13), BASE, [[1, 2, 3]], "cpu", "float32")
+QUESTION = Question(
+    library="peft",
+    adapter=str(ROT13),
+    model=BASE,
+    auto_class="AutoModelForCausalLM",
+    config={},
+    device="cpu",
+    dtype="float32",
+    prompts=[[1, 2, 3]],
+    plain="logits",
+    adapted="logits",
+)
 
 
 def test_a_library_that_is_not_installed_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

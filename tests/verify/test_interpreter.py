@@ -16,12 +16,16 @@ from deltamux.verify.alone import Question, Refused
 from deltamux.verify.interpreter import Interpreter
 
 QUESTION = Question(
-    "peft",
-    str(weights_path() / "adapters" / "rot13"),
-    str(weights_path() / "base"),
-    [[1, 2, 3], [4, 5, 6, 7, 8]],
-    "cpu",
-    "float32",
+    library="peft",
+    adapter=str(weights_path() / "adapters" / "rot13"),
+    model=str(weights_path() / "base"),
+    auto_class="AutoModelForCausalLM",
+    config={},
+    device="cpu",
+    dtype="float32",
+    prompts=[[1, 2, 3], [4, 5, 6, 7, 8]],
+    plain="logits",
+    adapted="logits",
 )
 
 
@@ -46,7 +50,7 @@ def test_the_answer_is_that_of_the_library_where_there_is_no_deltamux(tmp_path: 
 
 
 def test_a_refusal_crosses_too() -> None:
-    with pytest.raises(Refused, match=r"^\S+ has no package 'adapters'$"):
+    with pytest.raises(Refused, match=r"^\S+ has no package 'adapters', which the adapter is"):
         Interpreter(sys.executable, 300).ask(replace(QUESTION, library="adapterhub"))
 
 

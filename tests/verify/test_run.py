@@ -1,4 +1,4 @@
-"""The engine's own step with an adapter at embedding, head and layers, against PEFT alone."""
+"""The engine's own steps with one adapter beside the base, against its library alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from safetensors.torch import save_file
 
 from deltamux.demo.tasks import weights_path
+from deltamux.extract.samples import sample_texts
 from deltamux.verify.run import verify
 
 BASE = str(weights_path() / "base")
@@ -27,17 +29,36 @@ PREFIX = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
 
 @pytest.fixture
 def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return trained(tmp_path, BASE, "AutoModelForCausalLM", getattr(request, "param", LORA))
+
+
+def trained(folder: Path, base: str, auto_class: str, config: peft.PeftConfig) -> Path:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(BASE)
-    config = copy.deepcopy(getattr(request, "param", LORA))
+    model = getattr(transformers, auto_class).from_pretrained(base)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(model, config)
+        model = peft.get_peft_model(model, copy.deepcopy(config))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
-        model.save_pretrained(tmp_path)
-    return tmp_path
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("bert")
+    config = transformers.BertConfig(
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=400,
+        initializer_range=0.2,
+    )
+    transformers.BertForPreTraining(config).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.mark.parametrize("adapter", [LORA, ALORA, PROMPT, PREFIX], indirect=True)
@@ -48,3 +69,42 @@ def test_every_row_has_its_adapter_also_behind_virtual_tokens(adapter: Path) -> 
     assert found.effect > 1
     assert found.largest < 1e-4 and found.base_largest < 1e-4
     assert found.within(1e-4) and not found.within(1e-9)
+
+
+@pytest.mark.parametrize(
+    ("base", "auto_class", "task"),
+    [
+        ("llama", "AutoModelForSequenceClassification", "SEQ_CLS"),
+        ("llama", "AutoModelForTokenClassification", "TOKEN_CLS"),
+        ("llama", "AutoModel", "FEATURE_EXTRACTION"),
+        ("bert", "AutoModelForSequenceClassification", "SEQ_CLS"),
+        ("bert", "AutoModelForTokenClassification", "TOKEN_CLS"),
+        ("bert", "AutoModel", "FEATURE_EXTRACTION"),
+        # It does not tell; beside a decoder, it would generate.
+        ("bert", "AutoModelForMaskedLM", None),
+    ],
+)
+def test_scores_and_embeddings_are_compared_where_nothing_is_generated(
+    base: str, auto_class: str, task: str | None, bert: str, tmp_path: Path
+) -> None:
+    model = {"llama": BASE, "bert": bert}[base]
+    targets = {"llama": ["q_proj", "down_proj"], "bert": ["query", "intermediate.dense"]}[base]
+    config = peft.LoraConfig(task_type=task, r=4, target_modules=targets)
+    folder = trained(tmp_path, model, auto_class, config)
+    # An encoder takes no part of a prompt, however long it is.
+    texts = ("good morning\n", "kite " * (45 if base == "llama" else 300))
+    found = verify(folder, model, texts, "cpu", "float32")
+    scored = task in ("SEQ_CLS", "TOKEN_CLS")
+    assert found.compared == ("logits" if scored else "embeddings", "embeddings")
+    assert found.same_choice is None and (found.effect is None) == scored
+    assert scored or found.effect > 0.1
+    assert found.within(1e-4) and not found.within(1e-9)
+
+
+def test_an_own_adapter_of_an_encoder_is_reconstructed(bert: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"deltamux_type": "delta", "version": 1}')
+    name = "bert.encoder.layer.1.attention.self.query.weight.value"
+    save_file({name: torch.randn(32, 32)}, tmp_path / "adapter_model.safetensors")
+    found = verify(tmp_path, bert, sample_texts(None), "cpu", "float32")
+    assert found.compared == ("embeddings", "embeddings")
+    assert found.effect > 0.01 and found.within(1e-4)

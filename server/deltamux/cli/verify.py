@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic_settings import CliPositionalArg
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from deltamux.cli.command import option
 from deltamux.cli.tables import Report, print_facts, print_json, progress_bar
@@ -26,7 +26,9 @@ class Verify(Report):
     adapter: CliPositionalArg[Path] = option(help="the adapter's folder")
     model: str = option(help="the base model, a folder or a hub id", metavar="MODEL")
     prompts: Path | None = option(None, help="these prompts, one a line", metavar="FILE")
-    tolerance: float = option(1e-4, gt=0, help="largest difference of a logit", metavar="X")
+    tolerance: float = option(
+        1e-4, gt=0, help="largest difference of a logit, or in an embedding", metavar="X"
+    )
     dtype: str = option("float32", help="to compute in: float32, bfloat16, float16", metavar="TYPE")
     device: str = option("auto", help="cpu, cuda, cuda:N or auto", metavar="DEVICE")
     reference_python: str | None = option(
@@ -39,6 +41,8 @@ class Verify(Report):
 def main(arguments: Sequence[str]) -> int:
     options = Verify.parse(PROGRAM, arguments)
     disable_progress_bar()
+    # The library fills in the head that a model loaded for it lacks at first.
+    set_verbosity_error()
     try:
         texts = sample_texts(options.prompts)
         with progress_bar("running both"):
@@ -68,13 +72,15 @@ def _elsewhere(options: Verify) -> Interpreter | None:
 
 
 def _show(found: Verification, tolerance: float, agrees: bool) -> None:
+    adapters, bases = found.compared
+    moved = "" if found.effect is None else f", which the adapter moves by up to {found.effect:.2g}"
+    same = "" if found.same_choice is None else f"{found.same_choice:.1%} of the tokens"
     print_facts(
         {
             "compared": f"{found.tokens} tokens of {found.prompts} prompts, with {found.library}",
-            "adapter": f"logits differ by {found.largest:.1e} at most, "
-            f"where the adapter moves them by up to {found.effect:.2g}",
-            "base rows": f"logits differ by {found.base_largest:.1e} at most",
-            "greedy": f"the same next token after {found.same_choice:.1%} of the tokens",
+            "adapter": f"{adapters} differ by {found.largest:.1e} at most{moved}",
+            "base rows": f"{bases} differ by {found.base_largest:.1e} at most",
+            "greedy": same and f"the same next token after {same}",
             "verdict": f"{'equal' if agrees else 'not equal'} within {tolerance:.0e}",
         }
     )

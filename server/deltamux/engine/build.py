@@ -70,7 +70,7 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
         Scheduler(config, limits, blocks, adapters),
         blocks,
         adapters,
-        _runner(base, cache, rows, sites.task_heads),
+        build_runner(base, cache, rows, sites.task_heads),
     )
     return engine, _ready(config, base, limits)
 
@@ -85,9 +85,10 @@ def _max_model_len(config: EngineConfig, base: Base) -> int:
     return length if base.encoder is None else min(length, config.max_num_batched_tokens)
 
 
-def _runner(
+def build_runner(
     base: Base, cache: KVCache, rows: Rows, heads: TaskHeadBank
 ) -> ModelRunner | EncoderRunner:
+    """What drives this base; an encoder leaves `cache` alone."""
     if base.encoder is not None:
         return EncoderRunner(base, rows, cache.block_size, heads)
     return ModelRunner(base, cache, rows, heads)

@@ -16,16 +16,19 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+# What of a prompt is compared: the logits that a head gives, or the mean of the last hidden states.
+Rows = Literal["logits", "embeddings"]
 
 _QUESTION = "question.json"
 _ANSWER = "answer.json"
@@ -48,14 +51,22 @@ class Missing(Refused):
 
 @dataclass(frozen=True)
 class Question:
-    """An adapter's folder and library, the model that it is for, and prompts of token ids."""
+    """An adapter's folder and library, the model that it is for, and prompts of token ids.
+
+    `auto_class` of transformers loads the model, with the settings `config` in place of its own.
+    """
 
     library: str
     adapter: str
     model: str
-    prompts: Sequence[Sequence[int]]
+    auto_class: str
+    config: Mapping[str, int]
     device: str
     dtype: str
+    prompts: Sequence[Sequence[int]]
+    # What is compared without and with the adapter.
+    plain: Rows
+    adapted: Rows
 
     def write(self, folder: Path) -> None:
         (folder / _QUESTION).write_text(json.dumps(asdict(self)))
@@ -67,7 +78,7 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """Logits [tokens, V], float32 on the host, of each prompt, without and with the adapter."""
+    """What was asked for of each prompt, without and with the adapter, as `run` returns it."""
 
     library: str
     plain: list[Tensor]
@@ -95,7 +106,8 @@ def answer(question: Question) -> Answer:
     """Loads model and adapter and runs every prompt. Raises Refused."""
     library = import_library(question.library)
     model = load_model(question)
-    plain = logits(model, question.prompts)
+    body = model.base_model
+    plain = run(model, body, question.prompts, question.plain)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -110,7 +122,7 @@ def answer(question: Question) -> Answer:
         f"{_TITLES[question.library]} {library.__version__} on transformers "
         f"{transformers.__version__}"
     )
-    return Answer(words, plain, logits(adapted, question.prompts))
+    return Answer(words, plain, run(adapted, body, question.prompts, question.adapted))
 
 
 def import_library(name: str) -> ModuleType:
@@ -121,7 +133,9 @@ def import_library(name: str) -> ModuleType:
         library = importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name == package:
-            raise Missing(f"{sys.executable} has no package {package!r}") from None
+            raise Missing(
+                f"{sys.executable} has no package {package!r}, which the adapter is compared with"
+            ) from None
         raise _not_importable(package, error) from None
     except Exception as error:
         raise _not_importable(package, error) from None
@@ -132,11 +146,12 @@ def import_library(name: str) -> ModuleType:
 def load_model(question: Question) -> Any:
     """The transformers model that the adapter is for. Raises Refused."""
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model = getattr(transformers, question.auto_class).from_pretrained(
             question.model,
             dtype=getattr(torch, question.dtype),
             attn_implementation="eager",
             trust_remote_code=False,
+            **question.config,
         )
         return model.to(question.device).eval()
     except Exception as error:
@@ -147,16 +162,25 @@ def load_model(question: Question) -> Any:
 
 
 @torch.inference_mode()
-def logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """[tokens, V], float32 on the host, of each prompt alone."""
-    # PEFT may give logits for virtual tokens too, in front.
-    return [
-        model(input_ids=torch.tensor([prompt], device=model.device))
-        .logits[0, -len(prompt) :]
-        .float()
-        .cpu()
-        for prompt in prompts
-    ]
+def run(model: Any, body: Any, prompts: Sequence[Sequence[int]], wanted: Rows) -> list[Tensor]:
+    """Of each prompt alone, float32 on the host.
+
+    Logits [tokens, V] or [tokens, labels], those of a head for sequences [1, labels]; embeddings
+    [1, width], of what the `body` of the model, without its head, gives last.
+    """
+    hidden: list[Tensor] = []
+    hook = body.register_forward_hook(lambda module, args, output: hidden.append(output[0]))
+    found: list[Tensor] = []
+    for prompt in prompts:
+        hidden.clear()
+        output = model(input_ids=torch.tensor([prompt], device=model.device))
+        rows = output.logits if wanted == "logits" else hidden[0]
+        # Virtual tokens may have rows too, in front.
+        rows = rows[0, -len(prompt) :] if rows.ndim == 3 else rows
+        rows = rows if wanted == "logits" else rows.float().mean(0, keepdim=True)
+        found.append(rows.float().cpu())
+    hook.remove()
+    return found
 
 
 def _by_peft(peft: Any, model: Any, adapter: str) -> Any:

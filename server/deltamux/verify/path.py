@@ -17,6 +17,7 @@ from deltamux.base.load import Base
 from deltamux.config import EngineConfig
 from deltamux.engine.block_allocator import BlockAllocator
 from deltamux.engine.block_manager import BlockManager
+from deltamux.engine.build import build_runner
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.limits import Limits
 from deltamux.engine.prefix_pages import PrefixPages
@@ -26,25 +27,34 @@ from deltamux.engine.scheduler import Scheduler
 from deltamux.engine.sequence import Scheduled
 from deltamux.engine.sequence import Sequence as Request
 from deltamux.errors import FailedPrecondition
-from deltamux.wire.messages import Sampling
+from deltamux.wire.messages import Classify, Embed, Pooled, Sampling
 
 _BLOCK_SIZE = 16
 # Prompts that are longer together are computed in chunks.
 _STEP_TOKENS = 256
 
 
-def mixed_logits(base: Base, adapter: Adapter, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """[tokens, V], float32 on the host, of each prompt with the adapter, then of each without.
+def generates(base: Base, adapter: Adapter) -> bool:
+    """Whether requests of the adapter are for text, and not for scores or an embedding."""
+    return base.encoder is None and adapter.task == "generation"
 
-    All of them share the steps. Takes over the base. Raises FailedPrecondition for an adapter that
-    does not generate, InvalidArgument for a prompt that is too long.
+
+def mixed_answers(base: Base, adapter: Adapter, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """What comes of each prompt with the adapter, then of each without, float32 on the host.
+
+    Logits [tokens, V] where the adapter generates. Otherwise embeddings [1, width], and with an
+    adapter that has a task head, its logits [1, labels] or [tokens, labels].
+    All of them share the steps. Takes over the base. Raises InvalidArgument for a prompt that is
+    too long.
     """
-    if adapter.task != "generation":
-        raise FailedPrecondition(f"only generation is verified; this adapter's is {adapter.task}")
     requests = [
         _request(number, prompt, adapter.digest if number < len(prompts) else "")
         for number, prompt in enumerate([*prompts, *prompts])
     ]
+    if not generates(base, adapter):
+        for request in requests:
+            scored = request.adapter and adapter.head is not None
+            request.pooling = Classify() if scored else Embed("mean", normalize=False)
     return _Path(base, adapter, requests).run()
 
 
@@ -59,19 +69,27 @@ class _Path:
         places = [self._traits.virtual.tokens + request.num_prompt for request in requests]
         # The scheduler keeps one in reserve for each sequence that runs.
         num_blocks = sum(-(-count // _BLOCK_SIZE) + 1 for count in places) + 1
-        cache = KVCache(base.layers, num_blocks, _BLOCK_SIZE, base.dtype, base.device)
-        self._runner = ModelRunner(base, cache, rows)
+        layers = base.layers if base.encoder is None else ()
+        cache = KVCache(layers, num_blocks, _BLOCK_SIZE, base.dtype, base.device)
+        self._runner = build_runner(base, cache, rows, sites.task_heads)
         prefixes = PrefixPages(sites.prefixes, cache)
         self._blocks = BlockManager(BlockAllocator(num_blocks), _BLOCK_SIZE, prefixes)
+        # An encoder reads a prompt in one step.
+        step_tokens = _STEP_TOKENS if base.encoder is None else max(_STEP_TOKENS, *places)
         self._scheduler = Scheduler(
-            EngineConfig("", max_num_seqs=len(requests), max_num_batched_tokens=_STEP_TOKENS),
-            Limits(base.vocab_size, base.max_model_len, num_blocks * _BLOCK_SIZE),
+            EngineConfig("", max_num_seqs=len(requests), max_num_batched_tokens=step_tokens),
+            Limits(
+                base.vocab_size,
+                base.max_model_len,
+                num_blocks * _BLOCK_SIZE,
+                generates=base.encoder is None,
+            ),
             self._blocks,
             self,
         )
 
     def run(self) -> list[Tensor]:
-        """Logits of each request's own tokens, in the order of the requests."""
+        """What comes of each request, in their order."""
         found: list[list[Tensor]] = [[] for _ in self._requests]
         for request in self._requests:
             self._scheduler.add(request)
@@ -82,21 +100,22 @@ class _Path:
         return [torch.stack(rows) for rows in found]
 
     def _step(self, scheduled: Sequence[Scheduled], found: list[list[Tensor]]) -> None:
-        batch = self._runner.batch(scheduled)
-        # Not the last row of a prompt alone reaches the head here, but every one.
-        batch = replace(batch, sampled_segments=batch.token_segments)
-        count = batch.input_ids.shape[1]
-        logits = self._runner.forward(batch, torch.arange(count, device=batch.input_ids.device))
-        # The order of the rows is the runner's own; their places in the cache tell them apart.
-        row_at = dict(zip(batch.slot_mapping.tolist(), logits.cpu(), strict=True))
+        if isinstance(self._runner, ModelRunner) and scheduled[0].sequence.pooling is None:
+            _read_logits(self._runner, scheduled, found)
+        else:
+            self._read_pooled(scheduled, found)
         for item in scheduled:
-            request, first = item.sequence, item.sequence.num_computed
-            for place in range(max(first, request.virtual.tokens), first + item.num_tokens):
-                block, offset = divmod(place, _BLOCK_SIZE)
-                found[request.index].append(row_at[request.blocks[block] * _BLOCK_SIZE + offset])
-            self._blocks.complete(request, item.num_tokens)
-            if not request.num_uncomputed:
-                self._scheduler.finish(request)
+            self._blocks.complete(item.sequence, item.num_tokens)
+            if not item.sequence.num_uncomputed:
+                self._scheduler.finish(item.sequence)
+
+    def _read_pooled(self, scheduled: Sequence[Scheduled], found: list[list[Tensor]]) -> None:
+        yielding = [item.sequence for item in scheduled if item.yields]
+        for request, outcome in zip(yielding, self._runner.run(scheduled), strict=True):
+            if not isinstance(outcome, Pooled):
+                raise FailedPrecondition("what the adapter computes is not finite")
+            numbers = torch.frombuffer(bytearray(outcome.numbers), dtype=torch.float32)
+            found[request.index] += numbers.view(-1, len(outcome.labels) or len(numbers))
 
     def acquire(self, digest: str, path: str, call: Call) -> int | None:
         return 0
@@ -109,6 +128,23 @@ class _Path:
 
     def blocked(self, digest: str) -> bool:
         return False
+
+
+def _read_logits(
+    runner: ModelRunner, scheduled: Sequence[Scheduled], found: list[list[Tensor]]
+) -> None:
+    batch = runner.batch(scheduled)
+    # Not the last row of a prompt alone reaches the head here, but every one.
+    batch = replace(batch, sampled_segments=batch.token_segments)
+    count = batch.input_ids.shape[1]
+    logits = runner.forward(batch, torch.arange(count, device=batch.input_ids.device))
+    # The order of the rows is the runner's own; their places in the cache tell them apart.
+    row_at = dict(zip(batch.slot_mapping.tolist(), logits.cpu(), strict=True))
+    for item in scheduled:
+        request, first = item.sequence, item.sequence.num_computed
+        for place in range(max(first, request.virtual.tokens), first + item.num_tokens):
+            block, offset = divmod(place, _BLOCK_SIZE)
+            found[request.index].append(row_at[request.blocks[block] * _BLOCK_SIZE + offset])
 
 
 def _sites(base: Base, rows: Rows, adapter: Adapter) -> DeviceSites:

@@ -50,6 +50,8 @@ def reference(question: Question, elsewhere: Interpreter | None) -> Answer:
 
 def _reconstructed(question: Question) -> Answer:
     model = alone.load_model(question)
-    plain = alone.logits(model, question.prompts)
+    body = model.base_model
+    plain = alone.run(model, body, question.prompts, question.plain)
     reconstruct(model, Path(question.adapter))
-    return Answer("dense reconstruction", plain, alone.logits(model, question.prompts))
+    adapted = alone.run(model, body, question.prompts, question.adapted)
+    return Answer("dense reconstruction", plain, adapted)
