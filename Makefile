@@ -28,12 +28,12 @@ serve: install  ## serve MODEL=path-or-hub-id (ARGS='--adapter name=path ...')
 test: install  ## run the tests
 	$(BIN)/python -m pytest
 
-check: install  ## lint, types, import floors, protos, layout
+check: install  ## lint, types, import floors, protos, layout, counts of a step
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/test_protos.py tests/test_layout.py
+	$(BIN)/python -m pytest tests/test_protos.py tests/test_layout.py tests/counts
 
 bench: install  ## load a running server (ARGS='--target host:port ...')
 	$(BIN)/deltamux bench $(ARGS)

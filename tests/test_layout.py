@@ -19,7 +19,7 @@ MAX_FUNCTION_LINES = 60
 # Names that say nothing of what is inside.
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base_classes"}
 # Folders of tests that mirror no folder of the source.
-ACROSS = {"end_to_end", "peers", "kernels"}
+ACROSS = {"end_to_end", "peers", "kernels", "counts"}
 
 
 def name(path: Path) -> str:

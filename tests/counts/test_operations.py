@@ -1,0 +1,129 @@
+"""How many operations of torch a decode step is, and how much memory it takes anew.
+
+A limit that fails is a question. If the step should cost more, say in the commit what it buys,
+with a measurement, and write the new number here with where it comes from; if it costs less,
+lower the number, so that the gain is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from deltamux.adapters.rows import Rows
+from deltamux.base.load import Base, adopt
+from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.rehearsal import trial_sequence
+from deltamux.engine.runner import ModelRunner
+from deltamux.engine.sequence import Scheduled
+from deltamux.wire.messages import Sampling
+
+LAYERS, BLOCK_SIZE, MAX_ADAPTERS = 2, 16, 16
+# Products of an adapter in a layer. q, k and v read one input, gate and up another: one A for each.
+A_PRODUCTS, B_PRODUCTS = 4, 7
+
+# The batch makes tensors of seven arrays, two of them with a dimension more. The sampler tests
+# that logits are finite (2), lends them to NumPy (6), and stacks what comes back (2).
+OUTSIDE_THE_MODEL = 19
+# Once, in the first layer: which blocks each sequence sees, how far, and a mask of it.
+ATTENTION_PLAN = 37
+# In every layer: new keys and values to their places, pages gathered, attention over them.
+ATTENTION = 29
+
+# A product with A flattens and splits the input and multiplies. One with B flattens and splits the
+# output and multiplies; five of a layer's seven take their columns of a product that they share.
+ONE_ADAPTER = LAYERS * (A_PRODUCTS * 3 + B_PRODUCTS * 3 + 5)
+# Many adapters may cost more operations than one, but each of them none.
+MANY_ADAPTERS = 2 * ONE_ADAPTER
+# The result of each product with A; those with B are added in place.
+ONE_ADAPTER_ALLOCATES = LAYERS * A_PRODUCTS
+# With many adapters, a second tensor for each product.
+MANY_ADAPTERS_ALLOCATE = LAYERS * 2 * (A_PRODUCTS + B_PRODUCTS)
+
+ADVICE = "what the limits mean, and when to change one, is said at the top of this file"
+
+
+@pytest.fixture
+def bare(model: LlamaForCausalLM) -> tuple[Base, ModelRunner]:
+    """The same base in a runner of its own, into which no site was ever put."""
+
+    base = adopt(copy.deepcopy(model))
+    cache = KVCache(base.layers, MAX_ADAPTERS + 1, BLOCK_SIZE, base.dtype, base.device)
+    return base, ModelRunner(base, cache, Rows(base.device))
+
+
+def decoding(count: int) -> list[Scheduled]:
+    """As `engine.decode` leaves them: four tokens of the prompt, two generated ones."""
+    sequences = [trial_sequence(i, [5] * 6, [1 + i], Sampling()) for i in range(count)]
+    for sequence in sequences:
+        sequence.num_computed = 5
+    return [Scheduled(sequence, 1) for sequence in sequences]
+
+
+def difference(more: list[str], less: list[str]) -> dict[str, int]:
+    counts = Counter(more)
+    counts.subtract(less)
+    return {operation: count for operation, count in counts.items() if count}
+
+
+@pytest.mark.parametrize("count", [1, 5, MAX_ADAPTERS])
+def test_a_step_of_the_base_is_the_base_alone(engine, bare, recorder, count) -> None:
+    """All sites are there and all slots full, and none of it costs an operation."""
+    engine.decode([None] * count)
+    step = engine.step()
+    with recorder() as alone:
+        bare[1].run(decoding(count))
+    assert step.operations == alone.operations, difference(step.operations, alone.operations)
+    assert step.allocations == alone.allocations
+
+
+def test_what_a_step_does_beside_the_model(bare, recorder) -> None:
+    base, runner = bare
+    with recorder() as step:
+        runner.run(decoding(3))
+    batch = runner.batch(decoding(3))
+    with recorder() as forward:
+        runner.forward(batch, batch.sampled_rows)
+    base.set_attention(lambda module, query, *_, **__: (query.transpose(1, 2), None))
+    with recorder() as model:
+        runner.forward(batch, batch.sampled_rows)
+    outside = difference(step.operations, forward.operations)
+    attention = difference(forward.operations, model.operations)
+    assert sum(outside.values()) <= OUTSIDE_THE_MODEL, (outside, ADVICE)
+    assert sum(attention.values()) <= ATTENTION_PLAN + LAYERS * ATTENTION, (attention, ADVICE)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "operations", "allocations"),
+    [
+        ([0], ONE_ADAPTER, ONE_ADAPTER_ALLOCATES),
+        ([0] * MAX_ADAPTERS, ONE_ADAPTER, ONE_ADAPTER_ALLOCATES),
+        ([0, None], ONE_ADAPTER, ONE_ADAPTER_ALLOCATES),
+        (range(8), MANY_ADAPTERS, MANY_ADAPTERS_ALLOCATE),
+        (range(MAX_ADAPTERS), MANY_ADAPTERS, MANY_ADAPTERS_ALLOCATE),
+        ([*range(15), None], MANY_ADAPTERS, MANY_ADAPTERS_ALLOCATE),
+    ],
+    ids=["one", "one in all rows", "one beside the base", "8", "16", "15 beside the base"],
+)
+def test_what_adapters_add_to_a_step(engine, adapters, operations, allocations) -> None:
+    engine.decode([None] * len(adapters))
+    base = engine.step()
+    engine.decode(adapters)
+    step = engine.step()
+    added = difference(step.operations, base.operations)
+    assert added, "adapters act"
+    assert sum(added.values()) <= operations, (added, ADVICE)
+    assert step.allocations - base.allocations <= allocations, ADVICE
+
+
+def test_sixteen_adapters_are_as_many_operations_as_eight(engine) -> None:
+    steps = []
+    for count in (8, MAX_ADAPTERS):
+        engine.decode(range(count))
+        steps.append(engine.step())
+    eight, sixteen = steps
+    assert sixteen.operations == eight.operations, difference(sixteen.operations, eight.operations)
+    assert sixteen.allocations == eight.allocations
