@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from deltamux.adapters.hub_cache import stored_path
 from deltamux.errors import FailedPrecondition, InvalidArgument
 
 CONFIG = "adapter_config.json"
@@ -82,9 +83,13 @@ def _missing_weights(folder: Path) -> InvalidArgument:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Never follows a link and never waits on a FIFO. Raises FileNotFoundError, InvalidArgument."""
+    """Follows no link but a Hub snapshot's to its own blob, and never waits on a FIFO.
+
+    Raises FileNotFoundError, InvalidArgument.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(stored_path(path), flags)
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -17,6 +17,7 @@ from deltamux.adapters.files import (
     open_weights,
     weights_path,
 )
+from deltamux.adapters.hub_cache import stored_path
 
 _OPENERS: dict[str, Callable[[Path], BinaryIO]] = {CONFIG: open_config, WEIGHTS: open_weights}
 
@@ -71,7 +72,7 @@ def content_digest(folder: Path) -> str:
 def fingerprint(folder: Path) -> Fingerprint:
     """What changes when a file is written or replaced; costs no reading. Raises OSError."""
     paths = [weights_path(folder) if name == WEIGHTS else folder / name for name in openers(folder)]
-    return tuple(_fingerprint(os.lstat(path)) for path in paths)
+    return tuple(_fingerprint(os.lstat(stored_path(path))) for path in paths)
 
 
 def _fingerprint(status: os.stat_result) -> tuple[int, ...]:
