@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import Any
+
 import msgspec
+import structlog
 import zmq
 import zmq.asyncio
 
-from deltamux.wire.messages import FromEngine, Inbound, Outbound, ToEngine
+from deltamux.errors import Internal
+from deltamux.wire.messages import (
+    AdapterFailed,
+    FromEngine,
+    Inbound,
+    Outbound,
+    RequestFailed,
+    ToEngine,
+)
+
+_log = structlog.get_logger(__name__)
+
+# What bytes that are no message may raise.
+_NO_MESSAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class FrontendEnd:
@@ -58,13 +75,19 @@ class EngineEnd:
         self._poller.poll(None if timeout is None else int(timeout * 1000))
 
     def receive(self) -> list[ToEngine]:
-        """All messages that have arrived, without blocking."""
+        """All messages that have arrived, without blocking.
+
+        What cannot be understood is logged and dropped; whoever it would have served is told.
+        """
         messages: list[ToEngine] = []
-        while True:
-            try:
-                messages.append(self._decoder.decode(self._socket.recv(zmq.NOBLOCK)))
-            except zmq.Again:
-                return messages
+        with suppress(zmq.Again):
+            while True:
+                received = self._socket.recv(zmq.NOBLOCK)
+                try:
+                    messages.append(self._decoder.decode(received))
+                except _NO_MESSAGE as error:
+                    self._refuse(received, error)
+        return messages
 
     def send(self, message: FromEngine) -> None:
         self._socket.send(self._encoder.encode(message))
@@ -72,3 +95,15 @@ class EngineEnd:
     def close(self) -> None:
         self._socket.close()
         self._context.term()
+
+    def _refuse(self, received: bytes, error: Exception) -> None:
+        _log.error("a message was not understood", bytes=len(received), error=str(error))
+        fields: dict[str, Any] = {}
+        with suppress(*_NO_MESSAGE):
+            fields = msgspec.msgpack.decode(received, type=dict[str, Any])
+        failure = Internal("the engine did not understand the order", reason="NOT_UNDERSTOOD")
+        words = (failure.code, failure.reason, failure.message)
+        if isinstance(request_id := fields.get("request_id"), str):
+            self.send(RequestFailed(request_id, *words))
+        elif isinstance(digest := fields.get("digest"), str):
+            self.send(AdapterFailed(digest, *words))
