@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from deltamux.client import Client, ClientError, generate_request
 from deltamux.demo.server import Server
 from deltamux.demo.tasks import TASKS, prompt, unseen_inputs, weights_path
+from deltamux.launch.private_folder import sweep
 from deltamux.v1.inference_pb2 import GenerateRequest, GenerateResponse
 
 # Long enough for a slow machine; no test waits for it when all is well.
@@ -116,7 +117,9 @@ def ask(client: Client, adapter: str, text: str) -> str:
     return client.generate(generate_request(prompt(text), adapter=adapter)).text
 
 
-def test_engine_that_dies_is_replaced_and_a_parent_that_dies_takes_it_along(arguments, environment):
+def test_engine_that_dies_is_replaced_and_a_parent_that_dies_takes_it_along(
+    arguments, environment, tmp_path
+):
     serving, not_serving = (
         health_pb2.HealthCheckResponse.SERVING,
         health_pb2.HealthCheckResponse.NOT_SERVING,
@@ -152,8 +155,13 @@ def test_engine_that_dies_is_replaced_and_a_parent_that_dies_takes_it_along(argu
         restarts = server.metrics()["deltamux_engine_restarts"].samples[0].value
         assert restarts == 1
 
+        (sockets,) = (tmp_path / "tmp").iterdir()
+        sweep(sockets.parent)
+        assert sockets.exists(), "a server that runs keeps its folder"
         server.process.kill()
         assert eventually(lambda: not alive(second_engine))
+    sweep(sockets.parent)
+    assert not sockets.exists()
 
 
 def test_sigterm_lets_running_calls_end(arguments, environment, tmp_path):

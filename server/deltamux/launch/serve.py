@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import tempfile
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -19,6 +17,7 @@ from deltamux.frontend.engine_client import EngineClient
 from deltamux.frontend.server import Servers, build_servers
 from deltamux.frontend.tokenizer import Tokenizer
 from deltamux.launch.adapter_store import AdapterStore
+from deltamux.launch.private_folder import PrivateFolder
 from deltamux.launch.supervisor import Supervisor
 from deltamux.metrics import Exporter, Metrics
 
@@ -51,9 +50,9 @@ class _Server:
         self._metrics = Metrics(frontend.model)
         self._engine = EngineClient(frontend.max_waiting_requests, self._metrics)
         self._store = AdapterStore(store, self._engine, self._metrics)
-        self._folder = tempfile.TemporaryDirectory(prefix="deltamux-")
+        self._folder = PrivateFolder()
         self._supervisor = Supervisor(
-            engine, Path(self._folder.name), self._engine, self._engine_lost, self._engine_back
+            engine, self._folder.path, self._engine, self._engine_lost, self._engine_back
         )
         self._servers: Servers | None = None
         self._exporter: Exporter | None = None
@@ -160,7 +159,7 @@ class _Server:
         # 6. The engine goes, and the private folder with its sockets.
         await self._store.close()
         await self._supervisor.stop()
-        self._folder.cleanup()
+        self._folder.remove()
 
     async def _until_asked_to_stop(
         self, work: Coroutine[Any, Any, None] | asyncio.Future[None]
