@@ -99,6 +99,12 @@ def tokenizer(model_folder: Path) -> Tokenizer:
     return Tokenizer.load(str(model_folder))
 
 
+@pytest.fixture
+def ids(reference: PreTrainedTokenizerFast) -> Callable[[str], list[int]]:
+    """Text to token ids, by transformers."""
+    return lambda text: reference.encode(text, add_special_tokens=False)
+
+
 class ScriptedEngine:
     """Speaks the engine's side of the socket, word for word as the test says."""
 

@@ -25,6 +25,7 @@ from deltamux.base.task_heads import TaskHeads
 from deltamux.errors import from_code
 from deltamux.store.catalog import Catalog
 from deltamux.store.disk import DiskStore
+from deltamux.store.lease import Lease
 from deltamux.store.loader import Loader
 from deltamux.store.slots import AdapterCache
 from deltamux.wire.messages import (
@@ -187,6 +188,17 @@ class Store:
     disk: DiskStore
     engine: LocalEngine
     device: Device
+
+    async def served(self, lease: Lease) -> torch.Tensor:
+        """What the leased adapter adds, computed on the device as a request would."""
+        cache = self.engine.cache
+        async with asyncio.timeout(10):
+            while (slot := cache.acquire(lease.version, lease.path)) is None:
+                await asyncio.sleep(0)
+                self.engine.poll()
+        delta = self.device.delta(slot)
+        cache.release(lease.version)
+        return delta
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(10):
