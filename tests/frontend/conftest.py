@@ -210,6 +210,7 @@ class Refusal:
     reason: str
     fields: tuple[str, ...]
     retry_after: float | None
+    quotas: tuple[str, ...]
 
     @classmethod
     def of(cls, error: grpc.RpcError) -> Refusal:
@@ -218,6 +219,7 @@ class Refusal:
         info = _detail(status, error_details_pb2.ErrorInfo)
         retry = _detail(status, error_details_pb2.RetryInfo)
         bad = _detail(status, error_details_pb2.BadRequest)
+        quota = _detail(status, error_details_pb2.QuotaFailure)
         assert info is not None and info.domain == "deltamux"
         return cls(
             error.code().name,
@@ -225,6 +227,7 @@ class Refusal:
             info.reason,
             tuple(violation.field for violation in bad.field_violations) if bad else (),
             retry.retry_delay.ToTimedelta().total_seconds() if retry else None,
+            tuple(violation.subject for violation in quota.violations) if quota else (),
         )
 
 

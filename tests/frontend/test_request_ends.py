@@ -159,7 +159,7 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back(harness, refusal)
     submits = [await harness.engine.receive(Submit) for _ in calls]
     got = await refusal(harness.collect(request_of()))
     assert (got.code, got.reason) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
-    assert got.retry_after > 0
+    assert got.retry_after > 0 and got.quotas == ("max-waiting-requests",)
     # One that has begun waits no longer.
     harness.engine.say(submits[0], [5], first=BASE)
     await calls[submits[0].request_id.partition("#")[0]].read()

@@ -209,7 +209,9 @@ class Engine:
 
     def _fail(self, request_id: str, error: DeltamuxError) -> None:
         self._scheduler.cancel(request_id)
-        self._link.send(RequestFailed(request_id, error.code, error.reason, error.message))
+        self._link.send(
+            RequestFailed(request_id, error.code, error.reason, error.message, error.retry_after)
+        )
 
     def _patience(self) -> float | None:
         """Seconds to wait for news: none while there is work, else until the next deadline."""

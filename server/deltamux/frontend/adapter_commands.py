@@ -37,8 +37,8 @@ class AdapterCommands:
         match await self._ask(command):
             case AdapterLoaded(info=info):
                 return info
-            case AdapterFailed(code=code, reason=reason, message=message):
-                raise from_code(code, reason, message)
+            case AdapterFailed() as failed:
+                raise from_code(failed.code, failed.reason, failed.message, failed.retry_after)
             case AdapterDropped():
                 raise Internal("the engine answered a load with a drop")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import random
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -26,6 +25,7 @@ from deltamux.errors import (
 )
 from deltamux.frontend.adapter_commands import AdapterCommands
 from deltamux.frontend.request_stream import RequestStream
+from deltamux.frontend.retry import RetryDelays
 from deltamux.metrics import Metrics
 from deltamux.wire.channel import FrontendEnd
 from deltamux.wire.messages import (
@@ -49,10 +49,6 @@ from deltamux.wire.messages import (
 
 log = structlog.get_logger("deltamux.frontend")
 
-# Seconds after which a refused client may try again.
-RETRY_WHEN_FULL = 1.0
-RETRY_WHEN_NOT_READY = 2.0
-
 
 class EngineClient:
     """Outlives the engine processes: `attach` for each new one, `fail_all` when one has died."""
@@ -65,6 +61,7 @@ class EngineClient:
         self._max_waiting = max_waiting_requests
         self._metrics = metrics
         self._draining = False
+        self._retry = RetryDelays()
         # By the engine's name and by the client's.
         self._streams: dict[str, RequestStream] = {}
         self._by_id: dict[str, RequestStream] = {}
@@ -82,6 +79,7 @@ class EngineClient:
     def attach(self, end: FrontendEnd) -> None:
         """Talks to the engine at the other end of `end`, and owns `end` from now on."""
         loop = asyncio.get_running_loop()
+        self._retry.starting()
         self._end, self._outbox, self._ready = end, asyncio.Queue(), loop.create_future()
         self._tasks = (
             loop.create_task(self._read(end)),
@@ -101,6 +99,7 @@ class EngineClient:
     def fail_all(self, error: DeltamuxError) -> None:
         """The engine is gone: every running call ends with `error`, new ones are UNAVAILABLE."""
         self.info = self.stats = None
+        self._retry.starting()
         for task in self._tasks:
             task.remove_done_callback(self._on_task_done)
             task.cancel()
@@ -143,7 +142,7 @@ class EngineClient:
             raise ResourceExhausted(
                 f"{self._max_waiting} requests wait already",
                 reason="QUEUE_FULL",
-                retry_after=_jittered(RETRY_WHEN_FULL),
+                retry_after=self._retry.when_full(self.waiting),
             )
         # A request that comes back under an id just cancelled must not get the old one's tokens.
         stream = RequestStream(
@@ -159,10 +158,10 @@ class EngineClient:
             raise Unavailable(
                 "the server is shutting down",
                 reason="DRAINING",
-                retry_after=_jittered(RETRY_WHEN_NOT_READY),
+                retry_after=self._retry.when_draining(),
             )
         if self.info is None:
-            raise _not_ready()
+            raise self._not_ready()
         return self.info
 
     @property
@@ -197,8 +196,15 @@ class EngineClient:
 
     def _command(self, message: ToEngine) -> None:
         if self.info is None:
-            raise _not_ready()
+            raise self._not_ready()
         self.send(message)
+
+    def _not_ready(self) -> Unavailable:
+        return Unavailable(
+            "the engine is starting",
+            reason="ENGINE_NOT_READY",
+            retry_after=self._retry.when_starting(),
+        )
 
     # -- the tasks --------------------------------------------------------------------------
 
@@ -211,11 +217,15 @@ class EngineClient:
             case StepDone(progress=progress, stats=stats):
                 self.stats = stats
                 self._metrics.step(stats)
+                if stats.step_rows:
+                    self._retry.stepped(stats.step_seconds)
                 self._fan_out(progress)
             case RequestFailed(request_id=key):
                 if stream := self._streams.get(key):
                     stream.failed_in_engine(
-                        from_code(message.code, message.reason, message.message)
+                        from_code(
+                            message.code, message.reason, message.message, message.retry_after
+                        )
                     )
             case AdapterMoved():
                 self._metrics.adapter_moved(message)
@@ -239,6 +249,7 @@ class EngineClient:
         outcome: Ready | StartupError
         if isinstance(message, Ready):
             self.info = outcome = message
+            self._retry.started()
         else:
             outcome = StartupError(message.message)
         if not self._ready.done():
@@ -254,15 +265,3 @@ class EngineClient:
 async def _write(end: FrontendEnd, outbox: asyncio.Queue[ToEngine]) -> None:
     while True:
         await end.send(await outbox.get())
-
-
-def _not_ready() -> Unavailable:
-    return Unavailable(
-        "the engine is starting",
-        reason="ENGINE_NOT_READY",
-        retry_after=_jittered(RETRY_WHEN_NOT_READY),
-    )
-
-
-def _jittered(seconds: float) -> float:
-    return seconds * random.uniform(0.8, 1.2)

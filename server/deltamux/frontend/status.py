@@ -13,9 +13,16 @@ DOMAIN = "deltamux"
 # Status and details travel in trailers, whose limit is 8 KiB for all of them together.
 MAX_MESSAGE = 1000
 
+# Limits that the operator sets and a call may meet: the flag, by the reason of the error.
+QUOTAS = {
+    "QUEUE_FULL": "max-waiting-requests",
+    "HOST_MEMORY_FULL": "adapter-host-bytes",
+    "ADAPTER_TOO_LARGE": "max-adapter-bytes",
+}
+
 
 def rich_status(error: DeltamuxError) -> grpc.Status:
-    """Code and message, with ErrorInfo always, RetryInfo and BadRequest where they apply."""
+    """Code, message, ErrorInfo; RetryInfo, QuotaFailure and BadRequest where they apply."""
     message = error.message[:MAX_MESSAGE]
     status = status_pb2.Status(
         code=grpc.StatusCode[error.code].value[0],
@@ -33,6 +40,9 @@ def _details(error: DeltamuxError, message: str) -> list[object]:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if quota := QUOTAS.get(error.reason):
+        exceeded = error_details_pb2.QuotaFailure.Violation(subject=quota, description=message)
+        details.append(error_details_pb2.QuotaFailure(violations=[exceeded]))
     if error.field is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=error.field, description=message

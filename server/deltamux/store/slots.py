@@ -245,4 +245,4 @@ class AdapterCache:
 
 
 def _failed(digest: str, error: DeltamuxError) -> AdapterFailed:
-    return AdapterFailed(digest, error.code, error.reason, error.message)
+    return AdapterFailed(digest, error.code, error.reason, error.message, error.retry_after)

@@ -185,6 +185,8 @@ class RequestFailed(FromEngine, frozen=True, tag=True):
     code: str
     reason: str
     message: str
+    # Seconds; None where waiting does not help.
+    retry_after: float | None = None
 
 
 class Stats(msgspec.Struct, frozen=True):
@@ -246,6 +248,8 @@ class AdapterFailed(FromEngine, frozen=True, tag=True):
     code: str
     reason: str
     message: str
+    # Seconds; None where waiting does not help.
+    retry_after: float | None = None
 
 
 class AdapterDropped(FromEngine, frozen=True, tag=True):
