@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltamux.config import EngineConfig
+from deltamux.demo.tasks import weights_path
 from deltamux.engine.build import build_engine
 from deltamux.launch.engine_process import EngineProcess
 from deltamux.store.content import content_digest
@@ -168,6 +171,16 @@ def _with_peft(base: LlamaForCausalLM, lora: peft.LoraConfig, name: str) -> peft
         # PEFT asks transformers for an attribute by its old name.
         warnings.simplefilter("ignore", FutureWarning)
         return peft.get_peft_model(base, lora, adapter_name=name)
+
+
+@pytest.fixture(scope="session")
+def endless_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's base, told that it may go on for longer: requests that last until stopped."""
+    folder = tmp_path_factory.mktemp("model") / "base"
+    shutil.copytree(weights_path() / "base", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 65536}))
+    return folder
 
 
 @pytest.fixture(scope="session")

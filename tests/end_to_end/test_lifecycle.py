@@ -1,9 +1,7 @@
 """The real server as a process of its own: how it starts, survives, drains and ends."""
 
 import contextlib
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,21 +25,11 @@ PATIENCE = 60.0
 TASK = next(task for task in TASKS if task.name == "rot13")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's base, told that it may go on for longer: requests that last until stopped."""
-    folder = tmp_path_factory.mktemp("model") / "base"
-    shutil.copytree(weights_path() / "base", folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 65536}))
-    return folder
-
-
 @pytest.fixture
-def arguments(model: Path, tmp_path: Path) -> list[str]:
+def arguments(endless_base: Path, tmp_path: Path) -> list[str]:
     adapter = weights_path() / "adapters" / TASK.name
     return [
-        *("--model", str(model), "--device", "cpu", "--threads", "1"),
+        *("--model", str(endless_base), "--device", "cpu", "--threads", "1"),
         *("--adapter", f"{TASK.name}={adapter}", "--adapter-cache-dir", str(tmp_path / "cache")),
     ]
 

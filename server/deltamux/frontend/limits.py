@@ -36,6 +36,10 @@ MAX_REPETITION_PENALTY = 10.0
 MAX_ADDITIVE_PENALTY = 2.0
 MAX_SEED = 2**63 - 1
 
+# Calls that one connection may have open: more than the queue holds by default, so that it is the
+# queue that refuses, with a reason, and this only bounds what a hostile client can pile up.
+MAX_STREAMS = 4096
+
 # Tokens that a client may leave unread, beyond what the transport holds, before its stream ends.
 MAX_UNREAD_TOKENS = 4096
 

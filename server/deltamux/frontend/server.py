@@ -38,6 +38,7 @@ CONTROL = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 OPTIONS = (
     ("grpc.max_receive_message_length", limits.MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", limits.MAX_RESPONSE_BYTES),
+    ("grpc.max_concurrent_streams", limits.MAX_STREAMS),
     # A port in use is an error, not a port shared with another server.
     ("grpc.so_reuseport", 0),
     # Idle connections are probed, and clients may probe as often as theirs do by default.
@@ -45,6 +46,8 @@ OPTIONS = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    # One that probes more often twice is sent away: GOAWAY, ENHANCE_YOUR_CALM.
+    ("grpc.http2.max_ping_strikes", 2),
 )
 
 
