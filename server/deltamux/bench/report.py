@@ -43,7 +43,7 @@ def summarize(outcomes: list[Outcome], duration: float, objective: Objective) ->
     """Figures of one run: times in milliseconds, throughputs per second of `duration`.
 
     `hot` and `cold` repeat the latency figures for requests whose adapter was, or was not, on the
-    device when they were admitted.
+    device when they were admitted; no request is in either when the server does not say.
     """
     done = [o for o in outcomes if not o.error]
     output_tokens = sum(o.output_tokens for o in done)
@@ -61,11 +61,8 @@ def summarize(outcomes: list[Outcome], duration: float, objective: Objective) ->
         "output_throughput": output_tokens / duration,
         "total_token_throughput": (input_tokens + output_tokens) / duration,
         **_latencies(done),
-        "hot": {"completed": sum(o.hot for o in done), **_latencies([o for o in done if o.hot])},
-        "cold": {
-            "completed": sum(not o.hot for o in done),
-            **_latencies([o for o in done if not o.hot]),
-        },
+        "hot": _completed([o for o in done if o.hot is True]),
+        "cold": _completed([o for o in done if o.hot is False]),
         "input_lens": [o.prompt_tokens for o in outcomes],
         "output_lens": [o.output_tokens for o in outcomes],
         "ttfts": [o.first_token for o in outcomes],
@@ -73,6 +70,10 @@ def summarize(outcomes: list[Outcome], duration: float, objective: Objective) ->
         "e2els": [o.latency for o in outcomes],
         "errors": [o.error for o in outcomes],
     }
+
+
+def _completed(outcomes: list[Outcome]) -> dict[str, float]:
+    return {"completed": len(outcomes), **_latencies(outcomes)}
 
 
 def _latencies(outcomes: list[Outcome]) -> dict[str, float]:

@@ -5,34 +5,37 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import grpc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from deltamux.bench import plot
-from deltamux.bench.driver import Driver
+from deltamux.bench.backend import Backend
+from deltamux.bench.driver import Driver, Outcome
 from deltamux.bench.report import Objective, summarize
 from deltamux.bench.workload import Workload
-from deltamux.v1 import adapters_pb2, adapters_pb2_grpc, control_pb2, control_pb2_grpc
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What to send where, and where the figures go; one run for every rate in `rates`."""
+    """What to send where, and where the figures go; one run for every rate in `rates`.
 
-    target: str
+    `connect` is called within the event loop. The workload's `vocab_size`, and its adapters where
+    it names none, are the server's.
+    """
+
+    connect: Callable[[], Backend]
     workload: Workload
     rates: tuple[float, ...]
     objective: Objective
     warmup: int = 0
-    # Where the AdapterService listens when not on `target`.
-    admin_target: str | None = None
     json_path: Path | None = None
     png_path: Path | None = None
 
@@ -50,62 +53,45 @@ def run(config: BenchConfig) -> list[dict[str, Any]]:
 
 
 async def _run(config: BenchConfig, console: Console) -> list[dict[str, Any]]:
-    info = await _server_info(config.target)
-    workload = replace(config.workload, vocab_size=info.vocab_size)
-    if not workload.adapters:
-        workload = replace(workload, adapters=await _all_adapters(config))
-    if config.warmup:
-        await _play(config, replace(workload, requests=config.warmup, rate=float("inf")), console)
-    return [await _measure(config, replace(workload, rate=rate), console) for rate in config.rates]
+    async with aclosing(config.connect()) as backend:
+        workload = replace(config.workload, vocab_size=await backend.vocab_size())
+        if not workload.adapters:
+            workload = replace(workload, adapters=await backend.adapters())
+        if config.warmup:
+            warmup = replace(workload, requests=config.warmup, rate=float("inf"))
+            await _play(backend, warmup, console)
+        return [
+            await _measure(backend, replace(workload, rate=rate), config.objective, console)
+            for rate in config.rates
+        ]
 
 
-async def _measure(config: BenchConfig, workload: Workload, console: Console) -> dict[str, Any]:
+async def _measure(
+    backend: Backend, workload: Workload, objective: Objective, console: Console
+) -> dict[str, Any]:
     start = time.perf_counter()
-    outcomes = await _play(config, workload, console)
+    outcomes = await _play(backend, workload, console)
     duration = time.perf_counter() - start
     described = {k: v for k, v in asdict(workload).items() if k != "adapters"}
     return {
         "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
-        "backend": "deltamux",
+        "backend": backend.name,
         "num_prompts": workload.requests,
         "num_adapters": len(workload.adapters),
         "request_rate": workload.rate,
         "burstiness": workload.burstiness,
-        "goodput_config": dict(config.objective.limits),
+        "goodput_config": dict(objective.limits),
         "workload": described,
-        **summarize(outcomes, duration, config.objective),
+        **summarize(outcomes, duration, objective),
     }
 
 
-async def _play(config: BenchConfig, workload: Workload, console: Console) -> Any:
+async def _play(backend: Backend, workload: Workload, console: Console) -> list[Outcome]:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         bar = progress.add_task(f"{workload.rate:g} requests/s", total=workload.requests)
-        async with Driver(config.target, lambda outcome: progress.advance(bar)) as driver:
-            return await driver.play(workload.plan())
-
-
-async def _server_info(target: str) -> control_pb2.GetServerInfoResponse:
-    async with grpc.aio.insecure_channel(target) as channel:
-        stub = control_pb2_grpc.ControlServiceStub(channel)
-        request = control_pb2.GetServerInfoRequest()
-        info: control_pb2.GetServerInfoResponse = await stub.GetServerInfo(request, timeout=10)
-        return info
-
-
-async def _all_adapters(config: BenchConfig) -> tuple[str, ...]:
-    """Names of the server's adapters, following its pages."""
-    names: list[str] = []
-    async with grpc.aio.insecure_channel(config.admin_target or config.target) as channel:
-        stub = adapters_pb2_grpc.AdapterServiceStub(channel)
-        token = ""
-        while True:
-            request = adapters_pb2.ListAdaptersRequest(page_size=1000, page_token=token)
-            page = await stub.ListAdapters(request, timeout=30)
-            names += [adapter.name for adapter in page.adapters if adapter.live]
-            token = page.next_page_token
-            if not token:
-                return tuple(names)
+        driver = Driver(backend, lambda outcome: progress.advance(bar))
+        return await driver.play(workload.plan())
 
 
 def _table(summaries: list[dict[str, Any]]) -> Table:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import grpc
-
+from deltamux.bench.backend import Backend, BackendError
+from deltamux.bench.grpc_backend import GrpcBackend
 from deltamux.bench.report import Objective
 from deltamux.bench.run import BenchConfig, run
 from deltamux.bench.workload import Lengths, Workload, popularity
@@ -27,6 +27,12 @@ class Bench(Command):
     }
 
     target: str = option(DEFAULT_TARGET, help="the server", metavar="HOST:PORT")
+    backend: Literal["deltamux", "openai"] = option(
+        "deltamux", help="gRPC, or completions over HTTP with the adapter in `model`, as vLLM's"
+    )
+    vocab_size: int | None = option(
+        None, ge=1, help="of the model, for `openai`, which does not tell", metavar="N"
+    )
     admin_target: str | None = option(
         None, help="its admin listener, where it has one", metavar="HOST:PORT"
     )
@@ -59,7 +65,10 @@ class Bench(Command):
     save_png: Path | None = option(None, help="draw latency against load there", metavar="FILE")
 
     def bench_config(self) -> BenchConfig:
-        """Raises ValueError for a word that names no rate, distribution, length or objective."""
+        """Raises ValueError for a word that names no rate, distribution, length or objective.
+
+        Raises ImportError where a library of the `bench` extra is wanted and missing.
+        """
         popularity(self.popularity)
         rates = tuple(_rate(word) for word in self.request_rate)
         workload = Workload(
@@ -73,15 +82,24 @@ class Bench(Command):
             seed=self.seed,
         )
         return BenchConfig(
-            target=self.target,
+            connect=self._connect(),
             workload=workload,
             rates=rates,
             objective=Objective.parse(self.goodput),
             warmup=self.warmup,
-            admin_target=self.admin_target,
             json_path=self.save_json,
             png_path=self.save_png,
         )
+
+    def _connect(self) -> Callable[[], Backend]:
+        if self.backend == "deltamux":
+            return lambda: GrpcBackend(self.target, self.admin_target)
+        from deltamux.bench.openai_backend import OpenAIBackend
+
+        vocab_size = self.vocab_size
+        if vocab_size is None:
+            raise ValueError("--backend openai needs --vocab-size")
+        return lambda: OpenAIBackend(self.target, vocab_size)
 
 
 def _rate(word: str) -> float:
@@ -94,15 +112,15 @@ def _rate(word: str) -> float:
 def main(arguments: Sequence[str]) -> int:
     options = Bench.parse("deltamux bench", arguments)
     try:
-        config = options.bench_config()
-    except ValueError as error:
-        raise UsageError(f"deltamux bench: {error}") from None
-    try:
+        try:
+            config = options.bench_config()
+        except ValueError as error:
+            raise UsageError(f"deltamux bench: {error}") from None
         run(config)
-    except grpc.aio.AioRpcError as error:
-        print(f"deltamux bench: {error.code().name}: {error.details()}", file=sys.stderr)
+    except BackendError as error:
+        print(f"deltamux bench: {error}", file=sys.stderr)
         return 1
-    except ImportError:
-        print("deltamux bench: --save-png needs matplotlib: the extra 'bench'", file=sys.stderr)
+    except ImportError as error:
+        print(f"deltamux bench: needs {error.name}: the extra 'bench'", file=sys.stderr)
         return 1
     return 0

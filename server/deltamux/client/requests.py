@@ -17,14 +17,20 @@ def generate_request(
     top_k: int | None = None,
     seed: int | None = None,
     stop: Sequence[str] = (),
+    ignore_eos: bool = False,
 ) -> inference_pb2.GenerateRequest:
-    """One choice for a text, or for token ids; what is None takes the model's default."""
+    """One choice for a text, or for token ids; what is None takes the model's default.
+
+    `ignore_eos` goes on to `max_tokens` whatever is generated.
+    """
     request = inference_pb2.GenerateRequest(
         adapter=adapter,
         sampling=inference_pb2.SamplingParams(
             temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
         ),
-        stopping=inference_pb2.StoppingCriteria(max_tokens=max_tokens, stop=stop),
+        stopping=inference_pb2.StoppingCriteria(
+            max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos
+        ),
         output=inference_pb2.OutputOptions(return_token_ids=True),
     )
     _fill(request, prompt)
