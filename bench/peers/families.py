@@ -18,7 +18,8 @@ from pathlib import Path
 import model
 import peft
 import torch
-from compare import Deltamux, measure
+from deltamux_server import DeltamuxServer
+from measure import measure
 from transformers import LlamaForCausalLM
 from workload import FIRST_OF_FAMILIES, NEW_TOKENS, Cell, adapter_name
 
@@ -71,14 +72,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     model.make(args.model)
-    server = Deltamux(args.model, [*range(BATCH), *make_adapters(args.model)], args.threads)
+    adapters = [*range(BATCH), *make_adapters(args.model)]
+    server = DeltamuxServer(args.model, adapters, args.threads, cache_prefixes=False)
     cells = [Cell(mode, BATCH) for mode in ("base", "distinct", "families")]
     try:
         runs = measure(cells, [server], args.rounds)
     finally:
         server.close()
     rates = {
-        cell.mode: BATCH * NEW_TOKENS / statistics.median(run["seconds"] for run in found)
+        cell.mode: BATCH * NEW_TOKENS / statistics.median(run.seconds for run in found)
         for (cell, _), found in runs.items()
     }
     result = {

@@ -2,7 +2,7 @@
 
 Usage: python huggingface.py plain|peft MODEL_FOLDER ADAPTERS THREADS
 
-Reads one cell as JSON a line, answers with one line.
+Says its version, then reads one cell as JSON a line and answers with one line.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
-from workload import NEW_TOKENS, Cell, adapter_name
+from workload import Cell, Run, adapter_name
 
 
 class FirstStep(LogitsProcessor):
@@ -41,8 +43,7 @@ def load(kind: str, folder: Path, adapters: int) -> Any:
     return peft.eval()
 
 
-def serve(model: Any, kind: str, cell: Cell) -> dict[str, Any]:
-    """Wall seconds in all and of the prefill, and the new tokens of each request."""
+def serve(model: Any, kind: str, cell: Cell) -> Run:
     prompts = torch.tensor(cell.prompts)
     extra = {}
     if kind == "peft":
@@ -55,8 +56,8 @@ def serve(model: Any, kind: str, cell: Cell) -> dict[str, Any]:
         out = model.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=cell.new_tokens,
+            min_new_tokens=cell.new_tokens,
             do_sample=False,
             pad_token_id=0,
             logits_processor=LogitsProcessorList([first]),
@@ -64,20 +65,17 @@ def serve(model: Any, kind: str, cell: Cell) -> dict[str, Any]:
         )
     end = time.perf_counter()
     assert first.at is not None
-    return {
-        "seconds": end - start,
-        "prefill_seconds": first.at - start,
-        "tokens": out[:, prompts.shape[1] :].tolist(),
-    }
+    return Run(end - start, first.at - start, out[:, prompts.shape[1] :].tolist())
 
 
 def main() -> None:
     kind, folder, adapters, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     model = load(kind, Path(folder), int(adapters))
-    print(json.dumps({"ready": True}), flush=True)
+    library = {"plain": "transformers", "peft": "peft"}[kind]
+    print(json.dumps({"version": version(library)}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(serve(model, kind, Cell(**json.loads(line)))), flush=True)
+        print(json.dumps(asdict(serve(model, kind, Cell(**json.loads(line))))), flush=True)
 
 
 if __name__ == "__main__":
