@@ -69,13 +69,13 @@ def make_base(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     CONFIG.save_pretrained(folder)
     GenerationConfig(bos_token_id=1, eos_token_id=2).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    make_tokenizer(CONFIG.vocab_size).save_pretrained(folder)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(size: int) -> PreTrainedTokenizerFast:
     """One word a token id: the peers exchange ids, text only has to be possible."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    vocabulary |= {f"w{i}": i for i in range(3, CONFIG.vocab_size)}
+    vocabulary |= {f"w{i}": i for i in range(3, size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)

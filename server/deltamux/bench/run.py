@@ -43,7 +43,7 @@ class BenchConfig:
 def run(config: BenchConfig) -> list[dict[str, Any]]:
     """Plays the workload at every rate and returns the summaries, printed and written as asked."""
     console = Console()
-    summaries = asyncio.run(_run(config, console))
+    summaries = asyncio.run(measure(config, console))
     console.print(_table(summaries))
     if config.json_path:
         config.json_path.write_text(json.dumps(summaries, indent=1) + "\n")
@@ -52,7 +52,8 @@ def run(config: BenchConfig) -> list[dict[str, Any]]:
     return summaries
 
 
-async def _run(config: BenchConfig, console: Console) -> list[dict[str, Any]]:
+async def measure(config: BenchConfig, console: Console) -> list[dict[str, Any]]:
+    """Plays the workload at every rate, the progress shown on `console`."""
     async with aclosing(config.connect()) as backend:
         workload = replace(config.workload, vocab_size=await backend.vocab_size())
         if not workload.adapters:
