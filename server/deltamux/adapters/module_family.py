@@ -40,7 +40,7 @@ def parse_modules(
         _add_shift(found.setdefault(name, []), shift)
     modules.require_none_left()
     payloads = {
-        name: tuple(_rounded(structure.sites[name], payload, dtype) for payload in of_site)
+        name: tuple(rounded(structure.sites[name], payload, dtype) for payload in of_site)
         for name, of_site in found.items()
         if of_site
     }
@@ -57,15 +57,16 @@ def _add_shift(payloads: list[Payload], shift: Tensor) -> None:
     payloads.append(RowBias(shift))
 
 
-def _rounded(site: SiteSpec, payload: Payload, dtype: torch.dtype) -> Payload:
+def rounded(site: SiteSpec, payload: Payload, dtype: torch.dtype) -> Payload:
+    """The payload as it is served. Raises InvalidArgument where rounding makes it infinite."""
     parts: Any = payload
     tensors = {
         field.name: to_serving(site, value, dtype)
         for field in dataclasses.fields(parts)
         if isinstance(value := getattr(parts, field.name), Tensor) and value.is_floating_point()
     }
-    rounded: Payload = dataclasses.replace(parts, **tensors)
-    return rounded
+    served: Payload = dataclasses.replace(parts, **tensors)
+    return served
 
 
 def _note_on_dense(payloads: Iterable[Payload]) -> tuple[str, ...]:

@@ -43,9 +43,8 @@ def test_before_1_1_the_scale_was_one(
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"use_dora": True}, "UNSUPPORTED_FEATURE"),
         ({"use_gating": True}, "UNSUPPORTED_FEATURE"),
-        ({"vera_d": 0.1}, "UNSUPPORTED_FEATURE"),
+        ({"vera_d": 1}, "UNSUPPORTED_FEATURE"),
         ({"dtype": "float16"}, "UNSUPPORTED_FEATURE"),
         ({"composition_mode": "multiply"}, "UNSUPPORTED_TYPE"),
         ({"composition_mode": "scale"}, "BAD_FIELD"),

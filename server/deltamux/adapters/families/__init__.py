@@ -19,7 +19,7 @@ from deltamux.adapters.families.ln_tuning import LnTuning
 from deltamux.adapters.families.loha import LoHa
 from deltamux.adapters.families.lokr import LoKr
 from deltamux.adapters.families.lora import Lora
-from deltamux.adapters.families.lora_adapterhub import AdapterHubLora
+from deltamux.adapters.families.lora_adapterhub import AdapterHubIa3, AdapterHubLora
 from deltamux.adapters.families.miss import Miss
 from deltamux.adapters.families.oft import Oft
 from deltamux.adapters.families.osf import Osf
@@ -47,8 +47,8 @@ from deltamux.adapters.family import Family
 FAMILIES: tuple[Family, ...] = (
     Lora(),
     AdaLora(),
-    AdapterHubLora("lora", "add"),
-    AdapterHubLora("ia3", "scale"),
+    AdapterHubIa3(),
+    AdapterHubLora(),
     Beft(),
     Boft(),
     Bottlenecks(),
