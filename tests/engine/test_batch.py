@@ -117,3 +117,13 @@ def test_virtual_tokens_have_negative_ids_and_are_not_pooled() -> None:
         Pooling(begun.sequence, 0, 3, 4, place=None),
         Pooling(goes_on.sequence, 1, 4, 5, place=None),
     )
+
+
+def test_virtual_tokens_that_do_not_count_leave_the_prompt_at_position_0() -> None:
+    begun = scheduled([4, 5], [11, 12, 13], computed=3, count=3, slot=1)
+    counted = scheduled([6, 7], [14, 15], computed=3, count=2, slot=1)
+    begun.sequence.begin_with(Traits(Virtual(3, computed=False, counted=False)))
+    counted.sequence.begin_with(Traits(Virtual(3, computed=False)))
+    batch = build(begun, counted)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]]
+    assert batch.slot_mapping.tolist() == [47, 48, 49, 59, 60]

@@ -33,22 +33,23 @@ _BERT = {
 
 @dataclass(frozen=True)
 class ModelNames:
-    """Of the model inside one with a head; in a layer, of what follows attention and MLP; and of
-    the linear modules that take LoRA there."""
+    """Of the model inside one with a head; in a layer, of what follows attention and MLP, of the
+    linear modules that take LoRA there, and of the attention that takes a prefix."""
 
     model: str
     attention: str = "attention_adapters"
     mlp: str = "output_adapters"
     linears: Mapping[str, str] = field(default_factory=dict)
+    self_attention: str = "self_attn"
 
 
 _MODELS = {
     "llama": ModelNames("model", linears=_LLAMA),
     "mistral": ModelNames("model", linears=_LLAMA),
     # Its one module for query, key and value takes LoRA in a form of its own.
-    "gpt2": ModelNames("transformer"),
-    "bert": ModelNames("bert", "attention.output", "output", _BERT),
-    "roberta": ModelNames("roberta", "attention.output", "output", _BERT),
+    "gpt2": ModelNames("transformer", self_attention="attn"),
+    "bert": ModelNames("bert", "attention.output", "output", _BERT, "attention.self"),
+    "roberta": ModelNames("roberta", "attention.output", "output", _BERT, "attention.self"),
 }
 
 

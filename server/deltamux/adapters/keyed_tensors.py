@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from deltamux.adapters.strict_json import quoted
@@ -45,6 +46,19 @@ class KeyedTensors:
             )
         self.taken += tensor.numel()
         return tensor.float()
+
+    def drop_copies(self, copies: str, originals: str) -> None:
+        """Forgets the tensors below `copies`, which are those below `originals` once more.
+
+        Raises InvalidArgument (MALFORMED_WEIGHTS) where they differ.
+        """
+        for name in [name for name in self._left if name.startswith(f"{copies}.")]:
+            original = self._left.get(originals + name.removeprefix(copies))
+            if original is None or not torch.equal(original, self._left.pop(name)):
+                raise InvalidArgument(
+                    f"{quoted(name)} is no copy of what stands below {originals}",
+                    reason="MALFORMED_WEIGHTS",
+                )
 
     def require_none_left(self) -> None:
         """Raises InvalidArgument (EXTRA_TENSORS) if a tensor was not taken."""

@@ -11,6 +11,7 @@ from deltamux.adapters.files import WEIGHTS
 from deltamux.adapters.manifest import Manifest
 from deltamux.adapters.shared_fields import PROVENANCE, refuse_executable
 from deltamux.adapters.strict_json import quoted
+from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import FailedPrecondition, InvalidArgument
 
 PROMPT = "prompt_embeddings"
@@ -57,6 +58,19 @@ def require_tensors(tensors: Mapping[str, Tensor], *names: str) -> tuple[Tensor,
     if missing:
         raise InvalidArgument(f"{WEIGHTS} lacks {missing[0]}", reason="MISSING_TENSORS")
     return tuple(tensors[name] for name in names)
+
+
+def prefix_site(structure: Structure) -> tuple[SiteSpec, int]:
+    """Where keys and values before a prompt are kept, and how many numbers a layer's keys have.
+
+    Raises FailedPrecondition (UNSUPPORTED_FEATURE) for a base whose layers keep unlike ones.
+    """
+    shapes = {(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in structure.layers}
+    kv_heads, key_dim, value_dim = min(shapes)
+    site = structure.sites.get(structure.embedding)
+    if site is None or len(shapes) > 1 or key_dim != value_dim:
+        raise unsupported("a prefix for a base whose layers keep keys or values unlike others'")
+    return site, kv_heads * key_dim
 
 
 def require_shape(name: str, tensor: Tensor, tokens: int, width: int) -> None:

@@ -63,14 +63,15 @@ class StepBatch:
         computed = np.array([item.sequence.num_computed for item in items])
         ends = lengths.cumsum()
         starts = ends - lengths
-        positions = np.arange(ends[-1]) + np.repeat(computed - starts, lengths)
+        reached = np.arange(ends[-1]) + np.repeat(computed - starts, lengths)
+        uncounted = np.array([item.sequence.virtual.uncounted for item in items])
         tables = _block_tables(items, computed + lengths, block_size)
         places = _places(scheduled, order)
         samples = [number for number, item in enumerate(items) if _samples(item)]
         return cls(
             input_ids=to_device(_token_ids(items), device)[None],
-            position_ids=to_device(positions, device)[None],
-            slot_mapping=to_device(_slot_mapping(tables, positions, lengths, block_size), device),
+            position_ids=to_device(reached - np.repeat(uncounted, lengths), device)[None],
+            slot_mapping=to_device(_slot_mapping(tables, reached, lengths, block_size), device),
             attention=_attention_batch(lengths, computed + lengths, tables, device),
             sampled_rows=to_device(ends[samples] - 1, device),
             token_segments=_segments(items, ends.tolist(), device),
@@ -128,10 +129,11 @@ def _block_tables(items: list[Scheduled], context_lens: Array, block_size: int) 
     return tables
 
 
-def _slot_mapping(tables: Array, positions: Array, lengths: Array, block_size: int) -> Array:
+def _slot_mapping(tables: Array, reached: Array, lengths: Array, block_size: int) -> Array:
+    """`reached` [T]: the place of each row in its own sequence."""
     sequence_of_row = np.repeat(np.arange(len(lengths)), lengths)
-    blocks: Array = tables[sequence_of_row, positions // block_size].astype(np.int64)
-    places: Array = blocks * block_size + positions % block_size
+    blocks: Array = tables[sequence_of_row, reached // block_size].astype(np.int64)
+    places: Array = blocks * block_size + reached % block_size
     return places
 
 

@@ -271,6 +271,30 @@ def golden() -> Callable[[str], dict[str, Tensor]]:
 
 
 @pytest.fixture
+def paged_as_golden(
+    base: Callable[[str], PreTrainedModel], golden: Callable[[str], dict[str, Tensor]]
+) -> Callable[[str, Sequence[Path]], None]:
+    """paged_as_golden(base, folders): AdapterHub's logits of each, in steps with the base."""
+
+    def compare(name: str, folders: Sequence[Path]) -> None:
+        expected = golden(name)
+        paged = Paged(base(f"adapterhub/{name}"), folders, budget=7, num_blocks=200)
+        prompt = expected["ids"][0].tolist()
+        requests = {
+            paged.request(adapter, prompt, 1, salt=adapter): Path(adapter).name or "base"
+            for adapter in ("", *paged.adapters)
+        }
+        with torch.no_grad():
+            answers = paged.run()
+        for request, logits in answers.items():
+            computed = torch.stack([logits[number] for number in range(len(prompt))])
+            wanted = expected[requests[request]][0]
+            torch.testing.assert_close(computed, wanted, atol=3e-5, rtol=1e-5)
+
+    return compare
+
+
+@pytest.fixture
 def changed(tmp_path: Path) -> Callable[..., Path]:
     """changed(adapter, outer, tensors=, base=, more=, **fields): a copy of one of AdapterHub's with
     other fields, names and tensors."""

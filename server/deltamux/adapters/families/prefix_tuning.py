@@ -15,6 +15,7 @@ from deltamux.adapters.module_tensors import to_serving
 from deltamux.adapters.primitives.virtual_tokens import KeyValuePrefix
 from deltamux.adapters.prompt_tensors import (
     PROMPT,
+    prefix_site,
     read_prompt_fields,
     require_read,
     require_shape,
@@ -49,14 +50,11 @@ class PrefixTuning:
         heads = fields.take("num_attention_heads")
         require_read(fields, self.harmless)
         (prompt,) = require_tensors(tensors, PROMPT)
-        layers, site = structure.layers, structure.sites.get(structure.embedding)
-        shapes = {(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in layers}
-        kv_heads, key_dim, value_dim = min(shapes)
-        if site is None or len(shapes) > 1 or key_dim != value_dim:
-            raise unsupported("a prefix for a base whose layers keep keys or values unlike others'")
+        layers = structure.layers
+        site, width = prefix_site(structure)
+        kv_heads = layers[0].kv_heads
         if heads not in (None, kv_heads):
             raise unsupported(f"num_attention_heads = {heads}, where the base keeps {kv_heads},")
-        width = kv_heads * key_dim
         require_shape(PROMPT, prompt, tokens, len(layers) * 2 * width)
         states = prompt.view(tokens, len(layers), 2, width).permute(1, 2, 0, 3)
         payloads = {site.name: (KeyValuePrefix(to_serving(site, states, dtype)),)}

@@ -19,10 +19,19 @@ from deltamux_kernels.segments import Segments
 
 @dataclass(frozen=True)
 class Virtual:
-    """How many virtual tokens an adapter has; `computed` unless it brings their keys and values."""
+    """How many virtual tokens an adapter has; `computed` unless it brings their keys and values.
+
+    `counted`: they take positions, so that a prompt begins at that of number `tokens`.
+    """
 
     tokens: int
     computed: bool = True
+    counted: bool = True
+
+    @property
+    def uncounted(self) -> int:
+        """By how much positions stay behind places."""
+        return 0 if self.counted else self.tokens
 
 
 NO_VIRTUAL = Virtual(0)
@@ -70,9 +79,13 @@ class VirtualTokensBank:
 
 @dataclass(frozen=True, eq=False)
 class KeyValuePrefix:
-    """`states` [layers, 2, tokens, kv_heads * dim]: keys, then values, of each layer."""
+    """`states` [layers, 2, tokens, kv_heads * dim]: keys, then values, of each layer.
+
+    The prompt begins at position `tokens`, or at 0 where they are not `counted`.
+    """
 
     states: Tensor
+    counted: bool = True
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -80,7 +93,7 @@ class KeyValuePrefix:
 
     @property
     def virtual(self) -> Virtual:
-        return Virtual(self.states.shape[2], computed=False)
+        return Virtual(self.states.shape[2], computed=False, counted=self.counted)
 
 
 class KeyValuePrefixBank:
