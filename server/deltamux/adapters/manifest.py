@@ -69,6 +69,18 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(library, _known(name, fields.pop(name, None), TYPES[library]), fields)
 
 
+def member_of_union(union: Manifest, config: Json) -> Manifest:
+    """The manifest that one of several methods in an adapter of AdapterHub's would have alone.
+
+    Raises InvalidArgument for a config that is none.
+    """
+    if not isinstance(config, dict):
+        message = f"{CONFIG}: {quoted(config)} in configs is no object"
+        raise InvalidArgument(message, reason="BAD_FIELD", field="configs")
+    fields = {**union.fields, "config": config}
+    return Manifest(union.library, _adapterhub_type(fields), fields, union.task)
+
+
 def _adapterhub_type(fields: Mapping[str, Json]) -> str:
     config = fields["config"]
     assert isinstance(config, dict)
