@@ -68,6 +68,7 @@ _LORA = {
     ),
     "ia3": adapters.IA3Config(output_lora=True, alpha=2),
 }
+_DORA = adapters.DoRAConfig(r=3, alpha=6, intermediate_lora=True, output_lora=True)
 RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
     "llama": {
         **_EVERYWHERE,
@@ -100,6 +101,7 @@ RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
             reduction_factor=8, ln_after=True, non_linearity="linear"
         ),
         **_LORA,
+        "dora": _DORA,
     },
     "mistral": _EVERYWHERE,
     "gpt2": _EVERYWHERE,
@@ -107,6 +109,7 @@ RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
         **_EVERYWHERE,
         "compacter": adapters.CompacterConfig(reduction_factor=4),
         **_LORA,
+        "dora": _DORA,
     },
     "roberta": {"houlsby": _EVERYWHERE["houlsby"], "pfeiffer": _EVERYWHERE["pfeiffer"]},
 }

@@ -8,6 +8,7 @@ from deltamux.adapters.families.c3a import C3a
 from deltamux.adapters.families.deft import Deft
 from deltamux.adapters.families.delora import DeLora
 from deltamux.adapters.families.delta import Delta
+from deltamux.adapters.families.dora_adapterhub import AdapterHubDora
 from deltamux.adapters.families.fourierft import Fourierft
 from deltamux.adapters.families.frod import Frod
 from deltamux.adapters.families.glora import Glora
@@ -47,6 +48,7 @@ from deltamux.adapters.family import Family
 FAMILIES: tuple[Family, ...] = (
     Lora(),
     AdaLora(),
+    AdapterHubDora(),
     AdapterHubIa3(),
     AdapterHubLora(),
     Beft(),
