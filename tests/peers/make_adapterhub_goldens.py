@@ -102,6 +102,7 @@ RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
         ),
         **_LORA,
         "dora": _DORA,
+        "vera": adapters.VeraConfig(r=3, alpha=6, attn_matrices=["q"], vera_b=0.1),
     },
     "mistral": _EVERYWHERE,
     "gpt2": _EVERYWHERE,
@@ -110,6 +111,7 @@ RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
         "compacter": adapters.CompacterConfig(reduction_factor=4),
         **_LORA,
         "dora": _DORA,
+        "vera": adapters.VeraConfig(r=3, alpha=6, vera_b=0.1),
     },
     "roberta": {"houlsby": _EVERYWHERE["houlsby"], "pfeiffer": _EVERYWHERE["pfeiffer"]},
 }

@@ -42,6 +42,7 @@ from deltamux.adapters.families.trainable_tokens import TrainableTokens
 from deltamux.adapters.families.unilora import UniLora
 from deltamux.adapters.families.vblora import VbLora
 from deltamux.adapters.families.vera import Vera
+from deltamux.adapters.families.vera_adapterhub import AdapterHubVera
 from deltamux.adapters.families.waveft import Waveft
 from deltamux.adapters.family import Family
 
@@ -51,6 +52,7 @@ FAMILIES: tuple[Family, ...] = (
     AdapterHubDora(),
     AdapterHubIa3(),
     AdapterHubLora(),
+    AdapterHubVera(),
     Beft(),
     Boft(),
     Bottlenecks(),
