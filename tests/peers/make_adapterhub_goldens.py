@@ -69,6 +69,7 @@ _LORA = {
     "ia3": adapters.IA3Config(output_lora=True, alpha=2),
 }
 _DORA = adapters.DoRAConfig(r=3, alpha=6, intermediate_lora=True, output_lora=True)
+_MTL_LORA = adapters.MTLLoRAConfig(r=3, alpha=6, n_up_projection=2, output_lora=True)
 RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
     "llama": {
         **_EVERYWHERE,
@@ -103,6 +104,7 @@ RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
         **_LORA,
         "dora": _DORA,
         "vera": adapters.VeraConfig(r=3, alpha=6, attn_matrices=["q"], vera_b=0.1),
+        "mtl_lora": _MTL_LORA,
     },
     "mistral": _EVERYWHERE,
     "gpt2": _EVERYWHERE,
@@ -112,6 +114,7 @@ RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
         **_LORA,
         "dora": _DORA,
         "vera": adapters.VeraConfig(r=3, alpha=6, vera_b=0.1),
+        "mtl_lora": _MTL_LORA,
     },
     "roberta": {"houlsby": _EVERYWHERE["houlsby"], "pfeiffer": _EVERYWHERE["pfeiffer"]},
 }

@@ -22,6 +22,7 @@ from deltamux.adapters.families.lokr import LoKr
 from deltamux.adapters.families.lora import Lora
 from deltamux.adapters.families.lora_adapterhub import AdapterHubIa3, AdapterHubLora
 from deltamux.adapters.families.miss import Miss
+from deltamux.adapters.families.mtl_lora import MtlLora
 from deltamux.adapters.families.oft import Oft
 from deltamux.adapters.families.osf import Osf
 from deltamux.adapters.families.peanut import Peanut
@@ -73,6 +74,7 @@ FAMILIES: tuple[Family, ...] = (
     LoHa(),
     LoKr(),
     Miss(),
+    MtlLora(),
     MultitaskPromptTuning(),
     Oft(),
     Osf(),
