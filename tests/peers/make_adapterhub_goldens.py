@@ -70,6 +70,11 @@ _LORA = {
 }
 _DORA = adapters.DoRAConfig(r=3, alpha=6, intermediate_lora=True, output_lora=True)
 _MTL_LORA = adapters.MTLLoRAConfig(r=3, alpha=6, n_up_projection=2, output_lora=True)
+_PREFIX = adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=6)
+_PREFIXES = {
+    "prefix": _PREFIX,
+    "flat_prefix": adapters.PrefixTuningConfig(prefix_length=5, flat=True),
+}
 RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
     "llama": {
         **_EVERYWHERE,
@@ -105,9 +110,10 @@ RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
         "dora": _DORA,
         "vera": adapters.VeraConfig(r=3, alpha=6, attn_matrices=["q"], vera_b=0.1),
         "mtl_lora": _MTL_LORA,
+        **_PREFIXES,
     },
     "mistral": _EVERYWHERE,
-    "gpt2": _EVERYWHERE,
+    "gpt2": {**_EVERYWHERE, **_PREFIXES},
     "bert": {
         **_EVERYWHERE,
         "compacter": adapters.CompacterConfig(reduction_factor=4),
@@ -118,8 +124,8 @@ RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
     },
     "roberta": {"houlsby": _EVERYWHERE["houlsby"], "pfeiffer": _EVERYWHERE["pfeiffer"]},
 }
-# AdapterHub's default, and the only way for `normed`, whose norm has two names.
-_PICKLED = {"normed", "with_head"}
+# AdapterHub's default, and the only way for `normed`, whose norm has two names, and for prefixes.
+_PICKLED = {"normed", "with_head", "prefix", "flat_prefix"}
 
 
 def main(folder: Path) -> None:

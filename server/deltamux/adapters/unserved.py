@@ -21,7 +21,6 @@ UNSERVED: Mapping[Library, Mapping[str, str]] = {
         "XLORA": "it runs the base twice for each token, and weighs other adapters by what it saw",
     },
     "adapterhub": {
-        "prefix_tuning": "AdapterHub's format of prefixes is not read yet; PEFT's is",
         "prompt_tuning": "AdapterHub's format of prompts is not read yet; PEFT's is",
         "reft": "it edits hidden states at some positions of a prompt, which no primitive does",
         "union": "several methods in one adapter are not read yet",

@@ -28,6 +28,7 @@ from deltamux.adapters.families.osf import Osf
 from deltamux.adapters.families.peanut import Peanut
 from deltamux.adapters.families.poly import Poly
 from deltamux.adapters.families.prefix_tuning import CARTRIDGE, PREFIX_TUNING
+from deltamux.adapters.families.prefix_tuning_adapterhub import AdapterHubPrefixTuning
 from deltamux.adapters.families.prompt_tuning import (
     CPT,
     P_TUNING,
@@ -53,6 +54,7 @@ FAMILIES: tuple[Family, ...] = (
     AdapterHubDora(),
     AdapterHubIa3(),
     AdapterHubLora(),
+    AdapterHubPrefixTuning(),
     AdapterHubVera(),
     Beft(),
     Boft(),
