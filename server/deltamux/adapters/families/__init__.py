@@ -48,17 +48,23 @@ from deltamux.adapters.families.vera_adapterhub import AdapterHubVera
 from deltamux.adapters.families.waveft import Waveft
 from deltamux.adapters.family import Family
 
-FAMILIES: tuple[Family, ...] = (
-    Lora(),
-    AdaLora(),
+# AdapterHub's methods, of which a union of its is made.
+_METHODS: tuple[Family, ...] = (
     AdapterHubDora(),
     AdapterHubIa3(),
     AdapterHubLora(),
     AdapterHubPrefixTuning(),
     AdapterHubVera(),
+    Bottlenecks(),
+    MtlLora(),
+)
+
+FAMILIES: tuple[Family, ...] = (
+    *_METHODS,
+    Lora(),
+    AdaLora(),
     Beft(),
     Boft(),
-    Bottlenecks(),
     C3a(),
     CARTRIDGE,
     CPT,
@@ -76,7 +82,6 @@ FAMILIES: tuple[Family, ...] = (
     LoHa(),
     LoKr(),
     Miss(),
-    MtlLora(),
     MultitaskPromptTuning(),
     Oft(),
     Osf(),
