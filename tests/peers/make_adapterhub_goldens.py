@@ -75,6 +75,11 @@ _PREFIXES = {
     "prefix": _PREFIX,
     "flat_prefix": adapters.PrefixTuningConfig(prefix_length=5, flat=True),
 }
+_MAM = adapters.MAMConfig(_PREFIX, adapters.ParBnConfig(reduction_factor=8))
+_UNION = adapters.ConfigUnion(
+    adapters.LoRAConfig(r=3, alpha=6, intermediate_lora=True),
+    adapters.DoubleSeqBnConfig(reduction_factor=8),
+)
 RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
     "llama": {
         **_EVERYWHERE,
@@ -111,9 +116,11 @@ RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
         "vera": adapters.VeraConfig(r=3, alpha=6, attn_matrices=["q"], vera_b=0.1),
         "mtl_lora": _MTL_LORA,
         **_PREFIXES,
+        "mam": _MAM,
+        "lora_and_houlsby": _UNION,
     },
     "mistral": _EVERYWHERE,
-    "gpt2": {**_EVERYWHERE, **_PREFIXES},
+    "gpt2": {**_EVERYWHERE, **_PREFIXES, "mam": _MAM},
     "bert": {
         **_EVERYWHERE,
         "compacter": adapters.CompacterConfig(reduction_factor=4),
@@ -121,11 +128,12 @@ RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
         "dora": _DORA,
         "vera": adapters.VeraConfig(r=3, alpha=6, vera_b=0.1),
         "mtl_lora": _MTL_LORA,
+        "lora_and_houlsby": _UNION,
     },
     "roberta": {"houlsby": _EVERYWHERE["houlsby"], "pfeiffer": _EVERYWHERE["pfeiffer"]},
 }
 # AdapterHub's default, and the only way for `normed`, whose norm has two names, and for prefixes.
-_PICKLED = {"normed", "with_head", "prefix", "flat_prefix"}
+_PICKLED = {"normed", "with_head", "prefix", "flat_prefix", "mam"}
 
 
 def main(folder: Path) -> None:

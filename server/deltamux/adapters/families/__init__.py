@@ -42,6 +42,7 @@ from deltamux.adapters.families.supertuning import Supertuning
 from deltamux.adapters.families.tinylora import TinyLora
 from deltamux.adapters.families.trainable_tokens import TrainableTokens
 from deltamux.adapters.families.unilora import UniLora
+from deltamux.adapters.families.union import Union
 from deltamux.adapters.families.vblora import VbLora
 from deltamux.adapters.families.vera import Vera
 from deltamux.adapters.families.vera_adapterhub import AdapterHubVera
@@ -97,6 +98,7 @@ FAMILIES: tuple[Family, ...] = (
     TinyLora(),
     TrainableTokens(),
     UniLora(),
+    Union(*_METHODS),
     VbLora(),
     Vera(),
     Waveft(),
