@@ -127,3 +127,14 @@ def test_virtual_tokens_that_do_not_count_leave_the_prompt_at_position_0() -> No
     batch = build(begun, counted)
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]]
     assert batch.slot_mapping.tolist() == [47, 48, 49, 59, 60]
+
+
+def test_an_adapter_with_a_reach_has_no_rows_beyond_it() -> None:
+    begun = scheduled([4, 5, 6, 7], [11], computed=0, count=4, slot=1)
+    goes_on = scheduled([4, 5, 6, 7], [12], computed=2, count=2, slot=1)
+    beyond = scheduled([4, 5, 6, 7], [13], computed=3, count=1, slot=2)
+    for item in (begun, goes_on, beyond):
+        item.sequence.begin_with(Traits(reach=3))
+    batch = build(begun, goes_on, beyond)
+    assert batch.token_segments.spans == ((1, 0, 3), (1, 4, 5))
+    assert len(batch.sampled) == 3 and not batch.sampled_segments

@@ -35,10 +35,11 @@ class Adapter:
     # What takes the place of the language head, for tasks that have it.
     head: TaskHead | None = None
     invocation: tuple[int, ...] = ()
+    reach: int | None = None
 
     @property
     def traits(self) -> Traits:
-        return Traits(self._virtual, self.invocation)
+        return Traits(self._virtual, self.invocation, self.reach)
 
     @property
     def _virtual(self) -> Virtual:

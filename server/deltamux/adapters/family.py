@@ -23,6 +23,7 @@ class Parsed:
     parameters: int
     notes: tuple[str, ...] = ()
     invocation: tuple[int, ...] = ()
+    reach: int | None = None
 
 
 class Family(Protocol):

@@ -12,12 +12,13 @@ from deltamux.errors import FailedPrecondition
 
 @dataclass(frozen=True)
 class LayerEnds:
-    """One layer: its number, and for attention and MLP the name of what stands at its end.
+    """One layer: its number and name, and for attention and MLP the name of what stands at its end.
 
     `sites` are those in which the two end.
     """
 
     number: int
+    name: str
     attention: str
     mlp: str
     sites: tuple[SiteSpec, SiteSpec]
@@ -41,6 +42,7 @@ def layer_ends(structure: Structure, names: ModelNames) -> Iterator[LayerEnds]:
         attention, mlp = (structure.sites[sublayer.output] for sublayer in found)
         yield LayerEnds(
             number,
+            name,
             f"{name}.{names.attention}",
             f"{name}.{names.mlp}",
             (attention, mlp),

@@ -44,6 +44,7 @@ def parse_adapter(folder: Path, digest: str, structure: Structure, dtype: torch.
         trained.task,
         trained.head,
         parsed.invocation,
+        parsed.reach,
     )
 
 

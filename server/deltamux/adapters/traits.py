@@ -13,6 +13,8 @@ class Traits:
     virtual: Virtual = NO_VIRTUAL
     # Tokens from whose last occurrence in a prompt on it acts; it acts everywhere without them.
     invocation: tuple[int, ...] = ()
+    # It acts on so many tokens from the first one on; on all without.
+    reach: int | None = None
 
 
 PLAIN = Traits()

@@ -74,7 +74,7 @@ class StepBatch:
             slot_mapping=to_device(_slot_mapping(tables, reached, lengths, block_size), device),
             attention=_attention_batch(lengths, computed + lengths, tables, device),
             sampled_rows=to_device(ends[samples] - 1, device),
-            token_segments=_segments(items, ends.tolist(), device),
+            token_segments=_segments(items, starts.tolist(), device),
             sampled_segments=_sampled_segments([items[number] for number in samples], device),
             sampled=tuple(items[number].sequence for number in samples),
             sampled_places=tuple(places[number] for number in samples),
@@ -149,12 +149,12 @@ def _attention_batch(
     )
 
 
-def _segments(items: list[Scheduled], ends: list[int], device: torch.device) -> Segments:
-    """Of rows end to end, the last row of each item before its end."""
+def _segments(items: list[Scheduled], starts: list[int], device: torch.device) -> Segments:
+    """Of rows end to end, those of each item from its start on."""
     spans = [
-        (item.sequence.slot, end - item.num_adapted, end)
-        for item, end in zip(items, ends, strict=True)
-        if item.sequence.slot is not None
+        (item.sequence.slot, start + adapted.start, start + adapted.stop)
+        for item, start in zip(items, starts, strict=True)
+        if item.sequence.slot is not None and (adapted := item.adapted)
     ]
     return Segments.build(spans, device)
 
@@ -164,6 +164,6 @@ def _sampled_segments(items: list[Scheduled], device: torch.device) -> Segments:
     spans = [
         (item.sequence.slot, row, row + 1)
         for row, item in enumerate(items)
-        if item.sequence.slot is not None and item.num_adapted
+        if item.sequence.slot is not None and item.num_tokens - 1 in item.adapted
     ]
     return Segments.build(spans, device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.adapters.task import Call
 from deltamux.adapters.traits import PLAIN, Traits
-from deltamux.engine.activation import first_adapted
+from deltamux.engine.activation import NEVER, first_adapted
 from deltamux.wire.messages import Classify, Embed, Sampling, Stopping
 
 
@@ -48,8 +48,9 @@ class Sequence:
     num_computed: int = 0
     # Tokens of the prompt whose blocks were found when it was first admitted.
     num_cached: int = 0
-    # Place of the first token that the adapter computes; all before it are the base's.
+    # Places between which the adapter computes; all others are the base's.
     adapter_from: int = 0
+    adapter_until: int = NEVER
     # Device slot of the adapter while a lease is held; None for the base or while waiting.
     slot: int | None = None
     # Tier of the adapter at submission: "", "disk", "host" or "device".
@@ -100,6 +101,7 @@ class Sequence:
             self.traits = traits
             prompt = self.tokens[: self.num_prompt]
             self.adapter_from = first_adapted(prompt, traits.invocation)
+            self.adapter_until = NEVER if traits.reach is None else traits.reach
             self.block_keys.clear()
 
     def miss_adapter(self, now: float) -> None:
@@ -124,8 +126,9 @@ class Scheduled:
         return self.num_tokens == self.sequence.num_uncomputed
 
     @property
-    def num_adapted(self) -> int:
-        """How many of these tokens, always the last ones, the adapter computes."""
+    def adapted(self) -> range:
+        """Which of these tokens the adapter computes, by their number among them."""
         sequence = self.sequence
-        reached = sequence.num_computed + self.num_tokens - sequence.adapter_from
-        return 0 if sequence.slot is None else max(0, min(reached, self.num_tokens))
+        first = max(sequence.adapter_from - sequence.num_computed, 0)
+        end = min(sequence.adapter_until - sequence.num_computed, self.num_tokens)
+        return range(first, end if sequence.slot is not None else first)

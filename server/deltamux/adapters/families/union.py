@@ -84,6 +84,8 @@ def _shares(types: Sequence[str], tensors: Mapping[str, Tensor]) -> list[dict[st
 
 
 def _joined(parsed: Sequence[Parsed]) -> Parsed:
+    if any(member.reach is not None for member in parsed):
+        raise unsupported("a member that acts on part of a prompt, in a union,")
     payloads: defaultdict[str, tuple[Payload, ...]] = defaultdict(tuple)
     for member in parsed:
         for site, of_site in member.payloads.items():
