@@ -80,6 +80,10 @@ _UNION = adapters.ConfigUnion(
     adapters.LoRAConfig(r=3, alpha=6, intermediate_lora=True),
     adapters.DoubleSeqBnConfig(reduction_factor=8),
 )
+_REFT = {
+    "loreft": adapters.LoReftConfig(r=3),
+    "tied_loreft": adapters.LoReftConfig(r=2, prefix_positions=5, tied_weights=True, layers=[1]),
+}
 RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
     "llama": {
         **_EVERYWHERE,
@@ -118,9 +122,10 @@ RECIPES: dict[str, dict[str, adapters.AdapterConfig]] = {
         **_PREFIXES,
         "mam": _MAM,
         "lora_and_houlsby": _UNION,
+        **_REFT,
     },
     "mistral": _EVERYWHERE,
-    "gpt2": {**_EVERYWHERE, **_PREFIXES, "mam": _MAM},
+    "gpt2": {**_EVERYWHERE, **_PREFIXES, "mam": _MAM, **_REFT},
     "bert": {
         **_EVERYWHERE,
         "compacter": adapters.CompacterConfig(reduction_factor=4),
@@ -166,12 +171,14 @@ def _answers(
     yield "ids", ids
     with torch.no_grad():
         yield "base", model(ids, position_ids=positions).logits
+        # What it adds is born in training.
         adapters.init(model)
+        model.eval()
         for name, config in recipes.items():
             model.add_adapter(name, config=config)
-            _draw(
-                ((key, value) for key, value in model.named_parameters() if f".{name}." in key), 0.3
-            )
+            own = [item for item in model.named_parameters() if f".{name}." in item[0]]
+            _draw((item for item in own if "parametrizations" not in item[0]), 0.3)
+            _turn(model, name)
             model.set_active_adapters(name)
             own_head = name == "with_head"
             if own_head:
@@ -211,6 +218,15 @@ def _draw(parameters: Iterator[tuple[str, torch.nn.Parameter]], scale: float) ->
             around = 1.0 if vector and not key.endswith(("bias", ".b")) else 0.0
             drawn = around + torch.randn_like(parameter) * scale
             parameter.copy_(drawn.half().float())
+
+
+def _turn(model: transformers.PreTrainedModel, name: str) -> None:
+    """Orthogonal matrices: as torch drew them, turned by reflections, both in 16 bits."""
+    for key, value in model.state_dict().items():
+        if f".{name}." in key and "parametrizations" in key:
+            if key.endswith("original"):
+                value += torch.randn_like(value).triu(1) * 0.3
+            value.copy_(value.half())
 
 
 def _halve(folder: Path) -> None:

@@ -22,7 +22,6 @@ UNSERVED: Mapping[Library, Mapping[str, str]] = {
     },
     "adapterhub": {
         "prompt_tuning": "AdapterHub's format of prompts is not read yet; PEFT's is",
-        "reft": "it edits hidden states at some positions of a prompt, which no primitive does",
     },
     "deltamux": {},
 }

@@ -36,6 +36,7 @@ from deltamux.adapters.families.prompt_tuning import (
     MultitaskPromptTuning,
 )
 from deltamux.adapters.families.randlora import Randlora
+from deltamux.adapters.families.reft import LoReft
 from deltamux.adapters.families.road import Road
 from deltamux.adapters.families.shira import Shira
 from deltamux.adapters.families.supertuning import Supertuning
@@ -57,6 +58,7 @@ _METHODS: tuple[Family, ...] = (
     AdapterHubPrefixTuning(),
     AdapterHubVera(),
     Bottlenecks(),
+    LoReft(),
     MtlLora(),
 )
 
