@@ -2,9 +2,9 @@
 
     python bench/gpu_smoke.py
 
-One server a device, float32 on both, every adapter that generates and the base in one batch,
-greedy. Exit code 0 when every answer has the same tokens on both. `--device cpu` compares the CPU
-with itself.
+One server with CUDA graphs, one without, float32 throughout, every adapter that generates and the
+base in one batch, greedy. Exit code 0 when every answer has the CPU's tokens on both.
+`--device cpu` compares the CPU with itself.
 """
 
 from __future__ import annotations
@@ -31,26 +31,28 @@ def main() -> int:
         for text in unseen_inputs(task, arguments.prompts)
     ]
     asked += [("", text) for _, text in asked[: arguments.prompts]]
-    expected, answers = (answers_on(device, asked) for device in ("cpu", arguments.device))
-    different = [
-        f"{name or 'the base'}: {text!r}: {other.text!r}, on the CPU {one.text!r}"
-        for (name, text), one, other in zip(asked, expected, answers, strict=True)
-        if one.token_ids != other.token_ids
-    ]
-    print("\n".join(different))
-    same = len(asked) - len(different)
-    print(f"{same} of {len(asked)} answers on {arguments.device} are the CPU's, token by token")
+    expected = answers_on("cpu", asked)
+    different = 0
+    for how in ("--no-enforce-eager", "--enforce-eager"):
+        answers = answers_on(arguments.device, asked, how)
+        for (name, text), one, other in zip(asked, expected, answers, strict=True):
+            if one.token_ids != other.token_ids:
+                different += 1
+                on_cpu = f"on the CPU {one.text!r}"
+                print(f"{how}: {name or 'the base'}: {text!r}: {other.text!r}, {on_cpu}")
+    same = 2 * len(asked) - different
+    print(f"{same} of {2 * len(asked)} answers on {arguments.device} are the CPU's, by token")
     return 1 if different else 0
 
 
-def answers_on(device: str, asked: list[tuple[str, str]]) -> list[Answer]:
-    """`asked`: adapter's name and text; all at once."""
+def answers_on(device: str, asked: list[tuple[str, str]], *flags: str) -> list[Answer]:
+    """`asked`: adapter's name and text; all at once. `flags` of the server."""
     weights = weights_path()
     with (
         tempfile.TemporaryDirectory() as cache,
         Server(
             *("--model", str(weights / "base"), "--adapter-dir", str(weights / "adapters")),
-            *("--device", device, "--dtype", "float32", "--adapter-cache-dir", cache),
+            *("--device", device, "--dtype", "float32", "--adapter-cache-dir", cache, *flags),
         ) as server,
     ):
         return asyncio.run(_ask(server.target, asked))

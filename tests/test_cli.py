@@ -135,6 +135,7 @@ def test_every_configured_field_has_a_flag():
             *("--max-adapter-bytes", "9", "--max-waiting-requests", "9", "--default-deadline", "9"),
             *("--drain-grace", "9", "--log-format", "json", "--log-level", "debug"),
             *("--adapter", "a=b", "--adapter-dir", "/d", "--no-enable-prefix-caching"),
+            "--enforce-eager",
         ),
     )
     for role in ("engine", "frontend", "store"):

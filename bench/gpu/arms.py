@@ -61,6 +61,8 @@ class Deltamux(Nothing):
         tiles = CapturedSegments.capacity_for(step.rows, slots)
         if capacity:
             captured = CapturedSegments(tiles, slots, device)
+            for store in (store for site in sites for store in (site.a, *site.bs)):
+                store.extend(store.most_rows(range(slots)))
             captured.fill(self._segments)
             self._segments = captured
         self._counters = SiteCounters(tiles, device) if form == "one launch" else None

@@ -11,15 +11,14 @@ from deltamux_kernels.segments import TILE_ROWS, Segments
 class CapturedSegments(Segments):
     """Segments to capture a graph with, so that its replays serve any adapters.
 
-    Every launch captured with it has programs for `capacity` tiles and for the tallest matrix that
-    any slot has then. `fill` says which tiles a replay has; the others name the slot after the
-    last, which has no matrix, and their programs return at once. There is no span for a torch form.
+    On the host the slot after the last stands for all of them. Every launch captured has programs
+    for `capacity` tiles and for the `reach` of its matrices; `fill` says which tiles a replay has.
+    The others name the slot after the last, which has no matrix, and their programs return at once.
+    There are no spans: what would read them is wrong in a replay, and fails here.
     """
 
     def __init__(self, capacity: int, slots: int, device: torch.device) -> None:
-        super().__init__((), device)
         self._no_tile = (slots, 0, 0)
-        self._captured: dict[PackedMatrices, int] = {}
         self._filled: list[tuple[int, int, int]] | None = None
         self._host = torch.tensor([self._no_tile] * capacity, dtype=torch.int32)
         self._copied: torch.cuda.Event | None = None
@@ -27,7 +26,8 @@ class CapturedSegments(Segments):
             self._host = self._host.pin_memory()
             self._copied = torch.cuda.Event()
         # What a step works out, a graph knows from the start.
-        vars(self).update(tiles=self._host.to(device, copy=True), slots=frozenset(range(slots)))
+        tiles = self._host.to(device, copy=True)
+        vars(self).update(device=device, tiles=tiles, slots=frozenset({slots}))
 
     @staticmethod
     def capacity_for(rows: int, slots: int) -> int:
@@ -62,14 +62,10 @@ class CapturedSegments(Segments):
             self._copied.record()
 
     def most_rows(self, matrices: PackedMatrices) -> int:
-        """Rows of the tallest matrix of any slot, which the graph then has programs for."""
-        most = super().most_rows(matrices)
-        self._captured[matrices] = max(most, self._captured.get(matrices, 0))
-        return most
+        """Rows of the tallest matrix that a replay may meet."""
+        return matrices.reach
 
-    @property
-    def outgrown(self) -> bool:
-        """Whether a matrix has come that is taller than all were at capture: capture again."""
-        return any(
-            matrices.most_rows(self.slots) > most for matrices, most in self._captured.items()
-        )
+    def owners(self, matrices: PackedMatrices) -> list[tuple[int, slice, torch.Tensor]]:
+        """Nobody: a step that meets matrices that the host reads is not replayed."""
+        assert matrices.host_read
+        return []

@@ -30,9 +30,17 @@ class PackedMatrices:
     slot after the last never has a matrix: tiles that name it end their programs at once.
     """
 
-    def __init__(self, arena: torch.Tensor, slots: int, width: int) -> None:
+    def __init__(
+        self, arena: torch.Tensor, slots: int, width: int, host_read: bool = False
+    ) -> None:
+        """`host_read`: no kernel finds these matrices by slot, the host does in every step, so that
+        no captured step stands for one that meets them.
+        """
         self.arena = arena
         self.width = width
+        self.host_read = host_read
+        # Rows of the tallest matrix that launches of `CapturedSegments` have programs for.
+        self.reach = 0
         on_cpu = arena.device.type == "cpu"
         self.alignment = math.lcm(ALIGNMENT, width) if on_cpu else ALIGNMENT
         self.table = arena[: arena.numel() // width * width].view(-1, width)
@@ -92,6 +100,15 @@ class PackedMatrices:
         self.views[slot] = None
         self.transposed[slot] = None
         self._pattern = None
+
+    def extend(self, rows: int) -> bool:
+        """Makes launches of `CapturedSegments` reach matrices of so many rows; True if those that
+        were captured before do not. In powers of two, so that it is seldom.
+        """
+        if rows <= self.reach:
+            return False
+        self.reach = max(16, 1 << (rows - 1).bit_length())
+        return True
 
     def rows_of(self, slot: int) -> int:
         """Rows of the slot's matrix; 0 when it has none."""

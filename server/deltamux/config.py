@@ -21,6 +21,8 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.9
+    # On a GPU: no CUDA graphs.
+    enforce_eager: bool = False
     # Bytes of device memory for adapters; None: a share on a GPU, 1 GiB on a CPU.
     adapter_device_bytes: int | None = None
     # Bytes of host memory for parsed adapters, least recently used first out.

@@ -93,6 +93,7 @@ class Site:
     def write(self, store: PackedMatrices, slot: int, matrix: torch.Tensor) -> None:
         self._end = -(-self._end // store.alignment) * store.alignment
         store.write(slot, self._end, matrix)
+        store.extend(matrix.shape[0])
         self._end += matrix.numel() + 1
 
     def stored(self, rows: dict[int, int]) -> PackedMatrices:
@@ -191,7 +192,6 @@ def test_one_capture_serves_any_adapters_to_the_bit(
         assert torch.equal(
             site.result(lambda: [launch.replay() for launch in replays]), expected
         ), spans
-    assert not captured.outgrown
 
 
 @pytest.mark.parametrize("form", ["triton"], indirect=True)
@@ -256,12 +256,22 @@ def test_too_many_tiles_are_refused_and_the_same_ones_not_copied_again() -> None
     assert captured.tiles.tolist() == [[2, 4, 3], [3, 0, 0]]
 
 
-def test_a_taller_matrix_outgrows_the_capture() -> None:
+def test_launches_reach_what_they_were_extended_to() -> None:
     device = torch.device("cpu")
     matrices, captured = PackedMatrices(torch.zeros(512), 2, 4), CapturedSegments(2, 2, device)
     matrices.write(0, 0, torch.ones(8, 4))
-    assert captured.most_rows(matrices) == 8
-    matrices.write(1, 64, torch.ones(8, 4))
-    assert not captured.outgrown
-    matrices.write(1, 64, torch.ones(9, 4))
-    assert captured.outgrown
+    assert captured.most_rows(matrices) == 0
+    assert matrices.extend(8) and captured.most_rows(matrices) >= 8
+    assert not matrices.extend(8) and not matrices.extend(3)
+    assert matrices.extend(40) and captured.most_rows(matrices) >= 40
+    assert not matrices.extend(8) and captured.most_rows(matrices) >= 40
+
+
+def test_what_the_host_reads_is_nobodys_and_must_say_so() -> None:
+    device, arena = torch.device("cpu"), torch.zeros(512)
+    captured = CapturedSegments(2, 2, device)
+    assert captured.owners(PackedMatrices(arena, 2, 4, host_read=True)) == []
+    with pytest.raises(AssertionError):
+        captured.owners(PackedMatrices(arena, 2, 4))
+    with pytest.raises(AttributeError, match="spans"):
+        _ = captured.spans

@@ -101,7 +101,7 @@ class BankFactory:
         """The empty bank of one layer of a mixture of experts."""
         out_features, in_features = experts.weight(projection).shape[1:]
         columns = Columns(self._slots * experts.count, self._arena.device)
-        a, b = self._store(in_features), self._store(out_features)
+        a, b = self._host_store(in_features), self._host_store(out_features)
         return ExpertLowRankBank(a, b, experts.count, columns)
 
     def task_heads(self) -> TaskHeadBank:
@@ -110,17 +110,17 @@ class BankFactory:
 
     def _norm(self, spec: SiteSpec) -> SiteBanks:
         norm = self._structure.module(spec.name)
-        parameters = self._store(spec.out_features)
+        parameters = self._host_store(spec.out_features)
         banks: dict[type[Payload], OutputBank] = {
             NormParameters: NormParametersBank(norm, spec, parameters),
-            RowBias: RowBiasBank(self._store(spec.out_features)),
+            RowBias: RowBiasBank(self._host_store(spec.out_features)),
         }
         return SiteBanks(banks)
 
     def _embedding(self, spec: SiteSpec) -> SiteBanks:
         a, b = self._store(spec.in_features), self._store(spec.out_features)
         banks: dict[type[Payload], OutputBank] = {
-            DenseEmbedding: DenseEmbeddingBank(self._store(spec.out_features)),
+            DenseEmbedding: DenseEmbeddingBank(self._host_store(spec.out_features)),
             TokenRows: EmbeddingTokenBank(self._tokens(spec.out_features)),
             EmbeddingLowRank: EmbeddingLowRankBank(a, b, self._columns()),
             RowScale: RowScaleBank(self._store(spec.out_features), None),
@@ -128,7 +128,7 @@ class BankFactory:
         }
         if spec.name != self._structure.embedding:
             return SiteBanks(banks)
-        virtual = VirtualTokensBank(self._store(spec.out_features))
+        virtual = VirtualTokensBank(self._tokens(spec.out_features))
         banks[VirtualTokens] = virtual
         return SiteBanks(banks, {VirtualTokens: virtual}, kept={KeyValuePrefix: self.prefixes})
 
@@ -145,7 +145,7 @@ class BankFactory:
             SparseDelta: SparseDeltaBank(self._sparse(spec)),
             SignDelta: SignDeltaBank(self._signs(spec)),
             RowScale: RowScaleBank(self._store(spec.out_features), bias),
-            RowBias: RowBiasBank(self._store(spec.out_features)),
+            RowBias: RowBiasBank(self._host_store(spec.out_features)),
             OutputScale: RowScaleBank(self._store(spec.out_features), None),
             PairRotation: PairRotationBank(self._pair_factors(spec)),
             **self._bottlenecks(spec),
@@ -189,6 +189,10 @@ class BankFactory:
 
     def _store(self, width: int) -> PackedMatrices:
         return PackedMatrices(self._arena, self._slots, width)
+
+    def _host_store(self, width: int) -> PackedMatrices:
+        """Of a bank that looks slots up on the host in every step."""
+        return PackedMatrices(self._arena, self._slots, width, host_read=True)
 
     def _sparse(self, spec: SiteSpec) -> SparseMatrices:
         return SparseMatrices(self._arena, self._slots, spec.out_features, spec.in_features)

@@ -92,14 +92,14 @@ class ExpertsSite(nn.Module):
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """hidden [rows, width], the chosen experts and their weights [rows, k] -> [rows, width]."""
+        if hidden.is_cuda and not self._acts():
+            y: Tensor = self.base(hidden, chosen, weights)
+            return y
         num_rows, _ = hidden.shape
         slots = self._slots_of_rows(num_rows)
         own = slots >= 0 if hidden.is_cuda else np.full(len(slots), True)
         if own.all():
             return self._compute(hidden, chosen, weights, slots)
-        if not own.any():
-            y: Tensor = self.base(hidden, chosen, weights)
-            return y
         here, others = (
             torch.from_numpy(np.flatnonzero(rows)).to(hidden.device) for rows in (own, ~own)
         )
@@ -107,6 +107,9 @@ class ExpertsSite(nn.Module):
         out[here] = self._compute(hidden[here], chosen[here], weights[here], slots[own])
         out[others] = self.base(hidden[others], chosen[others], weights[others])
         return out
+
+    def _acts(self) -> bool:
+        return not all(layer.slots.isdisjoint(self._rows.tokens.slots) for layer in self._layers)
 
     def _slots_of_rows(self, rows: int) -> Array:
         """The slot of each row whose adapter acts here, -1 for all others."""

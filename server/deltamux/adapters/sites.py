@@ -80,14 +80,16 @@ class _Stack:
     """Matrices that one adapter has in one store, one below the other."""
 
     offset: int = 0
+    rows: int = 0
     elements: int = 0
     # Dropped once they are written, so that the host may forget the adapter.
     matrices: list[Tensor] = field(default_factory=list)
 
     def add(self, matrix: Tensor) -> int:
         """Returns the row at which the matrix begins."""
-        row = self.elements // matrix.shape[1]
+        row = self.rows
         self.matrices.append(matrix)
+        self.rows += matrix.shape[0]
         self.elements += matrix.numel()
         return row
 
@@ -145,7 +147,12 @@ class DeviceSites:
         for site in self._sites.values():
             self._groups[site.spec.group].append(site)
         self._layouts: dict[int, _Layout] = {}
-        self._device = device
+        # Slots of adapters for which no captured step stands.
+        self.eager_slots: set[int] = set()
+        # Rises when a site or a taller matrix comes that captured steps do not have launches for.
+        self.growth = 0
+        self.num_slots = slots
+        self.device = device
         self._stream = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -175,6 +182,10 @@ class DeviceSites:
             stack.offset = offset
             taken.append(stack)
         self._layouts[slot] = layout
+        if any(store.host_read for store in layout.stacks):
+            self.eager_slots.add(slot)
+        else:
+            self._extend_captures(layout)
         return True
 
     def write(self, slot: int, adapter: Adapter) -> None:
@@ -196,6 +207,7 @@ class DeviceSites:
     def release(self, slot: int) -> None:
         """Empties the slot, written or not; no step that uses it may be under way."""
         layout = self._layouts.pop(slot)
+        self.eager_slots.discard(slot)
         for sites, bank, _ in layout.placements:
             bank.slots.discard(slot)
             for site in sites:
@@ -215,6 +227,14 @@ class DeviceSites:
         if adapter.head is not None:
             layout.add([], self.task_heads, adapter.head)
         return layout
+
+    def _extend_captures(self, layout: _Layout) -> None:
+        """Makes what is captured from now on act for such an adapter; see `CapturedSegments`."""
+        grown = [store.extend(stack.rows) for store, stack in layout.stacks.items()]
+        self.growth += any(grown)
+        for sites, bank, _ in layout.placements:
+            for acting in (bank, *sites):
+                acting.slots.add(self.num_slots)
 
     def _acting(self, site: Site | ExpertsLayer, bank: Bank) -> Acting:
         if isinstance(site, ExpertsLayer):
@@ -239,7 +259,7 @@ class DeviceSites:
             yield
             return
         # A slot's former tables and memory are cleared and read on the steps' stream.
-        self._stream.wait_stream(torch.cuda.default_stream(self._device))
+        self._stream.wait_stream(torch.cuda.default_stream(self.device))
         with torch.cuda.stream(self._stream):
             yield
         self._stream.synchronize()

@@ -16,7 +16,7 @@ PackedForward = Callable[[list[list[int]]], list[Tensor]]
 
 # Largest error of a row, relative to the row. In 16 bits the mean over rows counts: the
 # routing of a mixture of experts may tip over in single rows.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 _LONGEST, _SHORTEST = 640, 24
 # Multiplications that the longer prompt may cost.
 _WORK = {"cpu": 1.5e10, "cuda": 1e13}
@@ -32,13 +32,13 @@ def self_test(base: Base, packed: PackedForward) -> None:
         computed = packed(prompts)
         base.set_plain_attention()
         for prompt, rows in zip(prompts, computed, strict=True):
-            error = _error(rows, _plainly(base, prompt), base.dtype)
-            if not error <= _TOLERANCE[base.dtype]:
+            error = relative_error(rows, _plainly(base, prompt), base.dtype)
+            if not error <= TOLERANCE[base.dtype]:
                 what = "logits" if base.encoder is None else "hidden states"
                 raise StartupError(
                     f"deltamux cannot serve this {base.config.model_type!r} model: its packed "
                     f"{what} differ from those of transformers by {error:.1e} (relative), "
-                    f"more than {_TOLERANCE[base.dtype]:.0e}",
+                    f"more than {TOLERANCE[base.dtype]:.0e}",
                     reason="MODEL_UNSUPPORTED",
                 )
 
@@ -79,7 +79,8 @@ def _plainly(base: Base, prompt: list[int]) -> Tensor:
     return rows.float()
 
 
-def _error(rows: Tensor, reference: Tensor, dtype: torch.dtype) -> float:
+def relative_error(rows: Tensor, reference: Tensor, dtype: torch.dtype) -> float:
+    """Of `rows` [T, V] against the same rows of a `reference`, to be held against TOLERANCE."""
     centred = reference - reference.mean(-1, keepdim=True)
     errors = (rows - reference).norm(dim=-1) / centred.norm(dim=-1)
     return float(errors.max() if dtype == torch.float32 else errors.mean())

@@ -67,6 +67,7 @@ class Serve(Command):
     kv_cache_bytes: ByteSize | None = option(
         None, help="memory for the KV cache, 4GiB for one", metavar="SIZE"
     )
+    enforce_eager: bool = option(False, help="no CUDA graphs: launch every operation of a step")
     enable_prefix_caching: bool = option(
         True, help="reuse the KV blocks of prompts that begin alike"
     )
@@ -114,6 +115,7 @@ class Serve(Command):
             kv_cache_bytes=self.kv_cache_bytes,
             enable_prefix_caching=self.enable_prefix_caching,
             gpu_memory_utilization=self.gpu_memory_utilization,
+            enforce_eager=self.enforce_eager,
             adapter_device_bytes=self.adapter_device_bytes,
             adapter_host_bytes=self.adapter_host_bytes,
             max_adapter_slots=self.max_adapter_slots,

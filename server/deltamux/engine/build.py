@@ -16,13 +16,15 @@ from deltamux.base.load import Base, load_base
 from deltamux.config import EngineConfig
 from deltamux.engine.block_allocator import BlockAllocator
 from deltamux.engine.block_manager import BlockManager
+from deltamux.engine.cuda_graphs import DecodeGraphs, GraphCapture, captured_sizes
+from deltamux.engine.decode_buffers import DecodeBuffers
 from deltamux.engine.encoder_runner import EncoderRunner
 from deltamux.engine.engine import Engine
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.limits import Limits
 from deltamux.engine.memory import count_kv_blocks
 from deltamux.engine.prefix_pages import PrefixPages
-from deltamux.engine.rehearsal import rehearse
+from deltamux.engine.rehearsal import rehearse, replays_agree
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.scheduler import Scheduler
 from deltamux.engine.submission import Submissions
@@ -64,13 +66,16 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
         generates=base.encoder is None,
         token_types=base.token_types,
     )
+    runner = build_runner(base, cache, rows, sites.task_heads)
+    if isinstance(runner, ModelRunner) and base.device.type == "cuda" and not config.enforce_eager:
+        _replay_decoding(runner, config, base, sites, max_model_len)
     engine = Engine(
         link,
         Submissions(limits, config.seed, config.enable_prefix_caching),
         Scheduler(config, limits, blocks, adapters),
         blocks,
         adapters,
-        build_runner(base, cache, rows, sites.task_heads),
+        runner,
     )
     return engine, _ready(config, base, limits)
 
@@ -92,6 +97,18 @@ def build_runner(
     if base.encoder is not None:
         return EncoderRunner(base, rows, cache.block_size, heads)
     return ModelRunner(base, cache, rows, heads)
+
+
+def _replay_decoding(
+    runner: ModelRunner, config: EngineConfig, base: Base, sites: DeviceSites, max_model_len: int
+) -> None:
+    """Makes a runner replay its decode steps, if they can be captured."""
+    sizes = captured_sizes(min(config.max_num_seqs, config.max_num_batched_tokens))
+    blocks = -(-max_model_len // config.block_size)
+    buffers = DecodeBuffers(sizes[-1], blocks, base.vocab_size, base.device)
+    graphs = DecodeGraphs(sizes, runner.forward, buffers, sites, GraphCapture(base.device))
+    if graphs.capture_base() and replays_agree(graphs, runner, base):
+        runner.use(graphs)
 
 
 def _device_sites(config: EngineConfig, base: Base, rows: Rows) -> DeviceSites:

@@ -6,19 +6,22 @@ import random
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 
+import structlog
 import torch
 from torch import Tensor
 
 from deltamux.adapters.rows import Rows
 from deltamux.base.load import Base
-from deltamux.base.self_test import self_test
+from deltamux.base.self_test import TOLERANCE, relative_error, self_test
 from deltamux.engine.batch import StepBatch
+from deltamux.engine.cuda_graphs import DecodeGraphs
 from deltamux.engine.encoder_runner import EncoderRunner
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.wire.messages import Sampling, Stopping
 
+_log = structlog.get_logger(__name__)
 _CHUNKS = 3
 
 
@@ -28,6 +31,21 @@ def rehearse(base: Base, block_size: int) -> None:
         self_test(base, lambda prompts: packed_logits(base, prompts, block_size))
     else:
         self_test(base, lambda prompts: packed_hidden(base, prompts, block_size))
+
+
+@torch.inference_mode()
+def replays_agree(graphs: DecodeGraphs, runner: ModelRunner, base: Base) -> bool:
+    """Whether captured steps, each of other tokens than it was captured with, give what eager ones
+    do. Nothing of a model's own code may have been decided once and for all."""
+    for size in graphs.sizes:
+        batch = runner.batch(_decoding(base, size, runner.block_size))
+        replayed = graphs.run(batch)
+        assert replayed is not None
+        error = relative_error(replayed, runner.forward(batch, batch.sampled_rows), base.dtype)
+        if not error <= TOLERANCE[base.dtype]:
+            _log.warning("a CUDA graph differs from its step, none is used", rows=size, error=error)
+            return False
+    return True
 
 
 def packed_logits(base: Base, prompts: Items[Items[int]], block_size: int) -> list[Tensor]:
@@ -85,6 +103,19 @@ def _sequences(prompts: Items[Items[int]], counts: list[int]) -> list[Sequence]:
         trial_sequence(index, prompt, [free.pop() for _ in range(count)], Sampling())
         for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
     ]
+
+
+def _decoding(base: Base, size: int, block_size: int) -> list[Scheduled]:
+    """A step of `size` sequences, each with the next token of one text in block 0, which belongs
+    to nobody: the rows before a token's own are those of its neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(base.vocab_size, (block_size,), generator=generator).tolist()
+    sequences = [
+        trial_sequence(row, text[: row % block_size + 1], [0], Sampling()) for row in range(size)
+    ]
+    for sequence in sequences:
+        sequence.num_computed = sequence.num_prompt - 1
+    return [Scheduled(sequence, 1) for sequence in sequences]
 
 
 def _steps(sequences: list[Sequence]) -> Iterator[list[Scheduled]]:

@@ -12,6 +12,7 @@ from deltamux.adapters.rows import Rows
 from deltamux.base.load import Base
 from deltamux.engine.attention import PagedAttention
 from deltamux.engine.batch import StepBatch
+from deltamux.engine.cuda_graphs import DecodeGraphs
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.outcome import Outcome
 from deltamux.engine.pooler import Pooler
@@ -30,8 +31,17 @@ class ModelRunner:
         self._cache = cache
         self._rows = rows
         self._pooler = None if heads is None else Pooler(heads)
+        self._graphs: DecodeGraphs | None = None
         self._attention = PagedAttention(cache)
         base.set_attention(self._attention)
+
+    @property
+    def block_size(self) -> int:
+        return self._cache.block_size
+
+    def use(self, graphs: DecodeGraphs) -> None:
+        """From now on, steps that these can replay are replayed."""
+        self._graphs = graphs
 
     @torch.inference_mode()
     def run(self, scheduled: Items[Scheduled]) -> list[Outcome]:
@@ -40,8 +50,7 @@ class ModelRunner:
         A row whose logits are not finite is NonFinite; the other rows are not touched by it.
         """
         batch = self.batch(scheduled)
-        logits = self.forward(batch, batch.sampled_rows)
-        tokens = sample(logits, batch.sampled)
+        tokens = sample(self._sampled_logits(batch), batch.sampled)
         placed: dict[int, Outcome] = dict(zip(batch.sampled_places, tokens, strict=True))
         if batch.pooled:
             assert self._pooler is not None
@@ -49,7 +58,11 @@ class ModelRunner:
         return [placed[place] for place in sorted(placed)]
 
     def batch(self, scheduled: Items[Scheduled]) -> StepBatch:
-        return StepBatch.build(scheduled, self._cache.block_size, self._base.device)
+        return StepBatch.build(scheduled, self.block_size, self._base.device)
+
+    def _sampled_logits(self, batch: StepBatch) -> Tensor:
+        replayed = None if self._graphs is None else self._graphs.run(batch)
+        return self.forward(batch, batch.sampled_rows) if replayed is None else replayed
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, rows: Tensor) -> Tensor:

@@ -5,17 +5,17 @@ from collections.abc import Callable
 import torch
 
 from deltamux.adapters.primitives.virtual_tokens import VirtualTokens, VirtualTokensBank
-from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import Segments
+from deltamux_kernels.token_rows import TokenTable
 
 WIDTH = 5
 
 
 def test_rows_of_virtual_tokens_are_the_adapters_own(
-    store: Callable[[int], PackedMatrices], place: Callable[..., None], segments: Segments
+    arena: torch.Tensor, place: Callable[..., None], segments: Segments
 ) -> None:
     torch.manual_seed(0)
-    bank = VirtualTokensBank(store(WIDTH))
+    bank = VirtualTokensBank(TokenTable(arena, 4, WIDTH))
     payloads = {0: VirtualTokens(torch.randn(3, WIDTH)), 1: VirtualTokens(torch.randn(2, WIDTH))}
     place(bank, payloads)
     # Slot 1 has rows 2 and 3, slot 3 row 4, slot 0 rows 6 to 9.

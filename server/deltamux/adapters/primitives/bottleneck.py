@@ -101,8 +101,8 @@ class BottleneckBank:
         self._read = read
         self._down = PackedMatrices(arena, slots, hidden)
         self._up = PackedMatrices(arena, slots, hidden)
-        self._norms_before = PackedMatrices(arena, slots, hidden)
-        self._norms_after = PackedMatrices(arena, slots, hidden)
+        self._norms_before = PackedMatrices(arena, slots, hidden, host_read=True)
+        self._norms_after = PackedMatrices(arena, slots, hidden, host_read=True)
         self._activations = Activations(arena, slots)
         self._columns = Columns(slots, arena.device)
 
@@ -125,25 +125,19 @@ class BottleneckBank:
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         z = self._read(y, self._residual.rows(y))
-        if any(self._norms_before.rows_of(slot) for slot in segments.slots):
+        if owners := segments.owners(self._norms_before):
             z = z.clone()
-            for rows, norm in _with_norm(z, self._norms_before, segments):
-                rows.copy_(_normed(rows, norm))
+            for _, span, norm in owners:
+                z[span] = _normed(z[span], norm)
         a = activate(shrink(z, self._down, segments), self._activations, segments)
         # What is normed before it is added is made in place of y's rows, which are kept meanwhile.
-        aside = [
-            (rows, norm, rows.clone()) for rows, norm in _with_norm(y, self._norms_after, segments)
-        ]
-        for rows, _, _ in aside:
-            rows.zero_()
+        owners = segments.owners(self._norms_after)
+        kept = [y[span].clone() for _, span, _ in owners]
+        for _, span, _ in owners:
+            y[span] = 0
         expand(y, a, self._up, self._columns, segments)
-        for rows, norm, kept in aside:
-            rows.copy_(_normed(rows, norm) + kept)
-
-
-def _with_norm(x: Tensor, norms: PackedMatrices, segments: Segments) -> list[tuple[Tensor, Tensor]]:
-    """The rows of each slot that has a norm, as views of `x`, and that norm."""
-    return [(x[rows], norm) for _, rows, norm in segments.owners(norms)]
+        for (_, span, norm), rows in zip(owners, kept, strict=True):
+            y[span] = _normed(y[span], norm) + rows
 
 
 def _normed(rows: Tensor, norm: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.packed import PackedMatrices, as_elements
 from deltamux_kernels.segments import Segments
+from deltamux_kernels.token_rows import TokenTable, token_rows
 
 
 @dataclass(frozen=True)
@@ -55,26 +56,26 @@ class VirtualTokens:
 class VirtualTokensBank:
     """y = rows[j] where the id is -1 - j."""
 
-    def __init__(self, rows: PackedMatrices) -> None:
+    def __init__(self, table: TokenTable) -> None:
         self.slots: set[int] = set()
-        self._rows = rows
+        self._table = table
 
     def pieces(self, payload: VirtualTokens) -> Sequence[tuple[PackedMatrices, Tensor]]:
-        return ((self._rows, payload.rows),)
+        ids = torch.arange(-payload.virtual.tokens, 0, dtype=torch.int32)
+        return (
+            (self._table.ids, as_elements(ids, payload.rows.dtype)),
+            (self._table.rows, payload.rows.flip(0)),
+        )
 
     def placed(self, slot: int, first_rows: Sequence[int]) -> None:
-        """Nothing to keep: the rows are alone in their store."""
+        self._table.placed(slot)
 
     def before(self, x: Tensor, segments: Segments) -> Tensor:
         """Ids that the base's embedding has."""
         return x.clamp(min=0)
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        all_ids = x.reshape(-1)
-        for _, span, rows in segments.owners(self._rows):
-            ids, given = all_ids[span], y[span]
-            wanted = rows.index_select(0, (-1 - ids).clamp(min=0))
-            torch.where((ids < 0)[:, None], wanted, given, out=given)
+        token_rows(y, x.reshape(-1), self._table, segments)
 
 
 @dataclass(frozen=True, eq=False)
