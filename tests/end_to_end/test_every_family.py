@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from deltamux.adapters.convert import convert
+from deltamux.adapters.files import PICKLES
 from deltamux.cli import main
 from deltamux.demo.server import Server
 from deltamux.demo.tasks import weights_path
@@ -31,11 +33,25 @@ TOKENS, TOP = 4, 5
 TOLERANCE = 1e-4
 PATIENCE = 120.0
 TASK = {"task_type": "CAUSAL_LM"}
+# PEFT is told the only task that there is.
+TASK_IDS = {"poly": {"task_ids": torch.tensor([0])}}
 
 # What AdapterHub has answered for, by the families it writes.
 ADAPTERHUB = {
-    "llama": ("houlsby", "pfeiffer", "parallel", "compacter"),
-    "gpt2": ("houlsby", "pfeiffer", "parallel"),
+    "llama": (
+        "houlsby",
+        "pfeiffer",
+        "parallel",
+        "compacter",
+        "dora",
+        "vera",
+        "mtl_lora",
+        "prefix",
+        "mam",
+        "lora_and_houlsby",
+        "loreft",
+    ),
+    "gpt2": ("houlsby", "pfeiffer", "parallel", "prefix", "mam", "loreft"),
 }
 
 
@@ -74,6 +90,7 @@ def configs(name: str) -> dict[str, peft.PeftConfig]:
         return {key: config for key, config in found.items() if key not in ("loha", "shira")}
     return found | {
         "miss": peft.MissConfig(r=4, **targets),
+        "poly": peft.PolyConfig(r=3, n_skills=2, **targets),
         "gralora": peft.GraloraConfig(r=4, gralora_k=2, hybrid_r=0, **targets),
         "vblora": peft.VBLoRAConfig(r=2, num_vectors=9, vector_length=4, topk=2, **targets),
         "delora": peft.DeloraConfig(r=3, **targets),
@@ -104,8 +121,11 @@ class World:
         self._model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
         answers = load_file(PEERS / name / "logits.safetensors")
         self._golden_prompt = answers["ids"][0].tolist()
-        self._goldens = {kind: answers[kind][0] for kind in ADAPTERHUB[name]}
-        self.folders = {kind: PEERS / name / kind for kind in self._goldens}
+        self._goldens = {f"adapterhub-{kind}": answers[kind][0] for kind in ADAPTERHUB[name]}
+        self.folders = {
+            f"adapterhub-{kind}": _as_safetensors(PEERS / name / kind, folder)
+            for kind in ADAPTERHUB[name]
+        }
         self._alone: dict[str, Callable[[Tensor], Tensor]] = {}
         for number, (key, config) in enumerate(configs(name).items()):
             self.folders[key] = folder / key
@@ -161,17 +181,25 @@ class World:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     model = peft.PeftModel.from_pretrained(model, self.folders[name]).eval()
-            self._alone[name] = self._of(model)
+            self._alone[name] = self._of(model, **TASK_IDS.get(name, {}))
         return self._alone[name]
 
     @staticmethod
-    def _of(model: PreTrainedModel | peft.PeftModel) -> Callable[[Tensor], Tensor]:
+    def _of(
+        model: PreTrainedModel | peft.PeftModel, **options: Tensor
+    ) -> Callable[[Tensor], Tensor]:
         def logits(ids: Tensor) -> Tensor:
             with torch.inference_mode():
-                answer: Tensor = model(input_ids=ids).logits
+                answer: Tensor = model(input_ids=ids, **options).logits
                 return answer
 
         return logits
+
+
+def _as_safetensors(adapter: Path, folder: Path) -> Path:
+    """What AdapterHub saves of prefixes are pickles."""
+    pickled = (adapter / PICKLES[1]).exists()
+    return convert(adapter, folder / f"adapterhub-{adapter.name}") if pickled else adapter
 
 
 @pytest.fixture(scope="module", params=list(ADAPTERHUB))
