@@ -21,7 +21,8 @@ UNSERVED: Mapping[Library, Mapping[str, str]] = {
         "XLORA": "it runs the base twice for each token, and weighs other adapters by what it saw",
     },
     "adapterhub": {
-        "prompt_tuning": "AdapterHub's format of prompts is not read yet; PEFT's is",
+        "prompt_tuning": "AdapterHub trains prompts on encoders only, which take no virtual "
+        "tokens here",
     },
     "deltamux": {},
 }
