@@ -17,13 +17,13 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
     block_size: int = 16
-    # Bytes of the KV cache; None: a share of device memory on a GPU, 1 GiB on a CPU.
+    # Bytes of the KV cache; None: what the other memory leaves, at most 1 GiB on a CPU.
     kv_cache_bytes: int | None = None
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.9
     # On a GPU: no CUDA graphs.
     enforce_eager: bool = False
-    # Bytes of device memory for adapters; None: a share on a GPU, 1 GiB on a CPU.
+    # Bytes of device memory for adapters; None: a share of what is left, at most 1 GiB on a CPU.
     adapter_device_bytes: int | None = None
     # Bytes of host memory for parsed adapters, least recently used first out.
     adapter_host_bytes: int = 4 << 30

@@ -52,6 +52,7 @@ class Setup:
     def __init__(self, link, adapters, prefixes, num_blocks=20):
         self.now = 100.0
         self.link, self.runner, self.adapters = link, Runner(), adapters
+        self.prefixes = prefixes
         self.blocks = BlockManager(BlockAllocator(num_blocks + 1), CONFIG.block_size, prefixes)
         self.scheduler = Scheduler(CONFIG, LIMITS, self.blocks, adapters)
         self.engine = Engine(
@@ -288,16 +289,60 @@ def test_non_finite_logits_fail_their_request_alone(setup, adapter, code):
     assert served.is_empty()
 
 
-def test_out_of_memory_fails_the_largest_and_repeats_the_step_for_the_others(setup):
+def test_a_step_without_memory_is_run_in_parts_and_nobody_notices(setup):
     served = setup()
     served.step(submit("small"))
     served.runner.error = torch.OutOfMemoryError("no more")
     served.step(submit("large", prompt=range(12)), times=4)
-    (failed,) = served.link.told(RequestFailed)
-    assert (failed.request_id, failed.code) == ("large", "RESOURCE_EXHAUSTED")
-    tokens = [p.token_ids[0] for p in served.link.progress("small")]
-    assert tokens == [50, 51, 52]
+    assert served.link.told(RequestFailed) == []
+    for request_id in ("small", "large"):
+        assert [p.token_ids[0] for p in served.link.progress(request_id)] == [50, 51, 52]
     assert served.is_empty()
+
+
+def test_who_starves_fails_alone_with_all_its_choices(setup):
+    served = setup()
+    run = served.runner.run
+
+    def scarce(scheduled):
+        if any(item.sequence.request_id == "hungry" for item in scheduled):
+            raise MemoryError
+        return run(scheduled)
+
+    served.runner.run = scarce
+    served.step(submit("sated", max_tokens=9), submit("hungry", adapter="a", n=2), times=9)
+    assert served.link.told(RequestFailed) == [
+        RequestFailed(
+            "hungry", "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "there is not enough memory for it"
+        )
+    ]
+    assert served.link.progress("hungry") == []
+    assert served.link.progress("sated")[-1].finish == "length"
+    assert served.is_empty()
+    served.runner.run = run
+    served.step(submit("hungry", adapter="a"), times=4)
+    assert served.link.progress("hungry")[-1].finish == "length"
+
+
+def test_an_adapters_pages_without_memory_fail_its_request_alone(setup):
+    served = setup()
+    served.adapters.virtuals = {"prefix": Virtual(5, computed=False)}
+    fill, filled = served.prefixes.fill, []
+
+    def scarce(slot, blocks, first):
+        filled.append(slot)
+        if len(filled) == 1:
+            raise torch.OutOfMemoryError
+        fill(slot, blocks, first)
+
+    served.prefixes.fill = scarce
+    served.step(submit("first", adapter="prefix"), submit("other"), times=4)
+    (failed,) = served.link.told(RequestFailed)
+    assert (failed.request_id, failed.reason) == ("first", "OUT_OF_MEMORY")
+    assert served.link.progress("other")[-1].finish == "length"
+    assert served.is_empty()
+    served.step(submit("second", adapter="prefix"), times=4)
+    assert served.link.progress("second")[-1].finish == "length"
 
 
 def test_any_other_error_of_the_forward_pass_ends_the_engine(setup):

@@ -1,4 +1,4 @@
-"""How many blocks fit."""
+"""What the adapters and the KV cache get of the memory that there is."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from deltamux.base.encoders import Encoder
 from deltamux.base.load import Base, adopt
 from deltamux.config import EngineConfig
 from deltamux.engine.kv_cache import block_bytes
-from deltamux.engine.memory import count_kv_blocks, run_full_step
+from deltamux.engine.memory import Room, Shares, run_full_step, share_memory, split
 from deltamux.errors import StartupError
 
 
@@ -29,30 +30,83 @@ def base() -> Base:
     return adopt(AutoModelForCausalLM.from_config(config))
 
 
-def test_bytes_are_the_limit_when_they_are_few(base: Base) -> None:
+def test_flags_are_taken_as_they_are(base: Base) -> None:
     size = block_bytes(base.layers, 16, torch.float32)
-    assert count_kv_blocks(base, EngineConfig("", kv_cache_bytes=10 * size + 1)) == 10
+    config = EngineConfig("", kv_cache_bytes=10 * size + 1, adapter_device_bytes=12345)
+    assert share_memory(base, config) == Shares(12345, 10)
 
 
 def test_no_more_blocks_than_the_sequences_can_hold(base: Base) -> None:
     """Seven blocks of 16 hold 100 tokens; one block more is the padding."""
     config = EngineConfig("", max_num_seqs=3, enable_prefix_caching=False)
-    assert count_kv_blocks(base, config) == 3 * 7 + 1
-    assert count_kv_blocks(base, replace(config, max_model_len=32)) == 3 * 2 + 1
+    assert share_memory(base, config).kv_blocks == 3 * 7 + 1
+    assert share_memory(base, replace(config, max_model_len=32)).kv_blocks == 3 * 2 + 1
 
 
 def test_prefix_caching_uses_all_that_there_is(base: Base) -> None:
     size = block_bytes(base.layers, 16, torch.float32)
     config = EngineConfig("", max_num_seqs=1, kv_cache_bytes=50 * size)
-    assert count_kv_blocks(base, config) == 50
+    assert share_memory(base, config).kv_blocks == 50
+
+
+@pytest.mark.parametrize(
+    ("adapters", "kv", "shares"),
+    [
+        (None, None, (200, 800)),
+        (300, None, (300, 700)),
+        (None, 300, (700, 300)),
+        (300, 400, (300, 400)),
+        (1000, 0, (1000, 0)),
+    ],
+)
+def test_what_no_flag_says_is_shared(
+    adapters: int | None, kv: int | None, shares: tuple[int, int]
+) -> None:
+    assert split(Room(1000, "1000 are left"), adapters, kv, 0) == shares
+
+
+def test_a_cpu_gives_neither_more_than_a_gigabyte_unasked() -> None:
+    assert split(Room(1000, "", most=150), None, None, 0) == (150, 150)
+    assert split(Room(1000, "", most=300), None, None, 0) == (200, 300)
+    assert split(Room(1000, "", most=150), 600, None, 0) == (600, 150)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "kv", "wanted"),
+    [
+        (3, 2, "--adapter-device-bytes 3 GiB and --kv-cache-bytes 2 GiB"),
+        (5, None, "--adapter-device-bytes 5 GiB and at least 1 GiB of KV cache"),
+        (None, 5, "--kv-cache-bytes 5 GiB"),
+        (3.5, None, "--adapter-device-bytes 3.5 GiB and at least 1 GiB of KV cache"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(
+    adapters: float | None, kv: int | None, wanted: str
+) -> None:
+    def in_bytes(size: float | None) -> int | None:
+        return None if size is None else int(size * 2**30)
+
+    with pytest.raises(StartupError) as refused:
+        split(Room(4 << 30, "4 GiB are left"), in_bytes(adapters), in_bytes(kv), 1 << 30)
+    assert refused.value.message == f"not enough memory: 4 GiB are left, but {wanted} are wanted"
 
 
 def test_memory_without_room_for_a_block_is_refused(base: Base) -> None:
     size = block_bytes(base.layers, 16, torch.float32)
-    with pytest.raises(StartupError, match="1 bytes are left"):
-        count_kv_blocks(base, EngineConfig("", kv_cache_bytes=1))
-    with pytest.raises(StartupError, match=f"one block takes {size}"):
-        count_kv_blocks(base, EngineConfig("", kv_cache_bytes=2 * size - 1))
+    with pytest.raises(StartupError, match=f"is 1; a KV cache takes at least {2 * size} bytes"):
+        share_memory(base, EngineConfig("", kv_cache_bytes=1))
+
+
+def test_more_than_the_host_has_is_refused(base: Base) -> None:
+    with pytest.raises(StartupError, match=r"the host has .* left, but --kv-cache-bytes 1\.05e"):
+        share_memory(base, EngineConfig("", kv_cache_bytes=1 << 50))
+
+
+def test_an_encoder_gives_the_adapters_all(base: Base) -> None:
+    encoder = replace(base, encoder=Encoder(lambda config: None))
+    config = EngineConfig("", max_num_seqs=3)
+    assert share_memory(encoder, config).kv_blocks == 3 * 7 + 1
+    assert share_memory(encoder, replace(config, adapter_device_bytes=99)).adapter_bytes == 99
 
 
 @pytest.mark.parametrize(("sequences", "tokens"), [(5, 64), (64, 8), (1, 500)])

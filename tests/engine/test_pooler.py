@@ -239,8 +239,9 @@ def test_a_preempted_prompt_counts_once(world: World, pooling: Classify | Embed)
     for computed in (0, 4):
         preempted.num_computed = computed
         assert world.runner.run([Scheduled(preempted, 4)]) == []
-    # The second chunk again, as after a step that ran out of memory, and then all from the start.
-    for computed, count in ((4, 5), (0, 3), (3, 8)):
+    # The second chunk again, as after a step that ran out of memory, then all from the start, and
+    # the last chunk again, as after a step that ran out of memory at its very end.
+    for computed, count in ((4, 5), (0, 3), (3, 8), (3, 8)):
         preempted.num_computed = computed
         outcomes = world.runner.run([Scheduled(preempted, count)])
     close(numbers(outcomes[0]), numbers(whole))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,10 +53,73 @@ def test_an_error_of_the_parser_comes_back_without_its_frames(read):
     assert error.__traceback__ is None
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError()])
-def test_lack_of_memory_may_pass(read, error):
-    error = read(raising(error)).error
-    assert (error.code, error.retry_after is None) == ("RESOURCE_EXHAUSTED", False)
+@pytest.mark.parametrize(
+    "parse",
+    [
+        lambda folder, digest: torch.empty(1 << 60, dtype=torch.uint8),
+        lambda folder, digest: bytearray(1 << 60),
+        raising(torch.OutOfMemoryError()),
+    ],
+)
+def test_lack_of_memory_may_pass(read, parse):
+    error = read(parse).error
+    assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")
+    assert error.retry_after is not None
+
+
+def test_a_thread_that_cannot_start_is_a_lack_of_memory(read, monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        error = read(raising(AssertionError("parsed"))).error
+    assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")
+    assert read(lambda folder, digest: "parsed").adapter == "parsed"
+
+
+def test_a_job_without_a_thread_of_its_own_waits_for_another(files, monkeypatch):
+    folder = files.write("a", seed=1)
+    digest = content_digest(folder)
+    entered, leave = threading.Event(), threading.Event()
+
+    def parse(folder, digest):
+        entered.set()
+        assert leave.wait(10)
+        return "parsed"
+
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    loader = Loader(parse, lambda slot, adapter: None)
+    loader.read(digest, str(folder))
+    assert entered.wait(10)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        loader.read(digest, str(folder))
+    leave.set()
+    done = []
+    while len(done) < 2:
+        assert select.select([loader.fileno()], [], [], 10)[0]
+        done += loader.completed()
+    assert [completed.adapter for completed in done] == ["parsed", "parsed"]
+    loader.close()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_threads_that_stay_alone_leave_the_others_their_workers(files, alone):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    folder = files.write("a", seed=1)
+    loader = Loader(
+        lambda folder, digest: torch.get_num_threads(), lambda slot, adapter: None, alone=alone
+    )
+    loader.read(content_digest(folder), str(folder))
+    assert select.select([loader.fileno()], [], [], 10)[0]
+    assert loader.completed()[0].adapter == (1 if alone else 2)
+    assert torch.get_num_threads() == 2
+    loader.close()
+    torch.set_num_threads(before)
 
 
 def test_a_bug_tells_nothing_to_clients(read, capsys):

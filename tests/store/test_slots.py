@@ -317,3 +317,27 @@ def test_host_memory_gives_way_by_bytes_to_the_newest(make_device, stored, drive
     assert [cache.tier(a[0]) for a in (first, second, third)] == ["disk", "host", "host"]
     assert AdapterMoved(first[0], "disk", events[0].info) in events
     assert cache.host_evictions == 1
+
+
+@pytest.mark.parametrize("part", ["bytes_of", "reserve"])
+def test_lack_of_memory_on_the_engines_thread_fails_that_load_alone(
+    make_device, files, stored, drive_cache, monkeypatch, part
+):
+    """Whoever had to leave for it has really left, and everybody can come back."""
+    device = make_device(slots=1)
+    cache = device.cache()
+    adapters = {seed: stored(seed) for seed in (1, 2)}
+    cache.load(*adapters[1], to_device=True)
+    drive_cache(cache, device.loader)
+    with monkeypatch.context() as patch:
+        patch.setattr(device.sites, part, lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+        cache.load(*adapters[2], to_device=True)
+        failed = drive_cache(cache, device.loader)[-1]
+    assert isinstance(failed, AdapterFailed)
+    assert (failed.code, failed.reason) == ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")
+    for seed, adapter in adapters.items():
+        cache.load(*adapter, to_device=True)
+        drive_cache(cache, device.loader)
+        slot = placed(cache, device.loader, adapter)
+        torch.testing.assert_close(device.delta(slot), files.delta(seed), atol=1e-6, rtol=0)
+        cache.release(adapter[0])

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltamux.base.encoders import Encoder, encoder_of, heads_of, set_shared_apart
 from deltamux.base.last_hidden import LastHidden
+from deltamux.base.out_of_memory import is_out_of_memory
 from deltamux.base.packed_linear import pack_linears
 from deltamux.base.probe import AttentionLayer, probe
 from deltamux.base.structure import Structure, find_structure
@@ -156,6 +157,8 @@ def _weights(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise _not_loaded(model, error) from error
     missing = frozenset(report["missing_keys"])
     _check_complete(model, missing - heads_of(loaded, missing))

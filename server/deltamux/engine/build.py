@@ -13,6 +13,7 @@ from deltamux.adapters.primitives.task_head import TaskHeadBank
 from deltamux.adapters.rows import Rows
 from deltamux.adapters.sites import DeviceSites
 from deltamux.base.load import Base, load_base
+from deltamux.base.out_of_memory import memory_for
 from deltamux.config import EngineConfig
 from deltamux.engine.block_allocator import BlockAllocator
 from deltamux.engine.block_manager import BlockManager
@@ -22,7 +23,7 @@ from deltamux.engine.encoder_runner import EncoderRunner
 from deltamux.engine.engine import Engine
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.limits import Limits
-from deltamux.engine.memory import count_kv_blocks
+from deltamux.engine.memory import share_memory
 from deltamux.engine.prefix_pages import PrefixPages
 from deltamux.engine.rehearsal import rehearse, replays_agree
 from deltamux.engine.runner import ModelRunner
@@ -34,10 +35,6 @@ from deltamux.store.slots import AdapterCache
 from deltamux.wire.channel import EngineEnd
 from deltamux.wire.messages import Ready
 
-_CPU_ADAPTER_BYTES = 1 << 30
-# Of a GPU's memory.
-_ADAPTER_SHARE = 0.1
-
 
 def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
     """Loads and tests the base, takes the memory, and returns what is ready to run.
@@ -46,19 +43,22 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    base = load_base(config.model, config.device, config.dtype)
+    with memory_for(f"the weights of {config.model}"):
+        base = load_base(config.model, config.device, config.dtype)
     max_model_len = _max_model_len(config, base)
-    rehearse(base, config.block_size)
-    # The order matters on a GPU: the KV cache takes what all the others leave.
+    with memory_for(f"a step of {config.max_num_batched_tokens} tokens"):
+        rehearse(base, config.block_size)
+        shares = share_memory(base, config)
     rows = Rows(base.device)
-    sites = _device_sites(config, base, rows)
+    with memory_for(f"{shares.adapter_bytes} bytes of adapters"):
+        sites = _device_sites(config, base, rows, shares.adapter_bytes)
     adapters = _adapter_cache(config, base, sites, link)
-    num_blocks = count_kv_blocks(base, config)
     # An encoder keeps nothing of a prompt: its blocks have no pages, and only count.
     layers = base.layers if base.encoder is None else ()
-    cache = KVCache(layers, num_blocks, config.block_size, base.dtype, base.device)
+    with memory_for(f"{shares.kv_blocks} blocks of KV cache"):
+        cache = KVCache(layers, shares.kv_blocks, config.block_size, base.dtype, base.device)
     prefixes = PrefixPages(sites.prefixes, cache)
-    blocks = BlockManager(BlockAllocator(num_blocks), config.block_size, prefixes)
+    blocks = BlockManager(BlockAllocator(shares.kv_blocks), config.block_size, prefixes)
     limits = Limits(
         base.vocab_size,
         max_model_len,
@@ -111,13 +111,13 @@ def _replay_decoding(
         runner.use(graphs)
 
 
-def _device_sites(config: EngineConfig, base: Base, rows: Rows) -> DeviceSites:
+def _device_sites(config: EngineConfig, base: Base, rows: Rows, arena: int) -> DeviceSites:
     return DeviceSites(
         base.model,
         base.structure,
         rows,
         config.max_adapter_slots,
-        _adapter_bytes(config, base.device),
+        arena,
         base.dtype,
         base.device,
     )
@@ -129,19 +129,11 @@ def _adapter_cache(
     def parse(folder: Path, digest: str) -> Adapter:
         return parse_adapter(folder, digest, base.structure, base.dtype)
 
-    loader = Loader(parse, sites.write)
+    loader = Loader(parse, sites.write, alone=base.device.type == "cpu")
     link.wake_on(loader.fileno())
     return AdapterCache(
         sites, loader, slots=config.max_adapter_slots, host_bytes=config.adapter_host_bytes
     )
-
-
-def _adapter_bytes(config: EngineConfig, device: torch.device) -> int:
-    if config.adapter_device_bytes is not None:
-        return config.adapter_device_bytes
-    if device.type == "cpu":
-        return _CPU_ADAPTER_BYTES
-    return int(torch.cuda.get_device_properties(device).total_memory * _ADAPTER_SHARE)
 
 
 def _ready(config: EngineConfig, base: Base, limits: Limits) -> Ready:

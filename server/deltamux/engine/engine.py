@@ -13,19 +13,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Items
-from typing import Protocol
-
-import structlog
-import torch
 
 from deltamux.engine.block_manager import BlockManager
-from deltamux.engine.outcome import NonFinite, Outcome, SampledToken
-from deltamux.engine.reply import admission, finish_reason, non_finite_error
+from deltamux.engine.outcome import NonFinite, SampledToken
+from deltamux.engine.parts import Ran, Runner, run_in_parts
+from deltamux.engine.reply import admission, finish_reason, non_finite_error, out_of_memory_error
 from deltamux.engine.scheduler import Scheduler
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.engine.submission import Submissions
-from deltamux.errors import DeadlineExceeded, DeltamuxError, ResourceExhausted
+from deltamux.errors import DeadlineExceeded, DeltamuxError
 from deltamux.store.slots import AdapterCache
 from deltamux.wire.channel import EngineEnd
 from deltamux.wire.messages import (
@@ -42,16 +38,6 @@ from deltamux.wire.messages import (
     Submit,
     ToEngine,
 )
-
-_log = structlog.get_logger(__name__)
-
-
-class Runner(Protocol):
-    """What drives the base model."""
-
-    def run(self, scheduled: Items[Scheduled]) -> list[Outcome]:
-        """Computes the scheduled tokens; one outcome for each that yields, in the given order."""
-        ...
 
 
 class Engine:
@@ -86,9 +72,11 @@ class Engine:
         self._receive()
         scheduled = self._schedule()
         started = self._clock()
-        outcomes = self._run(scheduled)
-        progress = self._update(scheduled, outcomes)
-        self._reply(scheduled, progress, self._clock() - started)
+        ran = run_in_parts(
+            self._runner, scheduled, whole_prompts=not self._submissions.limits.generates
+        )
+        progress = self._update(ran)
+        self._reply(ran.computed, progress, self._clock() - started)
 
     def _receive(self) -> None:
         self._link.wait(self._patience())
@@ -106,35 +94,24 @@ class Engine:
         self._idle = not plan.scheduled and not plan.failed
         return plan.scheduled
 
-    def _run(self, scheduled: list[Scheduled]) -> list[Outcome]:
-        if not scheduled:
-            return []
-        try:
-            return self._runner.run(scheduled)
-        except torch.OutOfMemoryError:
-            _log.error("out of device memory", rows=sum(item.num_tokens for item in scheduled))
-        largest = max(scheduled, key=lambda item: item.num_tokens).sequence
-        self._fail(
-            largest.request_id,
-            ResourceExhausted("the device is out of memory", reason="OUT_OF_MEMORY"),
-        )
-        # Nothing was computed: the others run again in the next step.
-        scheduled.clear()
-        return []
-
-    def _update(self, scheduled: list[Scheduled], outcomes: list[Outcome]) -> list[Progress]:
-        yielding = [item.sequence for item in scheduled if item.yields]
-        for item in scheduled:
+    def _update(self, ran: Ran) -> list[Progress]:
+        yielding = [item.sequence for item in ran.computed if item.yields]
+        for item in ran.computed:
             self._blocks.complete(item.sequence, item.num_tokens)
-        rows = list(zip(yielding, outcomes, strict=True))
-        poisoned = {s.request_id: s for s, outcome in rows if isinstance(outcome, NonFinite)}
-        for request_id, sequence in poisoned.items():
-            self._blocks.distrust(sequence)
-            self._fail(request_id, non_finite_error(sequence))
+        rows = list(zip(yielding, ran.outcomes, strict=True))
+        errors: dict[str, DeltamuxError] = {}
+        if ran.starved is not None:
+            errors[ran.starved.request_id] = out_of_memory_error()
+        for sequence, outcome in rows:
+            if isinstance(outcome, NonFinite):
+                self._blocks.distrust(sequence)
+                errors[sequence.request_id] = non_finite_error(sequence)
+        for request_id, error in errors.items():
+            self._fail(request_id, error)
         return [
             self._advance(sequence, outcome)
             for sequence, outcome in rows
-            if not isinstance(outcome, NonFinite) and sequence.request_id not in poisoned
+            if not isinstance(outcome, NonFinite) and sequence.request_id not in errors
         ]
 
     def _reply(

@@ -1,67 +1,130 @@
-"""How many blocks the KV cache may have."""
+"""How the adapters and the KV cache share the memory that the base and a step leave.
+
+1. On a GPU, --gpu-memory-utilization says how much of it may be used. The base is loaded, and one
+   step as large as any is run; what these and other processes take is measured and taken off. On a
+   CPU, what the host has left is there to be shared.
+2. --adapter-device-bytes and --kv-cache-bytes are taken as they are, or the start is refused.
+3. Without a flag, the adapters get a fifth of what is left, or all of it where the KV cache has
+   its own flag; the KV cache gets the rest. On a CPU neither takes more than 1 GiB unasked.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from deltamux.adapters.rows import Rows
 from deltamux.base.load import Base
 from deltamux.config import EngineConfig
+from deltamux.engine.host_memory import free_host_bytes
 from deltamux.engine.kv_cache import KVCache, block_bytes
-from deltamux.engine.rehearsal import trial_sequence
+from deltamux.engine.rehearsal import packed_hidden, trial_sequence
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled
 from deltamux.errors import StartupError
 from deltamux.wire.messages import Sampling
 
-_CPU_BYTES = 1 << 30
+_ADAPTER_SHARE = 0.2
+_MOST_UNASKED_ON_CPU = 1 << 30
 
 
-def count_kv_blocks(base: Base, config: EngineConfig) -> int:
-    """Blocks that memory affords, block 0 among them; without prefix caching, no more than the
-    sequences of a step can ever hold.
+@dataclass(frozen=True)
+class Room:
+    """Bytes to share, and how they came about, in words; `most` that one side takes unasked."""
 
-    On a GPU it runs one full step, to learn what the model needs beside the cache: everything else
-    that will stay on the device, the adapters' arena above all, must be there already.
-    Raises StartupError when not even one block fits.
+    bytes: int
+    words: str
+    most: int | None = None
+
+
+@dataclass(frozen=True)
+class Shares:
+    adapter_bytes: int
+    # Block 0, which is nobody's, among them.
+    kv_blocks: int
+
+
+def share_memory(base: Base, config: EngineConfig) -> Shares:
+    """What the adapters and the KV cache get; nothing is allocated.
+
+    Without prefix caching, no more blocks than the sequences of a step can ever hold. Raises
+    StartupError, which says what takes how much, where it cannot all be had.
     """
     longest = config.max_model_len or base.max_model_len
     useful = config.max_num_seqs * -(-longest // config.block_size) + 1
+    room = _room(base, config)
     if base.encoder is not None:
         # Blocks of nothing, by which the tokens that are under way are counted.
-        return useful
-    size = block_bytes(base.layers, config.block_size, base.dtype)
-    available = _available_bytes(base, config)
-    if available < 2 * size:
-        raise StartupError(
-            f"{max(available, 0)} bytes are left for the KV cache; one block takes {size}"
-        )
-    affordable = available // size
-    return affordable if config.enable_prefix_caching else min(affordable, useful)
+        adapters, _ = split(room, config.adapter_device_bytes, 0, 0)
+        return Shares(adapters, useful)
+    block = block_bytes(base.layers, config.block_size, base.dtype)
+    adapters, kv = split(room, config.adapter_device_bytes, config.kv_cache_bytes, 2 * block)
+    blocks = kv // block
+    return Shares(adapters, blocks if config.enable_prefix_caching else min(blocks, useful))
 
 
-def _available_bytes(base: Base, config: EngineConfig) -> int:
-    if config.kv_cache_bytes is not None:
-        return config.kv_cache_bytes
+def split(room: Room, adapters: int | None, kv: int | None, least_kv: int) -> tuple[int, int]:
+    """Bytes of the adapters and of the KV cache; None is what no flag has said."""
+    left = room.bytes - (adapters or 0) - (kv or 0)
+    if left < 0 or (least_kv if kv is None else 0) > left:
+        raise StartupError(_too_much(room, adapters, kv, least_kv))
+    if kv is not None and kv < least_kv:
+        raise StartupError(f"--kv-cache-bytes is {kv}; a KV cache takes at least {least_kv} bytes")
+    most = left if room.most is None else room.most
+    if adapters is None:
+        adapters = min(int(left * (_ADAPTER_SHARE if kv is None else 1)), most)
+        left -= adapters
+    return adapters, min(left, most) if kv is None else kv
+
+
+def _too_much(room: Room, adapters: int | None, kv: int | None, least_kv: int) -> str:
+    wanted = [
+        f"{flag} {_in_words(size)}"
+        for flag, size in (("--adapter-device-bytes", adapters), ("--kv-cache-bytes", kv))
+        if size
+    ]
+    if kv is None:
+        wanted.append(f"at least {_in_words(least_kv)} of KV cache")
+    but = f", but {' and '.join(wanted)} are wanted" if wanted else ""
+    return f"not enough memory: {room.words}{but}"
+
+
+def _room(base: Base, config: EngineConfig) -> Room:
     if base.device.type == "cpu":
-        return _CPU_BYTES
-    return _free_beside_a_step(base, config)
+        free = free_host_bytes()
+        return Room(free, f"the host has {_in_words(free)} left", _MOST_UNASKED_ON_CPU)
+    return _room_beside_a_step(base, config)
 
 
-def _free_beside_a_step(base: Base, config: EngineConfig) -> int:
+def _room_beside_a_step(base: Base, config: EngineConfig) -> Room:
     torch.cuda.empty_cache()
+    weights = torch.cuda.memory_allocated(base.device)
     torch.cuda.reset_peak_memory_stats(base.device)
     run_full_step(base, config)
     torch.cuda.synchronize(base.device)
-    free, total = torch.cuda.mem_get_info(base.device)
-    elsewhere = total - free - torch.cuda.memory_reserved(base.device)
     peak = torch.cuda.max_memory_allocated(base.device)
     torch.cuda.empty_cache()
-    return int(total * config.gpu_memory_utilization) - peak - elsewhere
+    free, total = torch.cuda.mem_get_info(base.device)
+    others = total - free - torch.cuda.memory_reserved(base.device)
+    usable = int(total * config.gpu_memory_utilization)
+    left = usable - peak - others
+    words = (
+        f"{config.gpu_memory_utilization:g} of the GPU's {_in_words(total)} may be used, "
+        f"the base takes {_in_words(weights)}, a step {_in_words(peak - weights)}, what is no "
+        f"tensor {_in_words(others)}: {_in_words(max(left, 0))} are left"
+    )
+    return Room(left, words)
 
 
 def run_full_step(base: Base, config: EngineConfig) -> None:
-    """As many sequences and tokens as one step may have, each sampled in the costliest way."""
+    """As many tokens as one step may have: an encoder's as few long prompts, those of a model that
+    generates as many sequences, each sampled in the costliest way."""
+    if base.encoder is not None:
+        length = min(config.max_num_batched_tokens, base.max_model_len)
+        prompts = [[0] * length] * (config.max_num_batched_tokens // length)
+        packed_hidden(base, prompts, config.block_size)
+        return
     sequences = min(config.max_num_seqs, config.max_num_batched_tokens)
     length = min(config.max_num_batched_tokens // sequences, base.max_model_len)
     blocks = list(range(1, -(-length // config.block_size) + 1))
@@ -73,3 +136,7 @@ def run_full_step(base: Base, config: EngineConfig) -> None:
         for index in range(sequences)
     ]
     ModelRunner(base, cache, Rows(base.device)).run(step)
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"

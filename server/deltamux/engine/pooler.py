@@ -36,7 +36,10 @@ _SCORINGS: Mapping[Scoring, Callable[[Tensor], Tensor]] = {
 
 
 class Pooler:
-    """Belongs to one runner; forgets a sequence when it ends."""
+    """Belongs to one runner; forgets a sequence when it ends.
+
+    Until then it keeps what it has of it: the last step may be run again, for want of memory.
+    """
 
     def __init__(self, heads: TaskHeadBank, shared: SharedHead | None = None) -> None:
         """`shared` is the base's own part of its heads, where it has one."""
@@ -85,7 +88,7 @@ class Pooler:
 
     def _reduced(self, sequence: Sequence) -> Tensor:
         """What the sequence's chunks come to: [1, width], or [tokens, width]."""
-        chunks = self._chunks.pop(sequence)
+        chunks = self._chunks[sequence]
         rows = torch.cat([chunks[first] for first in sorted(chunks)])
         if self._rule(sequence) == "mean":
             return rows.sum(0, keepdim=True) / len(sequence.tokens)

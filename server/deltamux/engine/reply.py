@@ -8,6 +8,7 @@ from deltamux.errors import (
     FailedPrecondition,
     Internal,
     InvalidArgument,
+    ResourceExhausted,
 )
 from deltamux.wire.messages import FirstToken
 
@@ -47,3 +48,7 @@ def non_finite_error(sequence: Sequence) -> DeltamuxError:
     """The adapter's fault where there is one: the base has passed its self-test."""
     kind = FailedPrecondition if sequence.adapter else Internal
     return kind("what the model gives is not finite", reason="NON_FINITE_OUTPUT")
+
+
+def out_of_memory_error() -> DeltamuxError:
+    return ResourceExhausted("there is not enough memory for it", reason="OUT_OF_MEMORY")

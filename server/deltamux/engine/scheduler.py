@@ -8,11 +8,12 @@ from typing import Protocol
 
 from deltamux.adapters.task import Call
 from deltamux.adapters.traits import Traits
+from deltamux.base.out_of_memory import is_out_of_memory
 from deltamux.config import EngineConfig
 from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.drain import Drain
 from deltamux.engine.limits import Limits
-from deltamux.engine.reply import adapter_error
+from deltamux.engine.reply import adapter_error, out_of_memory_error
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.errors import DeltamuxError, InvalidArgument
 
@@ -161,8 +162,7 @@ class Scheduler:
                 # An encoder reads a prompt in one step; the next one has room for it.
                 return
             if self._acquire(sequence, plan):
-                self._start(sequence, now)
-                plan.add(sequence)
+                self._start(sequence, now, plan)
                 continue
             sequence.miss_adapter(now)
             if plan.joinable is None and self._slots.blocked(sequence.adapter):
@@ -195,12 +195,21 @@ class Scheduler:
             plan.absent.add(sequence.adapter)
         return sequence.slot is not None
 
-    def _start(self, sequence: Sequence, now: float) -> None:
-        self._blocks.start(sequence)
+    def _start(self, sequence: Sequence, now: float, plan: Plan) -> None:
+        try:
+            self._blocks.start(sequence)
+        except Exception as error:
+            # What an adapter brings to the pages is written at once, which takes memory.
+            if not is_out_of_memory(error):
+                raise
+            self._release(sequence)
+            plan.failed[sequence.request_id] = out_of_memory_error()
+            return
         if sequence.admitted is None:
             sequence.admitted = now
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_order)
+        plan.add(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """The one place where blocks and the lease go back."""

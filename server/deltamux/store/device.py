@@ -17,12 +17,22 @@ class _Place:
 
 
 class DeviceSlots:
-    """Least recently used first out, both by slots and by bytes; `in_use(digest)` never leaves."""
+    """Least recently used first out, both by slots and by bytes; `in_use(digest)` never leaves.
 
-    def __init__(self, sites: DeviceSites, slots: int, in_use: Callable[[str], bool]) -> None:
+    `left(digest)` is told of each that does.
+    """
+
+    def __init__(
+        self,
+        sites: DeviceSites,
+        slots: int,
+        in_use: Callable[[str], bool],
+        left: Callable[[str], None],
+    ) -> None:
         self.slots = slots
         self._sites = sites
         self._in_use = in_use
+        self._left = left
         self._free = list(reversed(range(slots)))
         self._places: OrderedDict[str, _Place] = OrderedDict()
 
@@ -37,22 +47,23 @@ class DeviceSlots:
         """Makes it the most recently used."""
         self._places.move_to_end(digest)
 
-    def place(self, adapter: Adapter, needed: int) -> tuple[int | None, list[str]]:
-        """Reserves a slot and `needed` bytes; returns the slot and the digests evicted for it.
+    def place(self, adapter: Adapter, needed: int) -> int | None:
+        """Reserves a slot and `needed` bytes; the least recently used leave for it.
 
-        The slot is None when too much is in use; then nothing was evicted, except where the
-        bytes would have sufficed but lie scattered.
+        None when too much is in use; then nobody has left, except where the bytes would have
+        sufficed but lie scattered.
         """
-        evicted: list[str] = []
         idle = [digest for digest in self._places if not self._in_use(digest)]
         if not self._could_fit(needed, idle):
-            return None, evicted
+            return None
+        leaving = iter(idle)
         while not self._reserve(adapter, needed):
-            if len(evicted) == len(idle):
-                return None, evicted
-            evicted.append(idle[len(evicted)])
-            self.free(evicted[-1])
-        return self._places[adapter.digest].slot, evicted
+            digest = next(leaving, None)
+            if digest is None:
+                return None
+            self.free(digest)
+            self._left(digest)
+        return self._places[adapter.digest].slot
 
     def free(self, digest: str) -> None:
         """Gives the slot back, if it has one."""

@@ -14,6 +14,7 @@ import structlog
 import torch
 
 from deltamux.adapters.adapter import Adapter
+from deltamux.base.out_of_memory import is_out_of_memory
 from deltamux.errors import (
     DataLoss,
     DeltamuxError,
@@ -25,8 +26,6 @@ from deltamux.errors import (
 from deltamux.store.content import Fingerprint, content_digest, fingerprint
 
 _log = structlog.get_logger(__name__)
-
-_OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -48,24 +47,40 @@ class _Job:
 class _Lane:
     """Runs jobs in order on up to `limit` daemon threads, which end when nothing is left to do.
 
-    A thread that has used torch keeps a team of OpenMP workers for as long as it lives. With more
-    workers than cores, OpenMP no longer spins between two parallel regions, and every decode step
-    on a CPU took half as long again while the loader's threads merely slept.
+    With `alone`, torch computes on these threads without workers. A thread that has used torch
+    keeps a team of OpenMP workers for as long as it lives, and with more workers than cores OpenMP
+    no longer spins between two parallel regions: every decode step on a CPU took half as long again
+    while a loader's thread was there.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, alone: bool) -> None:
         self._limit = limit
+        self._alone = alone
         self._threads = 0
         self._jobs: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
 
-    def put(self, job: Callable[[], None]) -> None:
+    def put(self, job: Callable[[], None]) -> bool:
+        """False: there is no thread for it, because there was no memory for one."""
         with self._lock:
             self._jobs.append(job)
             if self._threads == self._limit:
-                return
+                return True
             self._threads += 1
-        threading.Thread(target=self._work, daemon=True).start()
+        try:
+            threading.Thread(target=self._work, daemon=True).start()
+        except RuntimeError:
+            return self._has_another(job)
+        return True
+
+    def _has_another(self, job: Callable[[], None]) -> bool:
+        """Whether the threads that there are will come to the job; otherwise it is forgotten."""
+        with self._lock:
+            self._threads -= 1
+            if self._threads or job not in self._jobs:
+                return True
+            self._jobs.remove(job)
+            return False
 
     def clear(self) -> None:
         """Forgets the jobs that no thread has begun."""
@@ -73,6 +88,9 @@ class _Lane:
             self._jobs.clear()
 
     def _work(self) -> None:
+        if self._alone:
+            # Of OpenMP's settings, this is the calling thread's own.
+            torch.set_num_threads(1)
         while (job := self._next()) is not None:
             job()
 
@@ -96,11 +114,13 @@ class Loader:
         parse: Callable[[Path, str], Adapter],
         write: Callable[[int, Adapter], None],
         readers: int = 4,
+        alone: bool = False,
     ) -> None:
+        """`alone`: the steps compute on the same cores, which they are to have for themselves."""
         self._parse = parse
         self._write = write
-        self._reads = _Lane(readers)
-        self._writes = _Lane(1)
+        self._reads = _Lane(readers, alone)
+        self._writes = _Lane(1, alone)
         self._completed: deque[Completed] = deque()
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()
@@ -109,12 +129,12 @@ class Loader:
     def read(self, digest: str, path: str) -> None:
         """Starts reading, verifying and parsing the folder `path`."""
         job = _Job(digest, lambda: self._read_verified(Path(path), digest))
-        self._reads.put(lambda: self._finish(job))
+        self._put(self._reads, job)
 
     def write(self, slot: int, adapter: Adapter) -> None:
         """Starts copying to a slot that has been reserved."""
         job = _Job(adapter.digest, lambda: self._write(slot, adapter))
-        self._writes.put(lambda: self._finish(job))
+        self._put(self._writes, job)
 
     def completed(self) -> list[Completed]:
         """All jobs that ended since the last call, without blocking."""
@@ -142,8 +162,12 @@ class Loader:
         self._reads.clear()
         self._writes.clear()
 
-    def _finish(self, job: _Job) -> None:
-        self._completed.append(_run(job))
+    def _put(self, lane: _Lane, job: _Job) -> None:
+        if not lane.put(lambda: self._finish(_run(job))):
+            self._finish(Completed(job.digest, 0.0, error=no_memory()))
+
+    def _finish(self, completed: Completed) -> None:
+        self._completed.append(completed)
         self.wake()
 
     def _read_verified(self, folder: Path, digest: str) -> Adapter:
@@ -177,12 +201,24 @@ def _run(job: _Job) -> Completed:
         failure = from_code(error.code, error.reason, error.message, error.retry_after)
     except OSError as error:
         failure = DataLoss(f"the adapter's files on disk cannot be read: {_reason(error)}")
-    except _OUT_OF_MEMORY:
-        failure = ResourceExhausted("not enough memory to load the adapter", retry_after=5.0)
-    except Exception:
-        _log.exception("loading an adapter failed", adapter_version=job.digest)
-        failure = Internal("loading the adapter failed")
+    except Exception as error:
+        failure = load_error(error)
+        if isinstance(failure, Internal):
+            _log.exception("loading an adapter failed", adapter_version=job.digest)
     return Completed(job.digest, time.monotonic() - start, adapter, failure)
+
+
+def load_error(error: Exception) -> DeltamuxError:
+    """What clients are told of an error that has no words for them."""
+    if is_out_of_memory(error):
+        return no_memory()
+    return Internal("loading the adapter failed")
+
+
+def no_memory() -> DeltamuxError:
+    return ResourceExhausted(
+        "not enough memory to load the adapter", reason="OUT_OF_MEMORY", retry_after=5.0
+    )
 
 
 def _reason(error: OSError | InvalidArgument) -> str:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from deltamux.adapters.sites import DeviceSites
 from deltamux.adapters.task import Call, require_fit
 from deltamux.adapters.traits import PLAIN, Traits
+from deltamux.base.out_of_memory import is_out_of_memory
 from deltamux.errors import Aborted, DeltamuxError, FailedPrecondition, Internal
 from deltamux.store.entry import Entry
-from deltamux.store.loader import Completed, Loader
+from deltamux.store.loader import Completed, Loader, no_memory
 from deltamux.store.tiers import Tiers
 from deltamux.wire.messages import AdapterDropped, AdapterFailed, AdapterLoaded, FromEngine
 
@@ -187,20 +188,29 @@ class AdapterCache:
 
     def _settle(self, completed: Completed) -> None:
         entry = self._entries[completed.digest]
-        try:
-            self._tiers.settle(entry, completed)
-        except DeltamuxError as error:
-            self._fail(entry, error)
+        if not self._succeeds(entry, lambda: self._tiers.settle(entry, completed)):
             return
         if entry.awaited(self._tiers.step) and not entry.drops:
             self._start(entry, self._tiers.towards_device)
 
     def _start(self, entry: Entry, move: Callable[[Entry], None]) -> None:
         entry.failure = None
+        self._succeeds(entry, lambda: move(entry))
+
+    def _succeeds(self, entry: Entry, act: Callable[[], None]) -> bool:
+        """Whether it did; otherwise the error is that of all who want the adapter."""
         try:
-            move(entry)
+            act()
         except DeltamuxError as error:
             self._fail(entry, error)
+            return False
+        except Exception as error:
+            # Where an adapter is to lie on the device is worked out here, which takes memory.
+            if not is_out_of_memory(error):
+                raise
+            self._fail(entry, no_memory())
+            return False
+        return True
 
     def _answer(self, entry: Entry) -> None:
         """Answers all loads that are fulfilled and starts what the next one needs; or drops."""

@@ -27,7 +27,7 @@ class Tiers:
         events: list[FromEngine],
     ) -> None:
         self.host = HostCache(host_bytes, self._keeps_host)
-        self.device = DeviceSlots(sites, slots, self._keeps_slot)
+        self.device = DeviceSlots(sites, slots, self._keeps_slot, self._left_device)
         self.step = 0
         self.pending = 0
         self.host_hits = 0
@@ -104,9 +104,7 @@ class Tiers:
 
     def _write(self, entry: Entry, adapter: Adapter) -> None:
         self._refuse_hopeless(entry)
-        slot, evicted = self.device.place(adapter, _info(entry).device_bytes)
-        for digest in evicted:
-            self._left_device(self._entries[digest])
+        slot = self.device.place(adapter, _info(entry).device_bytes)
         if slot is not None:
             self._begin(entry)
             self._loader.write(slot, adapter)
@@ -157,7 +155,8 @@ class Tiers:
         if entry.slot is None:
             self._moved(entry)
 
-    def _left_device(self, entry: Entry) -> None:
+    def _left_device(self, digest: str) -> None:
+        entry = self._entries[digest]
         self.device_evictions += 1
         entry.slot = None
         self._moved(entry)
