@@ -24,6 +24,10 @@ from deltamux.wire.messages import StartupFailed
 
 _log = structlog.get_logger("deltamux.engine")
 
+# Seconds for which a thread may keep Python to itself while others want it. A step hands it back
+# with each of its operations, and would wait Python's own 5 ms for a parsing loader every time.
+_SWITCH_INTERVAL = 0.0005
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="deltamux.engine")
@@ -34,6 +38,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     logs.configure(config.log_format, config.log_level)
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     link = EngineEnd(address)
     try:
