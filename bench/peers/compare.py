@@ -96,7 +96,7 @@ def vllm(python: Path, folder: Path, threads: int, *, cache_prefixes: bool) -> W
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
     }
     cache = "cache" if cache_prefixes else "no-cache"
