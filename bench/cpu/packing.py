@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deltamux_kernels import PackedMatrices
+from deltamux_kernels import ALIGNMENT, PackedMatrices
 
 
 class Packer:
@@ -15,7 +15,7 @@ class Packer:
         self._end = 0
 
     def write(self, store: PackedMatrices, slot: int, matrix: torch.Tensor) -> None:
-        self._end = -(-self._end // store.alignment) * store.alignment
+        self._end = -(-self._end // ALIGNMENT) * ALIGNMENT
         store.write(slot, self._end, matrix)
         self._end += matrix.numel()
 

@@ -116,7 +116,7 @@ def _packed(
         pieces = [(a, torch.cat([part[slot, :rank] for part in padded_a]))]
         pieces += [(b, part[slot, :, :rank].t()) for b, part in zip(bs, padded_b, strict=True)]
         for store, matrix in pieces:
-            end = -(-end // store.alignment) * store.alignment
+            end = -(-end // ALIGNMENT) * ALIGNMENT
             store.write(slot, end, matrix)
             end += matrix.numel()
     return a, bs

@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.products import NativeProducts
 from deltamux_kernels.segments import TILE_ROWS, Segments
-from deltamux_kernels.shrink import GatheredProducts, Shrunk, new_planes
+from deltamux_kernels.shrink import Shrunk, new_planes
 
 BLOCK_J = 32
 
@@ -65,19 +66,19 @@ def activate(h: Shrunk, activations: Activations, segments: Segments) -> Shrunk:
     """
     if isinstance(h, torch.Tensor):
         return activate_triton(h, activations, segments)
-    return activate_torch(h, activations, segments)
+    products = h.pieces() if isinstance(h, NativeProducts) else h
+    return activate_torch(products, activations, segments)
 
 
 def activate_torch(
-    h: list[torch.Tensor | None] | GatheredProducts, activations: Activations, segments: Segments
+    h: list[torch.Tensor | None], activations: Activations, segments: Segments
 ) -> list[torch.Tensor | None]:
     """`activate` in plain torch."""
-    products = h.pieces() if isinstance(h, GatheredProducts) else h
     return [
         None
-        if product is None or not product.numel()
+        if product is None
         else functional.pad(activations.apply(slot, product), (0, 1), value=1.0)
-        for (slot, _, _), product in zip(segments.spans, products, strict=True)
+        for (slot, _, _), product in zip(segments.spans, h, strict=True)
     ]
 
 

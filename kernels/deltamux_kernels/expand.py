@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import no_type_check
 
 import torch
 
 from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices
-from deltamux_kernels.row_pattern import RowPattern
+from deltamux_kernels.products import NativeProducts
 from deltamux_kernels.segments import TILE_ROWS, Segments
-from deltamux_kernels.shrink import GatheredProducts, Shrunk
+from deltamux_kernels.shrink import Shrunk
 
 # The least depth of a matrix instruction on half types: a rank is rounded up to it in registers
 # only, never in memory.
 BLOCK_J = 16
 BLOCK_N = 128
-
-
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """How the rows of a step weigh their rows of B: a sparse matrix, filled anew in each step."""
-
-    of: RowPattern  # of the products
-    pattern: RowPattern  # of B
-    matrix: torch.Tensor  # sparse [covered rows, rows of B's table]
-    values: torch.Tensor  # its values
-    entries: torch.Tensor  # int64, the product that each of them is
 
 
 class Columns:
@@ -40,26 +28,10 @@ class Columns:
     def __init__(self, slots: int, device: torch.device) -> None:
         self.first = [0] * slots
         self.table = torch.zeros(slots, dtype=torch.int32, device=device)
-        # Of the last step of many adapters; decode repeats it.
-        self._work: _Work | None = None
 
     def set(self, slot: int, column: int) -> None:
         self.first[slot] = column
         self.table[slot] = column
-        self._work = None
-
-    def work(self, of: RowPattern, b: PackedMatrices, segments: Segments) -> _Work:
-        """The work list of the CPU, the same as before where nothing changed."""
-        pattern, matrix = b.pattern(segments.spans)
-        kept = self._work
-        if kept is None or kept.of is not of or kept.pattern is not pattern:
-            columns = [
-                range(self.first[slot], self.first[slot] + b.rows_of(slot))
-                for slot, _, _ in segments.spans
-            ]
-            kept = _Work(of, pattern, matrix, matrix.values(), of.entries(columns))
-            self._work = kept
-        return kept
 
 
 def expand(
@@ -72,21 +44,30 @@ def expand(
     """
     if isinstance(h, torch.Tensor):
         expand_triton(y, h, b, columns, segments)
+    elif isinstance(h, NativeProducts):
+        expand_native(y, h, b, columns, segments)
     else:
         expand_torch(y, h, b, columns, segments)
 
 
+def expand_native(
+    y: torch.Tensor, h: NativeProducts, b: PackedMatrices, columns: Columns, segments: Segments
+) -> None:
+    """`expand` in C, in float32."""
+    if y.stride(1) == 1:
+        h.layout.expand(b, columns.first).expand(y, h.values, b.arena, b.width)
+    else:
+        expand_torch(y, h.pieces(), b, columns, segments)
+
+
 def expand_torch(
     y: torch.Tensor,
-    h: list[torch.Tensor | None] | GatheredProducts,
+    h: list[torch.Tensor | None],
     b: PackedMatrices,
     columns: Columns,
     segments: Segments,
 ) -> None:
     """`expand` in plain torch; half types are multiplied and added in float32."""
-    if isinstance(h, GatheredProducts):
-        _expand_gathered(y, h, b, columns, segments)
-        return
     wide = y.dtype in (torch.float16, torch.bfloat16)
     for (slot, _, _), rows, products in zip(segments.spans, segments.pieces(y), h, strict=True):
         matrix = b.views[slot]
@@ -99,15 +80,6 @@ def expand_torch(
             rows.copy_(rows.float().addmm_(products, matrix.float()))
         else:
             rows.addmm_(products, matrix)
-
-
-def _expand_gathered(
-    y: torch.Tensor, h: GatheredProducts, b: PackedMatrices, columns: Columns, segments: Segments
-) -> None:
-    work = columns.work(h.pattern, b, segments)
-    torch.index_select(h.values, 0, work.entries, out=work.values)
-    # Not `+=` on the slice: Python would store it into y once more.
-    y[work.pattern.covered].add_(torch.sparse.mm(work.matrix, b.table, "sum"))
 
 
 def expand_triton(

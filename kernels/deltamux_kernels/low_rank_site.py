@@ -8,7 +8,7 @@ from typing import NamedTuple, no_type_check
 import torch
 
 from deltamux_kernels._triton import tl, triton
-from deltamux_kernels.expand import BLOCK_J, BLOCK_N, Columns, expand_tile, expand_torch
+from deltamux_kernels.expand import BLOCK_J, BLOCK_N, Columns, expand, expand_tile
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import TILE_ROWS, Segments
 from deltamux_kernels.shrink import (
@@ -16,8 +16,8 @@ from deltamux_kernels.shrink import (
     CHUNK,
     SPLIT_ROWS,
     new_planes,
+    shrink,
     shrink_tile,
-    shrink_torch,
     shrink_triton,
 )
 
@@ -51,19 +51,19 @@ def low_rank_site(
     slice do, to the bit. On a GPU it is two launches, or with `counters` one, in which the
     programs that expand wait for those that shrink.
     """
-    if x.device.type == "cuda":
+    if x.is_cuda:
         low_rank_site_triton(slices, x, a, segments, counters)
     else:
-        low_rank_site_torch(slices, x, a, segments)
+        low_rank_site_cpu(slices, x, a, segments)
 
 
-def low_rank_site_torch(
+def low_rank_site_cpu(
     slices: Sequence[Slice], x: torch.Tensor, a: PackedMatrices, segments: Segments
 ) -> None:
-    """`low_rank_site` in plain torch."""
-    h = shrink_torch(x, a, segments)
+    """`low_rank_site` as one shrink and an expand for each slice."""
+    h = shrink(x, a, segments)
     for y, b, columns in slices:
-        expand_torch(y, h, b, columns, segments)
+        expand(y, h, b, columns, segments)
 
 
 def low_rank_site_triton(

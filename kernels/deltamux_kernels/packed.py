@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
-
-from deltamux_kernels.row_pattern import RowPattern, Span
 
 # Elements. An offset that is a multiple of it lets the kernels load 16 bytes at a time in every
 # dtype, and starts each matrix on a cache line of its own.
@@ -22,9 +19,8 @@ def as_elements(integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class PackedMatrices:
     """One row-major matrix [rows, width] per slot, for one site; a slot may have none.
 
-    All sites share one flat `arena`; a matrix takes `rows * width` of its elements and no padding.
-    It begins at a multiple of `alignment` elements: on a CPU that is a whole number of rows, so
-    that the arena reads as one `table` [any, width] of rows.
+    All sites share one flat `arena`; a matrix takes `rows * width` of its elements, from a multiple
+    of `ALIGNMENT` on, and no padding. `version` changes with every change of a matrix.
     `offsets` (int64, elements) and `rows` (int32, 0 = no matrix), both [slots + 1], live on the
     arena's device for the Triton forms; `views` holds the same matrices for the torch forms. The
     slot after the last never has a matrix: tiles that name it end their programs at once.
@@ -41,31 +37,26 @@ class PackedMatrices:
         self.host_read = host_read
         # Rows of the tallest matrix that launches of `CapturedSegments` have programs for.
         self.reach = 0
-        on_cpu = arena.device.type == "cpu"
-        self.alignment = math.lcm(ALIGNMENT, width) if on_cpu else ALIGNMENT
-        self.table = arena[: arena.numel() // width * width].view(-1, width)
         self.offsets = torch.zeros(slots + 1, dtype=torch.int64, device=arena.device)
         self.rows = torch.zeros(slots + 1, dtype=torch.int32, device=arena.device)
         self.views: list[torch.Tensor | None] = [None] * slots
         self.transposed: list[torch.Tensor | None] = [None] * slots
         self._rows_on_host = [0] * slots
-        self._first_row = [0] * slots
         self._offset_on_host = [0] * slots
-        # Of the last spans; decode repeats them step after step.
-        self._pattern: tuple[RowPattern, torch.Tensor] | None = None
+        self.version = object()
 
     def write(self, slot: int, offset: int, matrix: torch.Tensor) -> None:
         """Copy `matrix` [rows, width] to `arena[offset:]` and make it the slot's own.
 
         The copy does not block: on CUDA it runs on the current stream, from pinned memory if the
-        source has it. Raises ValueError for a wrong width, an offset off `alignment`, or a matrix
+        source has it. Raises ValueError for a wrong width, an offset off `ALIGNMENT`, or a matrix
         that does not fit the arena.
         """
         rows, width = matrix.shape
         end = offset + matrix.numel()
         if width != self.width:
             raise ValueError(f"matrix is {width} wide, this site is {self.width}")
-        if offset % self.alignment or offset < 0 or end > self.arena.numel():
+        if offset % ALIGNMENT or offset < 0 or end > self.arena.numel():
             raise ValueError(f"[{offset}, {end}) is no aligned extent of {self.arena.numel()}")
         self.arena[offset:end].view(rows, width).copy_(matrix, non_blocking=True)
         self.offsets[slot] = offset
@@ -88,10 +79,9 @@ class PackedMatrices:
         view = self.arena[offset : offset + rows * self.width].view(rows, self.width)
         self._offset_on_host[slot] = offset
         self._rows_on_host[slot] = rows
-        self._first_row[slot] = offset // self.width
         self.views[slot] = view if rows else None
         self.transposed[slot] = view.t() if rows else None
-        self._pattern = None
+        self.version = object()
 
     def clear(self, slot: int) -> None:
         """Forget the slot's matrix; its extent belongs to the caller again."""
@@ -99,7 +89,7 @@ class PackedMatrices:
         self._rows_on_host[slot] = 0
         self.views[slot] = None
         self.transposed[slot] = None
-        self._pattern = None
+        self.version = object()
 
     def extend(self, rows: int) -> bool:
         """Makes launches of `CapturedSegments` reach matrices of so many rows; True if those that
@@ -114,23 +104,9 @@ class PackedMatrices:
         """Rows of the slot's matrix; 0 when it has none."""
         return self._rows_on_host[slot]
 
-    def rows_in_table(self, slot: int) -> range:
-        """Which rows of `table` are the slot's matrix, on a CPU."""
-        first = self._first_row[slot]
-        return range(first, first + self._rows_on_host[slot])
-
-    def pattern(self, spans: tuple[Span, ...]) -> tuple[RowPattern, torch.Tensor]:
-        """Which rows of `table` each row of the spans is multiplied with, on a CPU, and a sparse
-        matrix of that pattern for the caller to fill.
-
-        The same objects as before, as long as neither the spans nor a matrix changed.
-        """
-        # Read once: a slot that no row of the step uses may be written meanwhile.
-        kept = self._pattern
-        if kept is None or kept[0].spans != spans:
-            pattern = RowPattern.build(spans, [self.rows_in_table(slot) for slot, _, _ in spans])
-            kept = self._pattern = (pattern, pattern.matrix(self.table))
-        return kept
+    def offset_of(self, slot: int) -> int:
+        """Where the slot's matrix begins in the arena, in elements."""
+        return self._offset_on_host[slot]
 
     def most_rows(self, slots: Iterable[int]) -> int:
         """Rows of the tallest matrix among `slots`; 0 when none has one."""

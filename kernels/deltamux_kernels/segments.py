@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TypeAlias
 
 import torch
 
 from deltamux_kernels.device_table import device_table
 from deltamux_kernels.packed import PackedMatrices
-from deltamux_kernels.row_pattern import Span
+
+# Rows `start` to `end` of a step have the adapter in this slot: (slot, start, end).
+Span: TypeAlias = tuple[int, int, int]
 
 # Rows of one matrix instruction. The tile never depends on the batch, so neither does the
 # instruction that computes a row, and a row's result is the same beside any neighbours.
@@ -46,9 +49,9 @@ class Segments:
         return frozenset(slot for slot, _, _ in self.spans)
 
     @cached_property
-    def num_rows(self) -> int:
-        """Rows in all spans together."""
-        return sum(end - start for _, start, end in self.spans)
+    def layouts(self) -> dict[PackedMatrices, object]:
+        """What an op remembers of these spans for its matrices, as long as decode repeats them."""
+        return {}
 
     @cached_property
     def tiles(self) -> torch.Tensor:

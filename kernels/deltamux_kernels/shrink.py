@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias, no_type_check
 
 import torch
 
+from deltamux_kernels import native
 from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices
-from deltamux_kernels.row_pattern import RowPattern
+from deltamux_kernels.products import Layout, NativeProducts
 from deltamux_kernels.segments import TILE_ROWS, Segments
 
-# From so many spans on, of so many rows on average at most, the CPU multiplies all rows of the step
-# in one operation, which reads each matrix at the speed of memory and on all cores.
-GATHER_SPANS = 4
-GATHER_ROWS = 4
-
-
-@dataclass(frozen=True, eq=False)
-class GatheredProducts:
-    """Each row's products, one row after the other: the values of the pattern's entries."""
-
-    pattern: RowPattern
-    values: torch.Tensor
-
-    def pieces(self) -> list[torch.Tensor]:
-        """The products of each span, as views [rows, rank]."""
-        starts, first = self.pattern.starts.tolist(), self.pattern.spans[0][1]
-        return [
-            self.values[starts[start - first] : starts[end - first]].view(end - start, -1)
-            for _, start, end in self.pattern.spans
-        ]
-
-
 # What `shrink` hands to `expand`, opaque in between. From the torch form one [rows, rank] per span
-# (None where the slot has no matrix), or all in one; from the Triton form float32 planes
-# [planes, T, R], to be summed in order, in which only the columns of a row's own rank are ever
-# written or read.
-Shrunk: TypeAlias = "list[torch.Tensor | None] | GatheredProducts | torch.Tensor"
+# (None where the slot has no matrix); from the Triton form float32 planes [planes, T, R], to be
+# summed in order, in which only the columns of a row's own rank are ever written or read.
+Shrunk: TypeAlias = "list[torch.Tensor | None] | NativeProducts | torch.Tensor"
 
 # Elements of K that are summed before anything else is added. It is the same for every shape, so
 # a row's sum is the same in every batch, however its chunks are spread over programs.
@@ -57,17 +34,26 @@ def shrink(x: torch.Tensor, a: PackedMatrices, segments: Segments) -> Shrunk:
 
     x [T, K]; A_s [rows of slot s, K].
     """
-    if x.device.type == "cuda":
+    if x.is_cuda:
         return shrink_triton(x, a, segments)
+    if x.dtype == torch.float32 and native.available():
+        return shrink_native(x, a, segments)
     return shrink_torch(x, a, segments)
+
+
+def shrink_native(x: torch.Tensor, a: PackedMatrices, segments: Segments) -> NativeProducts:
+    """`shrink` in C, in float32."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    layout = Layout.of(a, segments)
+    h = x.new_empty(layout.size)
+    layout.shrink.shrink(x, h, a.arena, a.width)
+    return NativeProducts(h, layout)
 
 
 def shrink_torch(
     x: torch.Tensor, a: PackedMatrices, segments: Segments
-) -> list[torch.Tensor | None] | GatheredProducts:
+) -> list[torch.Tensor | None]:
     """`shrink` in plain torch; half types are multiplied and kept in float32."""
-    if x.dtype == torch.float32 and _are_many(segments):
-        return _shrink_gathered(x, a, segments)
     matrices = [a.transposed[slot] for slot, _, _ in segments.spans]
     pieces = segments.pieces(x)
     if x.dtype in (torch.float16, torch.bfloat16):
@@ -79,19 +65,6 @@ def shrink_torch(
         None if matrix is None else torch.mm(rows, matrix)
         for rows, matrix in zip(pieces, matrices, strict=True)
     ]
-
-
-def _are_many(segments: Segments) -> bool:
-    """Whether a call per span would cost more than it computes."""
-    spans = len(segments.spans)
-    return spans >= GATHER_SPANS and segments.num_rows <= GATHER_ROWS * spans
-
-
-def _shrink_gathered(x: torch.Tensor, a: PackedMatrices, segments: Segments) -> GatheredProducts:
-    pattern, matrix = a.pattern(segments.spans)
-    rows = x[pattern.covered].contiguous()
-    products = torch.sparse.sampled_addmm(matrix, rows, a.table.t(), beta=0.0)
-    return GatheredProducts(pattern, products.values())
 
 
 def shrink_triton(

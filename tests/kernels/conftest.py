@@ -1,6 +1,5 @@
 """Triton's interpreter, packed matrices with poisoned surroundings, and the forms of an op."""
 
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -65,17 +64,17 @@ def pack_in_one(device: torch.device, dtype: torch.dtype) -> PackInOne:
 
     def packed(*stores: tuple[Matrices, int]) -> list[PackedMatrices]:
         elements = sum(
-            2 * math.lcm(ALIGNMENT, width) + (0 if matrix is None else matrix.numel())
+            2 * ALIGNMENT + (0 if matrix is None else matrix.numel())
             for matrices, width in stores
             for matrix in matrices
         )
         arena = torch.full((elements + ALIGNMENT,), torch.nan, dtype=dtype, device=device)
         results, end = [], 1
         for matrices, width in stores:
-            store, step = PackedMatrices(arena, len(matrices), width), math.lcm(ALIGNMENT, width)
+            store = PackedMatrices(arena, len(matrices), width)
             for slot, matrix in enumerate(matrices):
                 if matrix is not None:
-                    offset = -(-end // step) * step
+                    offset = -(-end // ALIGNMENT) * ALIGNMENT
                     store.write(slot, offset, matrix)
                     end = offset + matrix.numel() + 1
             results.append(store)

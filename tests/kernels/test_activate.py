@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltamux_kernels import Columns, PackedMatrices, Segments
+from deltamux_kernels import ALIGNMENT, Columns, PackedMatrices, Segments
 from deltamux_kernels.activate import ACTIVATIONS, Activations, activate_torch, activate_triton
 from deltamux_kernels.expand import expand
 from deltamux_kernels.shrink import shrink_torch, shrink_triton
@@ -108,7 +108,7 @@ def place() -> Callable[..., None]:
     def place(slot: int, *pieces: tuple[PackedMatrices, Tensor]) -> None:
         nonlocal end
         for store, matrix in pieces:
-            offset = -(-end // store.alignment) * store.alignment
+            offset = -(-end // ALIGNMENT) * ALIGNMENT
             store.write(slot, offset, matrix)
             end = offset + matrix.numel() + 1
 

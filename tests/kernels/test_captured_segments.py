@@ -91,7 +91,7 @@ class Site:
         return (torch.randn(*shape) * 0.1).to(self.dtype).to(self.device)
 
     def write(self, store: PackedMatrices, slot: int, matrix: torch.Tensor) -> None:
-        self._end = -(-self._end // store.alignment) * store.alignment
+        self._end = -(-self._end // ALIGNMENT) * ALIGNMENT
         store.write(slot, self._end, matrix)
         store.extend(matrix.shape[0])
         self._end += matrix.numel() + 1

@@ -47,6 +47,7 @@ from deltamux.engine.rehearsal import replays_agree, trial_sequence
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.wire.messages import Sampling
+from deltamux_kernels import native
 from deltamux_kernels.shrink import _shrink_kernel
 from deltamux_kernels.sign_delta import pack_signs
 
@@ -137,6 +138,7 @@ def triton_forms(monkeypatch: pytest.MonkeyPatch) -> TritonForms:
     @contextmanager
     def triton_forms() -> Iterator[None]:
         with monkeypatch.context() as patch:
+            patch.setattr(native, "available", lambda: False)
             for info in pkgutil.iter_modules(deltamux_kernels.__path__):
                 module = importlib.import_module(f"deltamux_kernels.{info.name}")
                 for name in vars(module).copy():

@@ -8,10 +8,24 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from deltamux_kernels import Columns, PackedMatrices, Segments, SiteCounters, Slice
-from deltamux_kernels.expand import expand_torch, expand_triton
-from deltamux_kernels.low_rank_site import low_rank_site_torch, low_rank_site_triton
-from deltamux_kernels.shrink import SPLIT_ROWS, Shrunk, shrink_torch, shrink_triton
+from deltamux_kernels import (
+    ALIGNMENT,
+    Columns,
+    PackedMatrices,
+    Segments,
+    SiteCounters,
+    Slice,
+    native,
+)
+from deltamux_kernels.expand import expand, expand_torch
+from deltamux_kernels.low_rank_site import low_rank_site_cpu, low_rank_site_triton
+from deltamux_kernels.shrink import (
+    SPLIT_ROWS,
+    Shrunk,
+    shrink_native,
+    shrink_torch,
+    shrink_triton,
+)
 
 Pack = Callable[[list[torch.Tensor | None], int], PackedMatrices]
 PackInOne = Callable[..., list[PackedMatrices]]
@@ -19,6 +33,22 @@ PackInOne = Callable[..., list[PackedMatrices]]
 shrink_module = importlib.import_module("deltamux_kernels.shrink")
 site_module = importlib.import_module("deltamux_kernels.low_rank_site")
 RANKS = (1, 2, 3, 4, 7, 8, 16, 17, 24, 40)
+
+
+@pytest.fixture(params=["torch", "native", "triton"])
+def form(request: pytest.FixtureRequest, triton_runs: bool) -> str:
+    if request.param == "triton" and not triton_runs:
+        pytest.skip("run in a process of its own by test_interpreter.py")
+    if request.param == "native" and not native.available():
+        pytest.skip("there is no C compiler")
+    return request.param
+
+
+@pytest.fixture
+def dtype(dtype: torch.dtype, form: str) -> torch.dtype:
+    if form == "native" and dtype != torch.float32:
+        pytest.skip("the C form is of float32")
+    return dtype
 
 
 @dataclass
@@ -96,15 +126,16 @@ def run(
 ) -> list[torch.Tensor]:
     """One shrink, then an expand for each slice."""
     a, slices = packed(case, pack_in_one)
-    if form == "torch":
-        h: Shrunk = shrink_torch(case.x, a, case.segments)
-    else:
-        h = shrink_triton(case.x, a, case.segments, split_rows)
+    h: Shrunk
+    match form:
+        case "torch":
+            h = shrink_torch(case.x, a, case.segments)
+        case "native":
+            h = shrink_native(case.x, a, case.segments)
+        case _:
+            h = shrink_triton(case.x, a, case.segments, split_rows)
     for y, b, columns in slices:
-        if isinstance(h, torch.Tensor):
-            expand_triton(y, h, b, columns, case.segments)
-        else:
-            expand_torch(y, h, b, columns, case.segments)
+        expand(y, h, b, columns, case.segments)
     return [part.y for part in slices]
 
 
@@ -117,10 +148,10 @@ def run_site(
 ) -> list[torch.Tensor]:
     """The site in two launches, or with `counters` in one."""
     a, slices = packed(case, pack_in_one)
-    if form == "torch":
-        low_rank_site_torch(slices, case.x, a, case.segments)
-    else:
+    if form == "triton":
         low_rank_site_triton(slices, case.x, a, case.segments, counters, split_rows)
+    else:
+        low_rank_site_cpu(slices, case.x, a, case.segments)
     return [part.y for part in slices]
 
 
@@ -173,6 +204,8 @@ def test_a_site_at_once_is_the_shrink_and_its_expands_to_the_bit(
     pack_in_one: PackInOne,
 ) -> None:
     case = draw(seed, device, dtype, width=1100 if seed == 99 else None)
+    if form == "torch" and dtype == torch.float32 and native.available():
+        form = "native"  # as the site chooses
     counters = SiteCounters(len(case.segments.tile_list), device) if launches == 1 else None
     expected = run(case, form, pack_in_one)
     for _ in range(2):  # the counters of the first time must be zero again
@@ -202,35 +235,41 @@ def test_decode_steps_of_many_adapters_agree_with_the_formula(
     check(decode, run(decode, form, pack_in_one), dtype)
 
 
-def test_repeated_and_changed_spans_each_get_their_own_rows(pack: Pack, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("form", ["torch", "native"], indirect=True)
+def test_repeated_and_changed_spans_each_get_their_own_rows(
+    form: str, pack: Pack, dtype: torch.dtype
+) -> None:
     """The work list of a decode step is kept for the next one, and only for the same spans."""
+    shrink = shrink_native if form == "native" else shrink_torch
     a, b = [torch.eye(4)[:2] for _ in range(6)], [torch.full((2, 3), float(s)) for s in range(6)]
     packed_a, packed_b, columns = pack(a, 4), pack(b, 3), Columns(6, torch.device("cpu"))
     x = torch.ones(5, 4, dtype=dtype)
     for slots in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [5, 4, 3, 2, 1]):
         segments = Segments.build([(s, i, i + 1) for i, s in enumerate(slots)], x.device)
         y = torch.zeros(5, 3, dtype=dtype)
-        expand_torch(y, shrink_torch(x, packed_a, segments), packed_b, columns, segments)
+        expand(y, shrink(x, packed_a, segments), packed_b, columns, segments)
         assert y[:, 0].tolist() == [2.0 * slot for slot in slots]
-    packed_b.write(5, packed_b.alignment, torch.full((2, 3), 9.0))
+    packed_b.write(5, ALIGNMENT, torch.full((2, 3), 9.0))
     columns.set(5, 0)
     y = torch.zeros(5, 3, dtype=dtype)
-    expand_torch(y, shrink_torch(x, packed_a, segments), packed_b, columns, segments)
+    expand(y, shrink(x, packed_a, segments), packed_b, columns, segments)
     assert y[0, 0] == 18.0
 
 
+@pytest.mark.parametrize("form", ["torch", "native"], indirect=True)
 def test_a_slot_that_lost_its_matrix_at_one_slice_is_left_alone_there(
-    pack: Pack, dtype: torch.dtype
+    form: str, pack: Pack, dtype: torch.dtype
 ) -> None:
     """The next adapter of a slot may act at a sibling only; the spans stay the same."""
+    shrink = shrink_native if form == "native" else shrink_torch
     a, b = [torch.eye(4)[:2] for _ in range(4)], [torch.ones(2, 3) for _ in range(4)]
     packed_a, packed_b, columns = pack(a, 4), pack(b, 3), Columns(4, torch.device("cpu"))
     x, y = torch.ones(4, 4, dtype=dtype), torch.zeros(4, 3, dtype=dtype)
     segments = Segments.build([(slot, slot, slot + 1) for slot in range(4)], x.device)
-    expand_torch(y, shrink_torch(x, packed_a, segments), packed_b, columns, segments)
+    expand(y, shrink(x, packed_a, segments), packed_b, columns, segments)
     packed_a.write(1, 0, torch.full((3, 4), 5.0, dtype=dtype))
     packed_b.clear(1)
-    expand_torch(y, shrink_torch(x, packed_a, segments), packed_b, columns, segments)
+    expand(y, shrink(x, packed_a, segments), packed_b, columns, segments)
     assert y[:, 0].tolist() == [4.0, 2.0, 4.0, 4.0]
 
 
@@ -256,7 +295,7 @@ def test_a_step_without_adapters_changes_nothing(
         assert torch.equal(y, before)
 
 
-@pytest.mark.parametrize("form", ["triton"], indirect=True)
+@pytest.mark.parametrize("form", ["native", "triton"], indirect=True)
 @pytest.mark.parametrize("dtype", ["float32", "float16"], indirect=True)
 def test_a_rows_bits_depend_on_neither_neighbours_nor_the_size_of_the_batch(
     form: str,
@@ -277,3 +316,52 @@ def test_a_rows_bits_depend_on_neither_neighbours_nor_the_size_of_the_batch(
     for one, many, whole in zip(alone, together, unsplit, strict=True):
         assert torch.equal(one[0], many[17])
         assert torch.equal(many, whole)
+
+
+@pytest.mark.skipif(not native.available(), reason="there is no C compiler")
+@pytest.mark.parametrize(("width", "columns"), [(768, 256), (100, 70)])
+def test_a_rows_bits_do_not_depend_on_the_threads(width: int, columns: int) -> None:
+    """Any cut of the work leaves every row of 70, of 1 and of none in a slot as it is."""
+    arena = torch.randn(100_000)
+    a, b = PackedMatrices(arena, 3, width), PackedMatrices(arena, 3, columns)
+    for slot, rank in ((0, 13), (1, 4)):
+        a.write(slot, 6400 * slot * 4, torch.randn(rank, width))
+        b.write(slot, 64000 + 6400 * slot, torch.randn(rank, columns))
+    segments = Segments.build([(0, 0, 70), (1, 71, 72), (2, 73, 75)], arena.device)
+    x, before = torch.randn(75, width), torch.randn(75, columns)
+    answers = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        answers.append(y := before.clone())
+        expand(y, shrink_native(x, a, segments), b, Columns(3, arena.device), segments)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(y, answers[0]) for y in answers)
+
+
+@pytest.mark.skipif(not native.available(), reason="there is no C compiler")
+def test_an_output_whose_columns_are_apart_is_computed_all_the_same() -> None:
+    arena = torch.randn(1000)
+    a, b = PackedMatrices(arena, 1, 5), PackedMatrices(arena, 1, 6)
+    a.write(0, 0, torch.randn(3, 5))
+    b.write(0, 64, torch.randn(3, 6))
+    x, segments = torch.randn(4, 5), Segments.build([(0, 1, 3)], arena.device)
+    whole, columns = torch.zeros(4, 6), Columns(1, arena.device)
+    apart = torch.zeros(6, 4).t()
+    for y in (whole, apart):
+        expand(y, shrink_native(x, a, segments), b, columns, segments)
+    torch.testing.assert_close(apart, whole)
+    assert whole[1:3].all()
+
+
+def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    arena = torch.zeros(200)
+    a, b = PackedMatrices(arena, 1, 4), PackedMatrices(arena, 1, 3)
+    a.write(0, 0, torch.ones(2, 4))
+    b.write(0, 64, torch.ones(2, 3))
+    segments = Segments.build([(0, 0, 1)], arena.device)
+    h = importlib.import_module("deltamux_kernels.shrink").shrink(torch.ones(1, 4), a, segments)
+    assert isinstance(h, list)
+    expand_torch(y := torch.zeros(1, 3), h, b, Columns(1, arena.device), segments)
+    assert y.tolist() == [[8.0, 8.0, 8.0]]

@@ -8,9 +8,7 @@ from bisect import bisect_left, insort
 class ArenaAllocator:
     """Hands out [offset, offset + size) ranges of `capacity` elements; it holds no memory itself.
 
-    Sizes and offsets are multiples of `alignment`, the only padding there is.
-    A caller may ask for an offset that is a multiple of more; what lies before it stays free.
-    """
+    Sizes and offsets are multiples of `alignment`, the only padding there is."""
 
     def __init__(self, capacity: int, alignment: int = 1) -> None:
         self.capacity = capacity // alignment * alignment
@@ -27,18 +25,18 @@ class ArenaAllocator:
         """Elements that an extent of `size` elements takes."""
         return -(-size // self._alignment) * self._alignment
 
-    def allocate(self, size: int, multiple: int = 1) -> int | None:
-        """Offset, divisible by `multiple`, of the smallest free range that holds `size` elements.
-
-        `size` > 0; `multiple` is a multiple of the alignment, or 1. None if no range will do.
-        """
+    def allocate(self, size: int) -> int | None:
+        """Offset of the smallest free range that holds `size` > 0 elements; None if none does."""
         size = self.aligned(size)
-        for free, start in self._by_size[bisect_left(self._by_size, (size, 0)) :]:
-            offset = -(-start // multiple) * multiple
-            if offset + size <= start + free:
-                self._take(start, free, offset, size)
-                return offset
-        return None
+        place = bisect_left(self._by_size, (size, 0))
+        if place == len(self._by_size):
+            return None
+        free, offset = self._by_size[place]
+        self._remove(offset, free)
+        if free > size:
+            self._insert(offset + size, free - size)
+        self.used += size
+        return offset
 
     def free(self, offset: int, size: int) -> None:
         """Gives back an extent that `allocate(size)` placed at `offset`."""
@@ -51,14 +49,6 @@ class ArenaAllocator:
             self._remove(offset + size, after)
             size += after
         self._insert(offset, size)
-
-    def _take(self, start: int, free: int, offset: int, size: int) -> None:
-        self._remove(start, free)
-        if offset > start:
-            self._insert(start, offset - start)
-        if start + free > offset + size:
-            self._insert(offset + size, start + free - offset - size)
-        self.used += size
 
     def _insert(self, offset: int, size: int) -> None:
         insort(self._by_size, (size, offset))

@@ -14,8 +14,7 @@ from deltamux.adapters.primitives.expert_low_rank import ExpertLowRank, ExpertLo
 from deltamux.adapters.primitives.payload import Bank, Payload
 from deltamux.adapters.rows import Rows
 from deltamux.base.experts import PROJECTIONS, Experts
-from deltamux_kernels.row_pattern import Span
-from deltamux_kernels.segments import Segments
+from deltamux_kernels.segments import Segments, Span
 
 Array = np.ndarray[Any, Any]
 

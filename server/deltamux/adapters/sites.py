@@ -16,10 +16,11 @@ from deltamux.adapters.banks import BankFactory, SiteBanks
 from deltamux.adapters.experts_site import ExpertsLayer, ExpertsSite
 from deltamux.adapters.primitives.bottleneck import BottleneckBank
 from deltamux.adapters.primitives.low_rank import LowRankBank
-from deltamux.adapters.primitives.payload import Bank, Payload
+from deltamux.adapters.primitives.payload import Bank, InputBank, OutputBank, Payload
 from deltamux.adapters.rows import Rows
 from deltamux.base.experts import PROJECTIONS, Experts
 from deltamux.base.structure import SiteSpec, Structure
+from deltamux_kernels import native
 from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
 
 
@@ -41,6 +42,9 @@ class Site(nn.Module):
         self._outputs = tuple(banks.outputs.values())
         self._residual = banks.residual
         self._rows = rows
+        # Those banks that act, and the mix of adapters in which they do.
+        self._acting: tuple[list[InputBank], list[OutputBank]] | None = None
+        self._mix: object = None
         self._sampled = spec.kind == "head" or spec.pooled
 
     @property
@@ -53,25 +57,33 @@ class Site(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.slots.isdisjoint(self._rows.slots):
+        if self._mix is not self._rows.mix:
+            self._choose()
+        if self._acting is None:
             y: Tensor = self.base(x)
             return y
-        return self._adapt(x)
+        return self._adapt(x, *self._acting)
 
-    def _adapt(self, x: Tensor) -> Tensor:
-        slots = self._rows.slots
+    def _choose(self) -> None:
+        """The same step after step, until the mix of adapters changes."""
+        self._mix, slots = self._rows.mix, self._rows.slots
+        self._acting = None
+        if not self.slots.isdisjoint(slots):
+            inputs = [bank for bank in self._inputs if not bank.slots.isdisjoint(slots)]
+            outputs = [bank for bank in self._outputs if not bank.slots.isdisjoint(slots)]
+            self._acting = inputs, outputs
+
+    def _adapt(self, x: Tensor, inputs: list[InputBank], outputs: list[OutputBank]) -> Tensor:
         segments = self._rows.sampled if self._sampled else self._rows.tokens
         if self._residual is not None:
             self._residual.tensor = x
         given = x
-        for bank in self._inputs:
-            if not bank.slots.isdisjoint(slots):
-                given = bank.before(given, segments)
+        for bank in inputs:
+            given = bank.before(given, segments)
         y: Tensor = self.base(given)
         rows = self.spec.rows(y)
-        for output in self._outputs:
-            if not output.slots.isdisjoint(slots):
-                output.after(x, rows, segments)
+        for output in outputs:
+            output.after(x, rows, segments)
         return y
 
 
@@ -133,6 +145,8 @@ class DeviceSites:
         self._allocator = ArenaAllocator(arena_bytes // self._item, ALIGNMENT)
         arena = torch.zeros(self._allocator.capacity, dtype=dtype, device=device)
         factory = BankFactory(arena, slots, structure)
+        if device.type == "cpu":
+            native.available()  # compiled now, not in somebody's first step
         self.prefixes = factory.prefixes
         self._sites = {
             spec.name: _install(model, spec, factory.banks(spec), rows)
@@ -147,6 +161,7 @@ class DeviceSites:
         for site in self._sites.values():
             self._groups[site.spec.group].append(site)
         self._layouts: dict[int, _Layout] = {}
+        self._rows = rows
         # Slots of adapters for which no captured step stands.
         self.eager_slots: set[int] = set()
         # Rises when a site or a taller matrix comes that captured steps do not have launches for.
@@ -174,8 +189,8 @@ class DeviceSites:
         """Takes the memory for `write`; False, and nothing taken, where it does not suffice."""
         layout = self._layout(adapter)
         taken: list[_Stack] = []
-        for store, stack in layout.stacks.items():
-            offset = self._allocator.allocate(stack.elements, store.alignment)
+        for stack in layout.stacks.values():
+            offset = self._allocator.allocate(stack.elements)
             if offset is None:
                 self._free(taken)
                 return False
@@ -203,6 +218,7 @@ class DeviceSites:
             bank.slots.add(slot)
             for site in sites:
                 site.slots.add(slot)
+        self._rows.changed()
 
     def release(self, slot: int) -> None:
         """Empties the slot, written or not; no step that uses it may be under way."""
@@ -213,6 +229,7 @@ class DeviceSites:
             for site in sites:
                 site.slots.discard(slot)
         self.task_heads.plans.pop(slot, None)
+        self._rows.changed()
         for store in layout.stacks:
             store.clear(slot)
         self._free(layout.stacks.values())

@@ -1,0 +1,190 @@
+/* shrink and expand on a CPU, in float32: see native.py. What a row's numbers go through, and in
+ * which order, is the same whatever stands beside the row and whichever thread computes it. */
+
+#include <omp.h>
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 4")
+
+/* A tile is ROWS rows of the step by TILE rows of A, or by TILE vectors of y: its sums fill the
+ * registers. */
+#ifdef __AVX512F__
+#define LANES 16
+#define TILE 4
+#else
+#define LANES 8
+#define TILE 2
+#endif
+#define ROWS 4
+#define PANEL (TILE * LANES)
+/* Rows of an adapter that one thread takes at a time. */
+#define CHUNK 64
+
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* Rows start .. start + rows - 1 of the step meet the matrix [rank, width] at arena + matrix; their
+ * products with A are at h + first, one row every `stride`. */
+typedef struct {
+    int64_t start, rows, matrix, rank, first, stride;
+} Span;
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t chunks(int64_t size, int64_t of) { return (size + of - 1) / of; }
+
+/* h[t, j] = sum_k x[t, k] a[j, k] of a tile. */
+INLINE void dot(const int rows, const int ranks, const float *x, int64_t x_row, const float *a,
+                int64_t width, float *h, int64_t stride)
+{
+    Vector sums[ROWS][TILE] = {0};
+    float rests[ROWS][TILE] = {0};
+    int64_t k = 0;
+    for (; k + LANES <= width; k += LANES)
+        UNROLL for (int t = 0; t < rows; t++)
+            UNROLL for (int j = 0; j < ranks; j++)
+                sums[t][j] +=
+                    *(const Vector *)(x + t * x_row + k) * *(const Vector *)(a + j * width + k);
+    for (; k < width; k++)
+        for (int t = 0; t < rows; t++)
+            for (int j = 0; j < ranks; j++)
+                rests[t][j] += x[t * x_row + k] * a[j * width + k];
+    for (int t = 0; t < rows; t++)
+        for (int j = 0; j < ranks; j++) {
+            for (int half = LANES / 2; half; half /= 2)
+                for (int lane = 0; lane < half; lane++)
+                    sums[t][j][lane] += sums[t][j][lane + half];
+            h[t * stride + j] = sums[t][j][0] + rests[t][j];
+        }
+}
+
+static void shrink_chunk(const float *x, int64_t x_row, int64_t rows, const float *a,
+                         int64_t ranks, int64_t width, float *h, int64_t stride)
+{
+    int64_t tiled = rows / ROWS * ROWS, j = 0;
+    for (; tiled && j + TILE <= ranks; j += TILE)
+        for (int64_t t = 0; t < tiled; t += ROWS)
+            dot(ROWS, TILE, x + t * x_row, x_row, a + j * width, width, h + t * stride + j, stride);
+    for (; j < ranks; j++)
+        for (int64_t t = 0; t < tiled; t += ROWS)
+            dot(ROWS, 1, x + t * x_row, x_row, a + j * width, width, h + t * stride + j, stride);
+    /* One row of A after the other, as they lie in memory: it is read at the memory's speed. */
+    for (j = 0; j < ranks; j++)
+        for (int64_t t = tiled; t < rows; t++)
+            dot(1, 1, x + t * x_row, x_row, a + j * width, width, h + t * stride + j, stride);
+}
+
+/* h[t, j] = sum_k x[t, k] A_s[j, k]. A unit of work is a chunk of rows by one row of A. */
+void shrink(const float *x, int64_t x_row, float *h, const float *arena, int64_t width,
+            const Span *spans, int64_t count)
+{
+    int64_t total = 0;
+    for (int64_t s = 0; s < count; s++)
+        total += chunks(spans[s].rows, CHUNK) * spans[s].rank;
+#pragma omp parallel
+    {
+        int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
+        int64_t before = 0;
+        for (int64_t s = 0; s < count && before < end; s++) {
+            const Span span = spans[s];
+            int64_t units = chunks(span.rows, CHUNK) * span.rank;
+            int64_t unit = begin > before ? begin - before : 0;
+            int64_t last = least(end - before, units);
+            before += units;
+            for (int64_t n; unit < last; unit += n) {
+                int64_t t = unit / span.rank * CHUNK, j = unit % span.rank;
+                n = least(span.rank - j, last - unit);
+                shrink_chunk(x + (span.start + t) * x_row, x_row, least(span.rows - t, CHUNK),
+                             arena + span.matrix + j * width, n, width,
+                             h + span.first + t * span.stride + j, span.stride);
+            }
+        }
+    }
+}
+
+/* y[t, n] += sum_j h[t, j] b[j, n] of ROWS rows and a panel of columns. */
+static void add_panel(float *y, int64_t y_row, const float *h, int64_t stride, const float *b,
+                      int64_t rank, int64_t width)
+{
+    Vector sums[ROWS][TILE];
+    UNROLL for (int t = 0; t < ROWS; t++)
+        UNROLL for (int i = 0; i < TILE; i++)
+            sums[t][i] = *(Vector *)(y + t * y_row + i * LANES);
+    for (int64_t j = 0; j < rank; j++)
+        UNROLL for (int t = 0; t < ROWS; t++)
+            UNROLL for (int i = 0; i < TILE; i++)
+                sums[t][i] += h[t * stride + j] * *(const Vector *)(b + j * width + i * LANES);
+    UNROLL for (int t = 0; t < ROWS; t++)
+        UNROLL for (int i = 0; i < TILE; i++)
+            *(Vector *)(y + t * y_row + i * LANES) = sums[t][i];
+}
+
+INLINE void add_ranks(const int ranks, float *restrict y, const float *h, const float *restrict b,
+                      int64_t width, int64_t columns)
+{
+#pragma omp simd
+    for (int64_t n = 0; n < columns; n++) {
+        float sum = y[n];
+        UNROLL for (int j = 0; j < ranks; j++)
+            sum += h[j] * b[j * width + n];
+        y[n] = sum;
+    }
+}
+
+/* The same of one row and any columns; B is read as it lies in memory. */
+static void add_row(float *y, const float *h, const float *b, int64_t rank, int64_t width,
+                    int64_t columns)
+{
+    int64_t j = 0;
+    for (; j + 4 <= rank; j += 4)
+        add_ranks(4, y, h + j, b + j * width, width, columns);
+    for (; j < rank; j++)
+        add_ranks(1, y, h + j, b + j * width, width, columns);
+}
+
+static void expand_chunk(float *y, int64_t y_row, int64_t rows, const float *h, int64_t stride,
+                         const float *b, int64_t rank, int64_t width, int64_t columns)
+{
+    int64_t t = 0, tiled = columns / PANEL * PANEL;
+    for (; t + ROWS <= rows; t += ROWS) {
+        for (int64_t n = 0; n < tiled; n += PANEL)
+            add_panel(y + t * y_row + n, y_row, h + t * stride, stride, b + n, rank, width);
+        for (int64_t r = t; tiled < columns && r < t + ROWS; r++)
+            add_row(y + r * y_row + tiled, h + r * stride, b + tiled, rank, width, columns - tiled);
+    }
+    for (; t < rows; t++)
+        add_row(y + t * y_row, h + t * stride, b, rank, width, columns);
+}
+
+/* y[t, n] += sum_j h[t, j] B_s[j, n]. A unit of work is a chunk of rows by a panel of columns, and
+ * weighs as much as the rank. */
+void expand(float *y, int64_t y_row, const float *h, const float *arena, int64_t width,
+            const Span *spans, int64_t count)
+{
+    int64_t panels = chunks(width, PANEL), total = 0;
+    for (int64_t s = 0; s < count; s++)
+        total += chunks(spans[s].rows, CHUNK) * panels * spans[s].rank;
+#pragma omp parallel
+    {
+        int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
+        int64_t before = 0;
+        for (int64_t s = 0; s < count && before < end; s++) {
+            const Span span = spans[s];
+            if (!span.rank)
+                continue;
+            int64_t units = chunks(span.rows, CHUNK) * panels;
+            int64_t unit = begin > before ? chunks(begin - before, span.rank) : 0;
+            int64_t last = least(chunks(end - before, span.rank), units);
+            before += units * span.rank;
+            for (int64_t n; unit < last; unit += n) {
+                int64_t t = unit / panels * CHUNK, panel = unit % panels;
+                n = least(panels - panel, last - unit);
+                expand_chunk(y + (span.start + t) * y_row + panel * PANEL, y_row,
+                             least(span.rows - t, CHUNK), h + span.first + t * span.stride,
+                             span.stride, arena + span.matrix + panel * PANEL, span.rank, width,
+                             least(n * PANEL, width - panel * PANEL));
+            }
+        }
+    }
+}
