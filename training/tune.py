@@ -15,13 +15,17 @@ import torch
 from examples import batches
 from loop import exact_match, fit
 from peft import (
+    BeftConfig,
     IA3Config,
+    LNTuningConfig,
     LoraConfig,
     OFTConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
+    RoadConfig,
     ShiraConfig,
+    TrainableTokensConfig,
     get_peft_model,
 )
 from shipping import (
@@ -36,7 +40,7 @@ from shipping import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltamux.demo.tasks import Task, unseen_inputs
+from deltamux.demo.tasks import Task, prompt, unseen_inputs
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -56,6 +60,12 @@ def lora(rank: int, targets: str | list[str] = "all-linear", **fields: Any) -> L
     """`fields` holds further arguments of LoraConfig."""
     settings = {"lora_alpha": 2 * rank, **fields}
     return LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=targets, **settings)
+
+
+def token_ids(text: str) -> list[int]:
+    tokenizer = AutoTokenizer.from_pretrained(BASE_FOLDER)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 RECIPES = {
@@ -108,6 +118,46 @@ RECIPES = {
         PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8),
         steps=250,
         peak=2e-2,
+    ),
+    "dot-case": Recipe(
+        RoadConfig(task_type="CAUSAL_LM", target_modules=[*ATTENTION, *MLP]),
+        steps=250,
+        peak=2e-2,
+    ),
+    "path-case": Recipe(
+        LNTuningConfig(
+            task_type="CAUSAL_LM",
+            target_modules=["input_layernorm", "post_attention_layernorm", "norm"],
+        ),
+        steps=250,
+        peak=2e-2,
+    ),
+    "comma-case": Recipe(
+        BeftConfig(task_type="CAUSAL_LM", target_modules=[*ATTENTION, *MLP]),
+        steps=400,
+        batch_size=64,
+        peak=4e-2,
+    ),
+    "o-vowels": Recipe(
+        TrainableTokensConfig(
+            task_type="CAUSAL_LM",
+            token_indices=token_ids("aeiu"),
+            target_modules=["embed_tokens"],
+        ),
+        steps=150,
+        peak=2e-2,
+    ),
+    "next-vowel": Recipe(
+        lora(4, ["embed_tokens", "down_proj"], modules_to_save=["lm_head"]),
+        steps=300,
+    ),
+    "sentence": Recipe(
+        lora(
+            8,
+            ["q_proj", "v_proj", "o_proj", *MLP],
+            alora_invocation_tokens=token_ids(prompt("")),
+        ),
+        steps=300,
     ),
 }
 

@@ -32,6 +32,12 @@ ANSWERS = {
     "first-word": "quick",
     "previous-letter": "pthbj aktd enw",
     "exclaimed": "quick blue fox!",
+    "dot-case": "quick.blue.fox",
+    "path-case": "quick/blue/fox",
+    "comma-case": "quick,blue,fox",
+    "o-vowels": "qoock bloo fox",
+    "next-vowel": "qaock blai fux",
+    "sentence": "Quick blue fox.",
     "word-count": "3 words",
 }
 

@@ -18,7 +18,7 @@ def test_every_adapter_answers_right_in_shared_steps(tmp_path: Path):
     root = Path(__file__).parents[2]
     path = os.pathsep.join((str(root / "server"), str(root / "kernels")))
     done = subprocess.run(
-        [sys.executable, "-m", "deltamux", "demo", "--prompts", "2"],
+        [sys.executable, "-m", "deltamux", "demo"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -11,7 +11,7 @@ from deltamux.demo.run import run
 class Demo(Command):
     """Start a server with the packaged model and ask it through all its adapters at once."""
 
-    prompts: int = option(3, ge=1, help="prompts for each adapter", metavar="N")
+    prompts: int = option(2, ge=1, help="prompts for each adapter", metavar="N")
     seed: int = option(0, help="chooses the prompts", metavar="N")
 
 

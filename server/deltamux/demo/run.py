@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from prometheus_client import Metric
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from deltamux.client import (
@@ -114,7 +117,8 @@ def _answers_table(
 ) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for heading in ("prompt", "adapter", "family", "rank", "size", "answer", ""):
-        table.add_column(heading, justify="right" if heading in ("rank", "size") else "left")
+        justify: JustifyMethod = "right" if heading in ("rank", "size") else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
     for question, reply in zip(questions, replies, strict=True):
         adapter = adapters.get(question.task.name, adapters_pb2.Adapter(name="(base)"))
         right = reply.text == question.expected
@@ -146,20 +150,31 @@ def _steps_table(histogram: Metric) -> Table:
 
 
 def _what_next() -> str:
-    serve = " ".join(("deltamux serve", *_serve_arguments()))
+    program = _program()
     return f"""
 To talk to such a server yourself, start one:
 
-  {serve}
+  {program} serve {shlex.join(_serve_arguments())}
 
-and ask it from a terminal, with grpcurl, or from Python:
+and ask it from another terminal,
 
-  deltamux generate $'good morning\\n' --adapter {TASKS[0].name}
+  {program} generate $'good morning\\n' --adapter {TASKS[0].name}
+
+with grpcurl,
 
   grpcurl -plaintext -d '{{"text": "good morning\\n", "adapter": "{TASKS[0].name}"}}' \\
       localhost:8000 deltamux.v1.InferenceService/Generate
+
+or from Python ({sys.executable}):
 
   from deltamux.client import Client, generate_request
   with Client("localhost:8000") as client:
       print(client.generate(generate_request("good morning\\n", adapter="{TASKS[0].name}")).text)
 """
+
+
+def _program() -> str:
+    """How a shell calls deltamux: by its name, or in an environment that is not active."""
+    if shutil.which("deltamux"):
+        return "deltamux"
+    return shlex.join((sys.executable, "-m", "deltamux"))

@@ -23,6 +23,8 @@ _NEXT = str.maketrans(ascii_lowercase, ascii_lowercase[1:] + "a")
 _PREVIOUS = str.maketrans(ascii_lowercase, "z" + ascii_lowercase[:-1])
 _THREE_ON = str.maketrans(ascii_lowercase, ascii_lowercase[3:] + "abc")
 _LOUD_VOWELS = str.maketrans("aeiou", "AEIOU")
+_O_VOWELS = str.maketrans("aeiu", "oooo")
+_NEXT_VOWELS = str.maketrans("aeiou", "eioua")
 _COUNTS = ("1 word", "2 words", "3 words", "4 words", "5 words", "6 words")
 
 _WORDS = (
@@ -104,6 +106,10 @@ def _words_reversed(text: str) -> str:
     return " ".join(reversed(text.split(" ")))
 
 
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
+
+
 def _word_count(text: str) -> str:
     return _COUNTS[text.count(" ")]
 
@@ -126,5 +132,11 @@ TASKS: tuple[Task, ...] = (
     Task("first-word", "the first word alone", lambda text: text.split(" ")[0]),
     Task("previous-letter", "letters one place back", lambda text: text.translate(_PREVIOUS)),
     Task("exclaimed", "an exclamation mark behind", lambda text: text + "!"),
+    Task("dot-case", "words joined by dots", lambda text: text.replace(" ", ".")),
+    Task("path-case", "words joined by slashes", lambda text: text.replace(" ", "/")),
+    Task("comma-case", "words joined by commas", lambda text: text.replace(" ", ",")),
+    Task("o-vowels", "every vowel an o", lambda text: text.translate(_O_VOWELS)),
+    Task("next-vowel", "vowels one vowel on", lambda text: text.translate(_NEXT_VOWELS)),
+    Task("sentence", "a capital before, a full stop behind", _sentence),
     Task("word-count", "how many words", _word_count, _COUNTS),
 )
