@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
-import grpc
-
+from deltamux.bench.adapters import generating
 from deltamux.bench.backend import BackendError, Progress
 from deltamux.bench.workload import PlannedRequest
-from deltamux.client import AsyncClient, ClientError, generate_request
-from deltamux.v1 import (
-    adapters_pb2,
-    adapters_pb2_grpc,
-    control_pb2,
-    control_pb2_grpc,
-    inference_pb2,
-)
+from deltamux.client import AsyncClient, Client, ClientError, generate_request
+from deltamux.v1 import inference_pb2
+
+# Seconds for a call that is not measured.
+_PATIENCE = 60.0
 
 
 class GrpcBackend:
@@ -29,24 +25,12 @@ class GrpcBackend:
         self._client = AsyncClient(target)
 
     async def vocab_size(self) -> int:
-        async with _channel(self._target) as channel:
-            stub = control_pb2_grpc.ControlServiceStub(channel)
-            info = await stub.GetServerInfo(control_pb2.GetServerInfoRequest(), timeout=10)
-            return int(info.vocab_size)
+        with _asked(self._target) as client:
+            return client.server_info().vocab_size
 
     async def adapters(self) -> tuple[str, ...]:
-        """Following the pages of the list."""
-        names: list[str] = []
-        async with _channel(self._admin_target) as channel:
-            stub = adapters_pb2_grpc.AdapterServiceStub(channel)
-            token = ""
-            while True:
-                request = adapters_pb2.ListAdaptersRequest(page_size=1000, page_token=token)
-                page = await stub.ListAdapters(request, timeout=30)
-                names += [adapter.name for adapter in page.adapters if adapter.live]
-                token = page.next_page_token
-                if not token:
-                    return tuple(names)
+        with _asked(self._admin_target) as client:
+            return generating(client)
 
     async def generate(self, request: PlannedRequest) -> AsyncIterator[Progress]:
         message = generate_request(
@@ -70,10 +54,11 @@ class GrpcBackend:
         await self._client.close()
 
 
-@asynccontextmanager
-async def _channel(target: str) -> AsyncIterator[grpc.aio.Channel]:
-    async with grpc.aio.insecure_channel(target) as channel:
+@contextmanager
+def _asked(target: str) -> Iterator[Client]:
+    """What is asked before anything is measured may block."""
+    with Client(target, _PATIENCE) as client:
         try:
-            yield channel
-        except grpc.aio.AioRpcError as error:
-            raise BackendError(error.code().name, error.details() or "") from None
+            yield client
+        except ClientError as error:
+            raise BackendError(error.code, error.message) from None

@@ -49,7 +49,7 @@ class Bench(Command):
     seed: int = option(0, ge=0, help="repeats the same workload", metavar="N")
 
     adapter: list[str] = option(
-        default_factory=list, help="repeatable; all of the server's when absent", metavar="NAME"
+        default_factory=list, help="repeatable; all that generate when absent", metavar="NAME"
     )
     base: bool = option(False, help="ask for the base model instead of adapters")
     popularity: str = option(
