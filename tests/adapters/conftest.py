@@ -60,6 +60,7 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "phi3": lambda: transformers.Phi3Config(
         **_GROUPED, pad_token_id=0, bos_token_id=0, eos_token_id=0
     ),
+    "phi": lambda: transformers.PhiConfig(**_GROUPED),
     "gpt2": lambda: transformers.GPT2Config(**_GPT2, **_TOKENS),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SMALL),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(

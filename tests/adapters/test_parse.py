@@ -183,9 +183,9 @@ def poisoned(value: float) -> Callable[[Tensor], Tensor]:
         pytest.param(
             added("base_model.model.model.embed_tokens.weight", 64, 32),
             "FAILED_PRECONDITION",
-            "ADDED_TOKENS",
+            "UNSUPPORTED_FEATURE",
             "embed_tokens",
-            id="a resized vocabulary",
+            id="a resized vocabulary of another base",
         ),
     ],
 )

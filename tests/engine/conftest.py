@@ -8,9 +8,9 @@ from itertools import count
 
 import pytest
 
-from deltamux.adapters.primitives.virtual_tokens import Virtual
+from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
 from deltamux.adapters.task import Call
-from deltamux.adapters.traits import PLAIN, Traits
+from deltamux.adapters.traits import Traits
 from deltamux.engine.sequence import Sequence
 from deltamux.errors import DeltamuxError
 from deltamux.wire.messages import FromEngine, Progress, Sampling, StepDone, Stopping, ToEngine
@@ -24,6 +24,7 @@ class FakeAdapters:
         self.leases: Counter[str] = Counter()
         self.broken: dict[str, DeltamuxError] = {}
         self.virtuals: dict[str, Virtual] = {}
+        self.vocabularies: dict[str, int] = {}
         self.load_polls = load_polls
         self._free = list(range(slots))
         self._loading: dict[str, int] = {}
@@ -46,10 +47,13 @@ class FakeAdapters:
         assert self.leases[digest] > 0
         self.leases[digest] -= 1
 
-    def traits(self, digest: str) -> Traits:
+    def traits(self, digest: str) -> Traits | None:
         """Known a step before `acquire` can give the slot."""
         known = digest in self._host or self._loading.get(digest, self.load_polls) <= 0
-        return Traits(self.virtuals[digest]) if known and digest in self.virtuals else PLAIN
+        if not known:
+            return None
+        virtual, size = self.virtuals.get(digest, NO_VIRTUAL), self.vocabularies.get(digest, 0)
+        return Traits(virtual, vocab_size=size)
 
     def blocked(self, digest: str) -> bool:
         idle = [name for name in self.device if not self.leases[name]]

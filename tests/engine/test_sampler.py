@@ -110,6 +110,15 @@ def test_stop_tokens_are_held_back_until_min_tokens() -> None:
     assert tokens_of(sample(logits, [early, late])) == [6, 4]
 
 
+def test_stop_tokens_outside_the_vocabulary_are_nothing_to_hold_back() -> None:
+    """The end token of some models is such a one."""
+    logits = torch.zeros(1, 8)
+    logits[0, 7] = 9
+    logits[0, 4] = 5
+    early = sequence(Sampling(), [1], min_tokens=2, stop=(4, 8, 50256, -1))
+    assert tokens_of(sample(logits, [early])) == [7]
+
+
 def test_edits_of_one_row_leave_the_others_and_the_input_alone() -> None:
     logits = random_logits(3)
     before = logits.clone()

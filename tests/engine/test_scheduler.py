@@ -10,7 +10,7 @@ from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.limits import Limits
 from deltamux.engine.scheduler import Scheduler
 from deltamux.errors import InvalidArgument
-from deltamux.wire.messages import Embed
+from deltamux.wire.messages import Embed, Sampling
 
 BLOCK_SIZE = 4
 
@@ -544,3 +544,38 @@ def test_while_one_adapter_drains_the_others_and_the_base_go_on(setup, new_seque
     engine.step()
     assert late in engine.scheduler.waiting
     engine.steps_until(engine.is_empty)
+
+
+def failures(engine, sequence, steps):
+    """Of the step in which the sequence runs or fails."""
+    engine.add(sequence)
+    for _ in range(steps):
+        engine.adapters.poll()
+        plan = engine.scheduler.schedule(engine.now)
+        if plan.scheduled or plan.failed:
+            return [(error.reason, error.field) for error in plan.failed.values()]
+    raise AssertionError("nothing came of it")
+
+
+@pytest.mark.parametrize(("adapter", "reach"), [("more", 104), ("plain", 100), ("fewer", 90)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_vocabulary_that_is_known_late_bounds_the_ids_of_a_request(
+    setup, new_sequence, adapter, reach, biased
+):
+    """Hundred tokens of the base; while the adapter is loaded, nobody is refused."""
+    engine = setup(load_polls=3)
+    engine.adapters.vocabularies = {"more": 104, "fewer": 90}
+
+    def request(largest):
+        made = new_sequence(adapter=adapter)
+        if biased:
+            made.sampling = Sampling(logit_bias={largest: 1.0})
+        else:
+            made.tokens[-1] = largest
+        made.ids_below = largest + 1
+        return made
+
+    field = "sampling.logit_bias" if biased else "token_ids"
+    assert failures(engine, request(reach), 6) == [("TOKEN_ID_OUT_OF_RANGE", field)]
+    engine.scheduler.cancel(engine.scheduler.waiting[0].request_id)
+    assert failures(engine, request(reach - 1), 6) == []

@@ -38,11 +38,29 @@ def test_what_the_cache_can_never_hold_is_refused():
         submissions.sequences(submit(prompt=range(6), max_tokens=4), 0.0, "")
 
 
-def test_stop_tokens_outside_the_vocabulary_never_reach_the_sampler():
-    stopping = Stopping(max_tokens=3, min_tokens=2, stop_token_ids=(9, 100, 50256, -1))
-    outside = Submit("r", (1, 2), Sampling(), stopping)
-    (sequence,) = Submissions(LIMITS, seed=0).sequences(outside, 0.0, "")
-    assert sequence.stopping.stop_token_ids == (9,)
+@pytest.mark.parametrize(
+    ("fields", "ids_below"),
+    [
+        ({"prompt": (1, 7, 2)}, 8),
+        ({"prompt": (1, 150)}, 151),
+        ({"prompt": (1,), "sampling": Sampling(logit_bias={170: 1.0})}, 171),
+    ],
+)
+def test_an_adapter_may_know_more_tokens_than_the_base(fields, ids_below):
+    """How many, the scheduler is told with the adapter's traits."""
+    request = submit(**fields, adapter="a")
+    (sequence,) = Submissions(LIMITS, seed=0).sequences(request, 0.0, "")
+    assert sequence.ids_below == ids_below
+
+
+@pytest.mark.parametrize(
+    ("prompt", "adapter"), [((1, 100), ""), ((-1,), ""), ((-1,), "a"), ((1 << 31,), "a")]
+)
+def test_ids_that_are_nobodys(prompt, adapter):
+    request = submit(prompt=prompt, adapter=adapter)
+    with pytest.raises(InvalidArgument) as caught:
+        Submissions(LIMITS, seed=0).sequences(request, 0.0, "")
+    assert (caught.value.reason, caught.value.field) == ("TOKEN_ID_OUT_OF_RANGE", "token_ids")
 
 
 def test_requests_without_a_seed_get_different_ones_repeatably():

@@ -93,7 +93,7 @@ BAD: dict[str, tuple[dict[str, object], str, str]] = {
     "no input": ({}, INVALID, "input"),
     "empty text": ({"text": ""}, INVALID, "text"),
     "no tokens": ({"token_ids": ids()}, INVALID, "token_ids"),
-    "a token beyond the vocabulary": ({"token_ids": ids(VOCABULARY)}, INVALID, "token_ids"),
+    "a token beyond any vocabulary": ({"token_ids": ids(1 << 31)}, INVALID, "token_ids"),
     "too many tokens": ({"token_ids": ids(*[5] * (CONTEXT + 1))}, "PROMPT_TOO_LONG", "token_ids"),
     "text over the context": ({"text": "a" * (CONTEXT + 1)}, "PROMPT_TOO_LONG", "text"),
     "text over the characters": (
@@ -128,6 +128,11 @@ async def test_fields_of_one_call_only_are_checked_too(harness, adapter, refusal
         (harness.inference.Classify(pair), (INVALID, "text_pair")),
         (harness.inference.Classify(long), ("PROMPT_TOO_LONG", "text_pair")),
         (harness.inference.Embed(v1.EmbedRequest(text="a", pooling=9)), (INVALID, "pooling")),
+        # An adapter may have it, as the engine knows; the base does not.
+        (
+            harness.inference.Embed(v1.EmbedRequest(token_ids=ids(VOCABULARY))),
+            (INVALID, "token_ids"),
+        ),
     ):
         got = await refusal(call)
         assert (got.code, got.reason, *got.fields) == ("INVALID_ARGUMENT", *wanted)

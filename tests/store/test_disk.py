@@ -37,14 +37,26 @@ def test_a_copy_is_complete_and_named_by_its_content(files, make_disk, tmp_path)
 
 def test_files_that_a_user_may_expect_to_count_are_named_in_a_warning(files, make_disk):
     source = files.write("a", seed=1)
-    for name in ("chat_template.jinja", "tokenizer.json", "README.md"):
+    for name in ("chat_template.jinja", "generation_config.json", "README.md"):
         (source / name).write_text("{}")
     with structlog.testing.capture_logs() as events:
         digest = make_disk().ingest(source)
-    warning = {"version": digest, "files": ["chat_template.jinja", "tokenizer.json"]}
+    warning = {"version": digest, "files": ["chat_template.jinja", "generation_config.json"]}
     assert [event for event in events if event["log_level"] == "warning"] == [
         {**warning, "log_level": "warning", "event": "files beside an adapter are not used"}
     ]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_what_lies_beside_and_counts_is_copied_and_part_of_the_content(files, make_disk, name):
+    disk = make_disk()
+    bare = disk.ingest(files.write("a", seed=1))
+    more = files.write("b", seed=1)
+    (more / name).write_text("{}")
+    digest = disk.ingest(more)
+    assert digest != bare
+    assert (disk.path(digest) / name).read_text() == "{}"
+    assert not (disk.path(bare) / name).exists()
 
 
 def test_the_same_content_is_kept_once(files, make_disk):

@@ -108,3 +108,17 @@ def test_an_own_adapter_of_an_encoder_is_reconstructed(bert: str, tmp_path: Path
     found = verify(tmp_path, bert, sample_texts(None), "cpu", "float32")
     assert found.compared == ("embeddings", "embeddings")
     assert found.effect > 0.01 and found.within(1e-4)
+
+
+def test_a_model_is_resized_for_an_adapter_that_knows_more_tokens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(BASE)
+    model.resize_token_embeddings(262, mean_resizing=False)
+    lora = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(model, lora).save_pretrained(tmp_path)
+    found = verify(tmp_path, BASE, ("good morning\n",), "cpu", "float32")
+    assert found.effect > 1 and found.within(1e-4)

@@ -36,10 +36,12 @@ class Adapter:
     head: TaskHead | None = None
     invocation: tuple[int, ...] = ()
     reach: int | None = None
+    # Tokens of a vocabulary of its own; 0 where it is the base's.
+    vocab_size: int = 0
 
     @property
     def traits(self) -> Traits:
-        return Traits(self._virtual, self.invocation, self.reach)
+        return Traits(self._virtual, self.invocation, self.reach, self.vocab_size)
 
     @property
     def _virtual(self) -> Virtual:

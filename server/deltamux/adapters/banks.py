@@ -6,6 +6,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from deltamux.adapters.primitives.added_tokens import (
+    AddedColumnsBank,
+    AddedEmbeddingBank,
+    AddedTokens,
+)
 from deltamux.adapters.primitives.block_rotation import (
     InputRotation,
     InputRotationBank,
@@ -64,13 +69,15 @@ from deltamux_kernels.token_rows import TokenTable
 class SiteBanks:
     """The banks of one site, in the order in which they act; `kept` ones are read elsewhere.
 
-    `residual` is where the site leaves its input, if it is the residual of a sublayer.
+    `residual` is where the site leaves its input, if it is the residual of a sublayer; `added`
+    gives a head more columns than the base has.
     """
 
     outputs: dict[type[Payload], OutputBank]
     inputs: dict[type[Payload], InputBank] = field(default_factory=dict)
     residual: Residual | None = None
     kept: dict[type[Payload], Bank] = field(default_factory=dict)
+    added: AddedColumnsBank | None = None
 
 
 class BankFactory:
@@ -129,8 +136,10 @@ class BankFactory:
         if spec.name != self._structure.embedding:
             return SiteBanks(banks)
         virtual = VirtualTokensBank(self._tokens(spec.out_features))
-        banks[VirtualTokens] = virtual
-        return SiteBanks(banks, {VirtualTokens: virtual}, kept={KeyValuePrefix: self.prefixes})
+        added = AddedEmbeddingBank(self._tokens(spec.out_features), spec.in_features)
+        inputs: dict[type[Payload], InputBank] = {VirtualTokens: virtual, AddedTokens: added}
+        banks |= {VirtualTokens: virtual, AddedTokens: added}
+        return SiteBanks(banks, inputs, kept={KeyValuePrefix: self.prefixes})
 
     def _linear(self, spec: SiteSpec) -> SiteBanks:
         shared = self._shared_input(spec)
@@ -154,7 +163,14 @@ class BankFactory:
             InputScale: InputScaleBank(self._store(spec.in_features)),
             InputRotation: InputRotationBank(self._store(spec.in_features)),
         }
-        return SiteBanks(banks, inputs)
+        return SiteBanks(banks, inputs, added=self._added(spec))
+
+    def _added(self, spec: SiteSpec) -> AddedColumnsBank | None:
+        if spec.kind != "head":
+            return None
+        # How many columns there are is looked up on the host.
+        table = TokenTable(self._arena, self._slots, spec.in_features, host_read=True)
+        return AddedColumnsBank(table)
 
     def _bottlenecks(self, spec: SiteSpec) -> dict[type[Payload], OutputBank]:
         """Those at the end of a sublayer; elsewhere there are none."""

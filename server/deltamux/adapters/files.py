@@ -17,6 +17,8 @@ ADAPTERHUB_WEIGHTS = "adapter.safetensors"
 PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
 # The config of the model that was trained, which may lie beside and names the labels of its head.
 MODEL_CONFIG = "config.json"
+# The tokenizer of the model that was trained, which may lie beside and have more tokens.
+TOKENIZER = "tokenizer.json"
 
 # What AdapterHub saves beside an adapter, and changes what it computes.
 HEAD_CONFIG = "head_config.json"
@@ -38,6 +40,11 @@ def open_config(folder: Path) -> BinaryIO:
 def open_model_config(folder: Path) -> BinaryIO:
     """Opens config.json. Raises FileNotFoundError: an adapter need not have it."""
     return open_regular(folder / MODEL_CONFIG)
+
+
+def open_tokenizer(folder: Path) -> BinaryIO:
+    """Opens tokenizer.json. Raises FileNotFoundError: an adapter need not have it."""
+    return open_regular(folder / TOKENIZER)
 
 
 def weights_path(folder: Path) -> Path:

@@ -164,12 +164,12 @@ def to_serving(site: SiteSpec, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def refuse_added_tokens(site: SiteSpec, tokens: int) -> None:
     """Raises FailedPrecondition (ADDED_TOKENS) where an embedding or head has rows for more tokens
-    than the base's: it was resized before the adapter was trained."""
+    than the base's, in a form other than that of a resized model that PEFT saves."""
     known = {"embedding": site.in_features, "head": site.out_features}.get(site.kind, tokens)
     if tokens > known:
         raise FailedPrecondition(
             f"{site.name} has rows for {tokens} tokens, the base model's for {known}; "
-            "adapters that add tokens to the vocabulary are not served",
+            "added tokens are served where PEFT saved both matrices of a resized model",
             reason="ADDED_TOKENS",
         )
 

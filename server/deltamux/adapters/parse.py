@@ -17,6 +17,7 @@ from deltamux.adapters.manifest import Manifest, read_manifest
 from deltamux.adapters.saved_head import take_task_head
 from deltamux.adapters.saved_modules import take_saved_modules
 from deltamux.adapters.unserved import refusal
+from deltamux.adapters.vocabulary import take_vocabulary
 from deltamux.base.structure import Structure
 
 
@@ -30,21 +31,25 @@ def parse_adapter(folder: Path, digest: str, structure: Structure, dtype: torch.
     family = family_of(manifest)
     head_config = partial(read_head_config, folder)
     trained = take_task_head(manifest, read_tensors(folder), structure, dtype, head_config)
-    saved = take_saved_modules(trained.manifest, trained.tensors, trained.structure, dtype)
+    vocabulary = take_vocabulary(trained.manifest, trained.tensors, trained.structure)
+    saved = take_saved_modules(trained.manifest, vocabulary.tensors, vocabulary.structure, dtype)
     parsed = family.parse(saved.manifest, saved.tensors, saved.structure, dtype)
-    if parsed.invocation and (saved.payloads or trained.head):
-        raise unsupported("modules_to_save beside an adapter that acts on part of a prompt")
+    if parsed.invocation and (saved.payloads or trained.head or vocabulary.size):
+        raise unsupported(
+            "modules_to_save or added tokens beside an adapter that acts on part of a prompt"
+        )
     return Adapter(
         digest,
         family.name,
         parsed.rank,
-        parsed.parameters + saved.parameters + trained.parameters,
-        "; ".join(parsed.notes),
-        {**parsed.payloads, **saved.payloads},
+        parsed.parameters + saved.parameters + trained.parameters + vocabulary.parameters,
+        "; ".join((*parsed.notes, *vocabulary.notes)),
+        vocabulary.complete(parsed.payloads, saved.payloads, dtype),
         trained.task,
         trained.head,
         parsed.invocation,
         parsed.reach,
+        vocabulary.size,
     )
 
 

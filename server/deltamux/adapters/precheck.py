@@ -6,12 +6,14 @@ from pathlib import Path
 
 from deltamux.adapters.header import check_weights
 from deltamux.adapters.manifest import read_manifest
+from deltamux.adapters.tokenizer_file import read_tokenizer
 
 
 def check_folder(folder: Path) -> None:
-    """Raises InvalidArgument unless both files are well formed; reads no weights.
+    """Raises InvalidArgument unless its files are well formed; reads no weights.
 
     A folder that passes may still be refused by `parse_adapter`, which knows the base.
     """
     read_manifest(folder)
     check_weights(folder)
+    read_tokenizer(folder)

@@ -16,7 +16,7 @@ from deltamux.adapters.module_tensors import PREFIX, ModuleTensors
 from deltamux.adapters.norm_tensors import take_norm
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.replacement import replacement
-from deltamux.adapters.strict_json import quoted
+from deltamux.adapters.strict_json import Json, quoted
 from deltamux.adapters.weight_tying import require_tied, tied_pair
 from deltamux.base.structure import SiteSpec, Structure
 
@@ -46,24 +46,26 @@ def take_saved_modules(
     Raises InvalidArgument where their tensors are missing or mis-shaped, FailedPrecondition where
     they are no sites of the base or do not fit it.
     """
-    fields = dict(manifest.fields)
-    value = fields.pop(MODULES_TO_SAVE, None) if manifest.library == "peft" else None
-    names = Fields({MODULES_TO_SAVE: value}).take_names(MODULES_TO_SAVE)
-    pair = tied_pair(names, structure) if fields.get(weight_tying.FIELD) is True else {}
-    sites = saved_sites(names, structure) | pair
+    pair = _tied(manifest, structure)
+    sites = modules_to_save(manifest, structure)
     own = {name for name in tensors if _module(name) in sites}
     modules = ModuleTensors({name: tensors[name] for name in own}, structure, {})
-    payloads = {site.name: (_payload(site, modules, structure, dtype),) for site in sites.values()}
+    payloads = {site.name: _payloads(site, modules, structure, dtype) for site in sites.values()}
     modules.require_none_left()
     if pair:
         require_tied(*(tensors[f"{PREFIX}{name}.weight"] for name in pair))
     return SavedModules(
-        payloads,
+        {name: of_site for name, of_site in payloads.items() if of_site},
         modules.taken,
-        replace(manifest, fields=fields),
+        replace(manifest, fields=_others(manifest)),
         {name: tensor for name, tensor in tensors.items() if name not in own},
         structure.without(sites),
     )
+
+
+def modules_to_save(manifest: Manifest, structure: Structure) -> dict[str, SiteSpec]:
+    """The sites that a checkpoint has whole. Raises FailedPrecondition as `saved_sites` does."""
+    return saved_sites(_names(manifest), structure) | _tied(manifest, structure)
 
 
 def saved_sites(names: Iterable[str], structure: Structure) -> dict[str, SiteSpec]:
@@ -86,15 +88,39 @@ def inside(module: str, name: str) -> bool:
     return any(".".join(parts[:end]).endswith(name) for end in range(1, len(parts) + 1))
 
 
+def _names(manifest: Manifest) -> tuple[str, ...]:
+    value = manifest.fields.get(MODULES_TO_SAVE) if manifest.library == "peft" else None
+    return Fields({MODULES_TO_SAVE: value}).take_names(MODULES_TO_SAVE)
+
+
+def _tied(manifest: Manifest, structure: Structure) -> dict[str, SiteSpec]:
+    tied = manifest.fields.get(weight_tying.FIELD) is True
+    return tied_pair(_names(manifest), structure) if tied else {}
+
+
+def _others(manifest: Manifest) -> dict[str, Json]:
+    """The fields that are left for the family."""
+    if manifest.library != "peft":
+        return dict(manifest.fields)
+    return {name: value for name, value in manifest.fields.items() if name != MODULES_TO_SAVE}
+
+
 def _module(tensor: str) -> str:
     return tensor.removeprefix(PREFIX).rpartition(".")[0]
 
 
-def _payload(
+def _payloads(
     site: SiteSpec, modules: ModuleTensors, structure: Structure, dtype: torch.dtype
-) -> Payload:
+) -> tuple[Payload, ...]:
+    """None for a module that came out as it went in: only the rows of added tokens were trained."""
     if site.kind == "norm":
-        return take_norm(site, modules, structure, (_WEIGHT, _BIAS), dtype)
+        return (take_norm(site, modules, structure, (_WEIGHT, _BIAS), dtype),)
     weight = modules.take(site.name, _WEIGHT, 2)
-    bias = None if structure.bias(site.name) is None else modules.take(site.name, _BIAS, 1)
-    return replacement(site, weight.T if site.conv1d else weight, bias, structure, dtype)
+    weight = weight.T if site.conv1d else weight
+    if structure.bias(site.name) is not None:
+        bias = modules.take(site.name, _BIAS, 1)
+        return (replacement(site, weight, bias, structure, dtype),)
+    base = structure.weight(site.name)
+    if weight.shape == base.shape and torch.equal(weight.to(dtype), base.to("cpu", dtype)):
+        return ()
+    return (replacement(site, weight, None, structure, dtype),)

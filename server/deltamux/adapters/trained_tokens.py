@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deltamux.adapters.fields import as_integer, refuse_field, unsupported
+from deltamux.adapters.manifest import Manifest
 from deltamux.adapters.module_tensors import (
     ModuleTensors,
     other_base,
@@ -19,8 +20,10 @@ from deltamux.adapters.primitives.token_rows import TokenRows
 from deltamux.adapters.strict_json import Json, quoted
 from deltamux.base.structure import SiteSpec, Structure
 
-# The trained tokens of each module in a config of LoRA, and their rows in any checkpoint.
+# The trained tokens of each module in a config of LoRA, those of a config of trainable tokens, and
+# their rows in any checkpoint.
 TOKENS_FIELD = "trainable_token_indices"
+INDICES_FIELD = "token_indices"
 TOKEN_ROWS = "trainable_tokens_delta"
 
 MAX_TOKEN = (1 << 31) - 1
@@ -52,6 +55,14 @@ def read_trained_tokens(value: Json, tied: bool) -> TrainedTokens:
     lists = value if isinstance(value, dict) else {"": value}
     ids = {module: read_tokens(TOKENS_FIELD, tokens) for module, tokens in lists.items()}
     return TrainedTokens(ids, tied)
+
+
+def trained_ids(manifest: Manifest) -> set[int]:
+    """All token ids whose rows a checkpoint of any family has trained alone."""
+    if manifest.peft_type == "TRAINABLE_TOKENS":
+        return set(read_tokens(INDICES_FIELD, manifest.fields.get(INDICES_FIELD)))
+    chosen = read_trained_tokens(manifest.fields.get(TOKENS_FIELD), tied=False)
+    return {token for tokens in chosen.by_module.values() for token in tokens}
 
 
 def take_trained_tokens(
@@ -117,7 +128,7 @@ def token_payload(
     site = structure.sites.get(name)
     if site is None or structure.bias(name) is not None:
         raise unsupported(f"trained tokens at {name}, which has a bias or was replaced,")
-    refuse_added_tokens(site, max(ids) + 1)
+    refuse_added_tokens(site, max(ids) + 1 - structure.added_tokens)
     if rows.shape != (len(ids), structure.weight(name).shape[1]):
         what = f"rows of {tuple(rows.shape)} for {len(ids)} tokens"
         raise other_base(site, what)

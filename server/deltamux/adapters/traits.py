@@ -15,6 +15,8 @@ class Traits:
     invocation: tuple[int, ...] = ()
     # It acts on so many tokens from the first one on; on all without.
     reach: int | None = None
+    # Tokens that its rows know; 0: those of the base.
+    vocab_size: int = 0
 
 
 PLAIN = Traits()

@@ -90,6 +90,8 @@ class Structure:
         self.sublayers = {sublayer.output: sublayer for sublayer in sublayers}
         self.model_type = model_type
         self.layers = tuple(layers)
+        # Of a checkpoint's own, behind the last one of the base.
+        self.added_tokens = 0
         self._modules = dict(modules)
 
     def has_site(self, name: str) -> bool:
@@ -107,6 +109,12 @@ class Structure:
         less = self.without((self.head,))
         less.head, less.tied = "", False
         return less
+
+    def with_added(self, tokens: int) -> Structure:
+        """The same model for a checkpoint that knows so many tokens more, or fewer."""
+        more = copy.copy(self)
+        more.added_tokens = tokens
+        return more
 
     def weight(self, name: str) -> Tensor:
         """Weight of a site, [out, in]; of an embedding [in, out]; of a norm [out]. Read only."""

@@ -187,7 +187,14 @@ class Engine:
     def _fail(self, request_id: str, error: DeltamuxError) -> None:
         self._scheduler.cancel(request_id)
         self._link.send(
-            RequestFailed(request_id, error.code, error.reason, error.message, error.retry_after)
+            RequestFailed(
+                request_id,
+                error.code,
+                error.reason,
+                error.message,
+                error.retry_after,
+                error.field,
+            )
         )
 
     def _patience(self) -> float | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deltamux.errors import InvalidArgument
+
+# Exclusive bound of a token id: the device holds them as signed 32-bit integers in places.
+TOKEN_IDS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -42,3 +46,19 @@ class Limits:
                 reason="KV_CACHE_TOO_SMALL",
                 field="stopping.max_tokens",
             )
+
+    def check_token_ids(
+        self, prompt: Iterable[int], biased: Iterable[int], vocab_size: int = 0
+    ) -> None:
+        """Raises InvalidArgument for an id that the vocabulary does not have: the base's, unless
+        `vocab_size` tells of another."""
+        size = vocab_size or self.vocab_size
+        fields = {"token_ids": prompt, "sampling.logit_bias": biased}
+        for field, token_ids in fields.items():
+            for token_id in token_ids:
+                if not 0 <= token_id < size:
+                    raise InvalidArgument(
+                        f"{field} holds {token_id}; the vocabulary has {size}",
+                        reason="TOKEN_ID_OUT_OF_RANGE",
+                        field=field,
+                    )

@@ -37,7 +37,7 @@ def edit_logits(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
         logits[cells.rows, cells.tokens] = penalised
     if cells := _gather(_generated(chosen), logits.device):
         logits[cells.rows, cells.tokens] -= cells.values
-    if cells := _gather(_held_back(chosen), logits.device):
+    if cells := _gather(_held_back(chosen, logits.shape[1]), logits.device):
         logits[cells.rows, cells.tokens] = cells.values
     return logits
 
@@ -81,11 +81,13 @@ def _generated(chosen: list[tuple[int, Sequence]]) -> Iterator[_Part]:
             yield row, tokens, sampling.presence_penalty + sampling.frequency_penalty * counts
 
 
-def _held_back(chosen: list[tuple[int, Sequence]]) -> Iterator[_Part]:
+def _held_back(chosen: list[tuple[int, Sequence]], vocabulary: int) -> Iterator[_Part]:
+    """Without the ids that no row of logits has: some models' own end token is such a one."""
     for row, sequence in chosen:
         stopping = sequence.stopping
-        if stopping.stop_token_ids and sequence.num_generated < stopping.min_tokens:
-            tokens = np.array(stopping.stop_token_ids)
+        if sequence.num_generated < stopping.min_tokens:
+            reachable = [i for i in stopping.stop_token_ids if 0 <= i < vocabulary]
+            tokens = np.array(reachable, dtype=np.int64)
             yield row, tokens, np.full(len(tokens), -math.inf)
 
 

@@ -16,8 +16,8 @@ from deltamux.engine.cuda_graphs import DecodeGraphs
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.outcome import Outcome
 from deltamux.engine.pooler import Pooler
-from deltamux.engine.sampler import sample
 from deltamux.engine.sequence import Scheduled
+from deltamux.engine.vocabularies import sample_own
 
 
 class ModelRunner:
@@ -50,7 +50,8 @@ class ModelRunner:
         A row whose logits are not finite is NonFinite; the other rows are not touched by it.
         """
         batch = self.batch(scheduled)
-        tokens = sample(self._sampled_logits(batch), batch.sampled)
+        logits = self._sampled_logits(batch)
+        tokens = sample_own(logits, batch.sampled, self._base.vocab_size)
         placed: dict[int, Outcome] = dict(zip(batch.sampled_places, tokens, strict=True))
         if batch.pooled:
             assert self._pooler is not None
@@ -66,7 +67,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, rows: Tensor) -> Tensor:
-        """Logits [len(rows), V], float32, of those rows of the batch; fills the KV cache."""
+        """Logits [len(rows), W], float32, of those rows of the batch; fills the KV cache.
+
+        W is V, the base's vocabulary, unless an adapter in one of them has added tokens to it: then
+        those of its rows that have fewer end in columns that mean nothing.
+        """
         self._rows.set(batch.token_segments, batch.sampled_segments)
         self._attention.begin(batch.attention, batch.slot_mapping)
         output = self._base.model(

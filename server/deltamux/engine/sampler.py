@@ -142,7 +142,7 @@ def _logprobs(
     table = logits[rows].log_softmax(-1)
     chosen_ids = tokens[rows]
     chosen = table.gather(1, chosen_ids[:, None])[:, 0]
-    top = table.topk(max(wanted.values()))
+    top = table.topk(min(max(wanted.values()), table.shape[1]))
     columns = zip(
         wanted.items(),
         chosen_ids.tolist(),

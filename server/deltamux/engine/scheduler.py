@@ -32,8 +32,8 @@ class Slots(Protocol):
         """Gives one lease back."""
         ...
 
-    def traits(self, digest: str) -> Traits:
-        """The adapter's, as far as they are known: those of a slot always are."""
+    def traits(self, digest: str) -> Traits | None:
+        """The adapter's, None where they are not known yet: those of a slot always are."""
         ...
 
     def blocked(self, digest: str) -> bool:
@@ -169,16 +169,24 @@ class Scheduler:
                 plan.joinable = self._drain.joinable(sequence, self.running, now)
 
     def _has_room(self, sequence: Sequence, plan: Plan) -> bool:
-        """Looks again at the limits, now that its adapter's virtual tokens may be known."""
-        if sequence.adapter:
-            sequence.begin_with(self._slots.traits(sequence.adapter))
-        answer = 0 if sequence.pooling else sequence.stopping.max_tokens
+        """Looks again at the limits, now that its adapter's traits may be known."""
+        traits = self._slots.traits(sequence.adapter) if sequence.adapter else None
         try:
+            if traits is not None:
+                sequence.begin_with(traits)
+                self._check_token_ids(sequence)
+            answer = 0 if sequence.pooling else sequence.stopping.max_tokens
             self._limits.check_room(sequence.num_prompt, answer, sequence.virtual.tokens)
         except InvalidArgument as error:
             plan.failed[sequence.request_id] = error
             return False
         return True
+
+    def _check_token_ids(self, sequence: Sequence) -> None:
+        vocab_size = sequence.traits.vocab_size
+        if sequence.ids_below > (vocab_size or self._limits.vocab_size):
+            prompt, biased = sequence.tokens[: sequence.num_prompt], sequence.sampling.logit_bias
+            self._limits.check_token_ids(prompt, biased, vocab_size)
 
     def _acquire(self, sequence: Sequence, plan: Plan) -> bool:
         """Takes the lease on the sequence's adapter; the base needs none."""

@@ -37,6 +37,8 @@ class Sequence:
     pooling: Classify | Embed | None = None
     # Which of two texts each token belongs to; empty for one text.
     token_types: tuple[int, ...] = ()
+    # One more than the largest token id that the request names.
+    ids_below: int = 0
     # The first choice of the same request, which computes the prompt for all of them.
     leader: Sequence | None = None
 

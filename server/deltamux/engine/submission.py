@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
 
 import msgspec
 
-from deltamux.engine.limits import Limits
+from deltamux.engine.limits import TOKEN_IDS, Limits
 from deltamux.engine.sequence import Sequence
 from deltamux.errors import FailedPrecondition, InvalidArgument
-from deltamux.wire.messages import Sampling, Stopping, Submit
+from deltamux.wire.messages import Sampling, Submit
 
 # Exclusive bound of a seed: it must fit a signed 64-bit integer.
 _SEEDS = 1 << 63
@@ -32,10 +31,14 @@ class Submissions:
         """
         self._check_kind(submit)
         self._check_lengths(submit)
-        self._check_token_ids(submit)
+        # An adapter may have a vocabulary of its own: the scheduler looks again once it is known.
+        self.limits.check_token_ids(
+            submit.prompt, submit.sampling.logit_bias, TOKEN_IDS if submit.adapter else 0
+        )
+        if not 0 <= (submit.sampling.logprobs or 0) <= self.limits.vocab_size:
+            raise InvalidArgument("logprobs is out of range", field="output.logprobs")
         _check_sampling(submit.sampling)
         sampling = self._seeded(submit.sampling)
-        stopping = self._reachable(submit.stopping)
         sequences: list[Sequence] = []
         for index in range(submit.n):
             sequence = Sequence(
@@ -44,7 +47,7 @@ class Submissions:
                 tokens=list(submit.prompt),
                 num_prompt=len(submit.prompt),
                 sampling=sampling,
-                stopping=stopping,
+                stopping=submit.stopping,
                 priority=submit.priority,
                 arrival=now,
                 deadline=None if submit.deadline is None else now + submit.deadline,
@@ -53,6 +56,7 @@ class Submissions:
                 cache_salt=self._salt(submit),
                 pooling=submit.pooling,
                 token_types=submit.token_types,
+                ids_below=1 + max((*submit.prompt, *sampling.logit_bias)),
                 leader=sequences[0] if sequences else None,
                 tier=tier,
             )
@@ -67,11 +71,6 @@ class Submissions:
         if sampling.seed is not None:
             return sampling
         return msgspec.structs.replace(sampling, seed=self._seeds.randrange(_SEEDS))
-
-    def _reachable(self, stopping: Stopping) -> Stopping:
-        """Without the ids that no row of logits has: some models' own end token is such a one."""
-        reachable = tuple(i for i in stopping.stop_token_ids if 0 <= i < self.limits.vocab_size)
-        return msgspec.structs.replace(stopping, stop_token_ids=reachable)
 
     def _check_kind(self, submit: Submit) -> None:
         if submit.pooling is None and not self.limits.generates:
@@ -89,22 +88,6 @@ class Submissions:
             raise InvalidArgument("n is below 1", field="sampling.n")
         answer = 0 if submit.pooling else submit.stopping.max_tokens
         self.limits.check_room(len(submit.prompt), answer)
-
-    def _check_token_ids(self, submit: Submit) -> None:
-        fields: dict[str, Iterable[int]] = {
-            "input.token_ids": submit.prompt,
-            "sampling.logit_bias": submit.sampling.logit_bias,
-        }
-        for field, token_ids in fields.items():
-            for token_id in token_ids:
-                if not 0 <= token_id < self.limits.vocab_size:
-                    raise InvalidArgument(
-                        f"{field} holds {token_id}; the vocabulary has {self.limits.vocab_size}",
-                        reason="TOKEN_ID_OUT_OF_RANGE",
-                        field=field,
-                    )
-        if not 0 <= (submit.sampling.logprobs or 0) <= self.limits.vocab_size:
-            raise InvalidArgument("logprobs is out of range", field="output.logprobs")
 
 
 def _check_sampling(sampling: Sampling) -> None:

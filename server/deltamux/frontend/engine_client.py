@@ -222,11 +222,7 @@ class EngineClient:
                 self._fan_out(progress)
             case RequestFailed(request_id=key):
                 if stream := self._streams.get(key):
-                    stream.failed_in_engine(
-                        from_code(
-                            message.code, message.reason, message.message, message.retry_after
-                        )
-                    )
+                    stream.failed_in_engine(_failure(message))
             case AdapterMoved():
                 self._metrics.adapter_moved(message)
                 self.on_adapter_moved(message)
@@ -265,3 +261,9 @@ class EngineClient:
 async def _write(end: FrontendEnd, outbox: asyncio.Queue[ToEngine]) -> None:
     while True:
         await end.send(await outbox.get())
+
+
+def _failure(failed: RequestFailed) -> DeltamuxError:
+    error = from_code(failed.code, failed.reason, failed.message, failed.retry_after)
+    error.field = failed.field
+    return error

@@ -7,6 +7,7 @@ from structlog.contextvars import bind_contextvars
 
 from deltamux.errors import Cancelled
 from deltamux.frontend import validation
+from deltamux.frontend.adapter_tokenizers import AdapterTokenizers
 from deltamux.frontend.call import Call, Calls
 from deltamux.frontend.defaults import GenerationDefaults
 from deltamux.frontend.engine_client import EngineClient
@@ -35,8 +36,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         """`default_deadline`: seconds for a call that brings no deadline."""
         self._calls = Calls(engine, catalog, default_deadline)
-        self._pooled = PooledCalls(self._calls, tokenizer, metrics)
-        self._tokenizer = tokenizer
+        self._tokenizers = AdapterTokenizers(tokenizer)
+        self._pooled = PooledCalls(self._calls, self._tokenizers, metrics)
         self._defaults = defaults
         self._metrics = metrics
 
@@ -62,8 +63,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         reply: Reply | None = None
         try:
             async with self._calls.admit(call) as (stream, lease):
-                prompt = await self._prompt(call)
-                reply = self._reply(call, prompt, lease)
+                tokenizer = await self._tokenizers.of(lease)
+                prompt = await _prompt(call, tokenizer)
+                reply = self._reply(call, prompt, lease, tokenizer)
                 stream.submit(self._submission(call, prompt, lease, stream.key))
                 await _relay(stream, reply, context)
         except Cancelled:
@@ -75,22 +77,6 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             if reply is not None:
                 reply.record_tokens()
                 bind_contextvars(tokens=reply.tokens)
-
-    async def _prompt(self, call: Call[v1.GenerateRequest]) -> Prompt:
-        request, field = call.request, call.request.WhichOneof("input")
-        if field == "text":
-            prompt = await self._tokenizer.encode(request.text)
-        elif field == "chat":
-            prompt = await self._tokenizer.encode_chat(request.chat.messages)
-        else:
-            prompt = self._tokens_as_prompt(request)
-        validation.check_prompt(prompt.token_ids, call.info, field)
-        return prompt
-
-    def _tokens_as_prompt(self, request: v1.GenerateRequest) -> Prompt:
-        ids = tuple(request.token_ids.ids)
-        text = self._tokenizer.decode(ids, skip_special_tokens=False) if request.output.echo else ""
-        return Prompt(text, ids)
 
     def _submission(
         self, call: Call[v1.GenerateRequest], prompt: Prompt, lease: Lease | None, key: str
@@ -111,16 +97,36 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             deadline=call.remaining,
         )
 
-    def _reply(self, call: Call[v1.GenerateRequest], prompt: Prompt, lease: Lease | None) -> Reply:
+    def _reply(
+        self,
+        call: Call[v1.GenerateRequest],
+        prompt: Prompt,
+        lease: Lease | None,
+        tokenizer: Tokenizer,
+    ) -> Reply:
         return Reply(
             call.request,
             call.request_id,
             prompt,
             call.served_by(lease),
-            self._tokenizer,
+            tokenizer,
             self._metrics,
             call.started,
         )
+
+
+async def _prompt(call: Call[v1.GenerateRequest], tokenizer: Tokenizer) -> Prompt:
+    request, field = call.request, call.request.WhichOneof("input")
+    if field == "text":
+        prompt = await tokenizer.encode(request.text)
+    elif field == "chat":
+        prompt = await tokenizer.encode_chat(request.chat.messages)
+    else:
+        ids = tuple(request.token_ids.ids)
+        echoed = request.output.echo
+        prompt = Prompt(tokenizer.decode(ids, skip_special_tokens=False) if echoed else "", ids)
+    validation.check_prompt(request, prompt.token_ids, call.info, field)
+    return prompt
 
 
 async def _relay(stream: RequestStream, reply: Reply, context: grpc.aio.ServicerContext) -> None:

@@ -27,6 +27,8 @@ MAX_STOP_STRINGS = 16
 # Characters.
 MAX_STOP_STRING = 1024
 MAX_STOP_TOKEN_IDS = 128
+# Exclusive, where the vocabulary is an adapter's own and not known here.
+MAX_TOKEN_IDS = 2**31
 
 # Below the smallest temperature, softmax overflows; 0 itself is greedy.
 MIN_TEMPERATURE = 1e-3

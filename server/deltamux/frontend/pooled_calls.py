@@ -9,10 +9,12 @@ import grpc
 
 from deltamux.errors import ResourceExhausted
 from deltamux.frontend import limits, validation
+from deltamux.frontend.adapter_tokenizers import AdapterTokenizers
 from deltamux.frontend.call import Call, Calls, Request
 from deltamux.frontend.reply import TIERS
-from deltamux.frontend.tokenizer import Prompt, Tokenizer
+from deltamux.frontend.tokenizer import Prompt
 from deltamux.metrics import Metrics
+from deltamux.store.catalog import Lease
 from deltamux.v1 import inference_pb2 as v1
 from deltamux.wire.messages import Classify, Embed, Pooled, Sampling, Stopping, Submit
 
@@ -23,9 +25,9 @@ _BYTES_OF_SCORE = 16
 class PooledCalls:
     """The calls that generate no tokens."""
 
-    def __init__(self, calls: Calls, tokenizer: Tokenizer, metrics: Metrics) -> None:
+    def __init__(self, calls: Calls, tokenizers: AdapterTokenizers, metrics: Metrics) -> None:
         self._calls = calls
-        self._tokenizer = tokenizer
+        self._tokenizers = tokenizers
         self._metrics = metrics
 
     async def classify(
@@ -57,7 +59,7 @@ class PooledCalls:
         self, call: Call[Request], pooling: Classify | Embed, pair: str = ""
     ) -> tuple[Pooled, v1.ServedBy, v1.Usage]:
         async with self._calls.admit(call) as (stream, lease):
-            prompt = await self._prompt(call, pair)
+            prompt = await self._prompt(call, lease, pair)
             stream.submit(
                 Submit(
                     request_id=stream.key,
@@ -79,14 +81,14 @@ class PooledCalls:
         self._metrics.tokens(tokens, 0)
         return progress.pooled, served_by, v1.Usage(prompt_tokens=tokens)
 
-    async def _prompt(self, call: Call[Request], pair: str) -> Prompt:
+    async def _prompt(self, call: Call[Request], lease: Lease | None, pair: str) -> Prompt:
         request = call.request
         field = request.WhichOneof("input")
         if field == "text":
-            prompt = await self._tokenizer.encode(request.text, pair)
+            prompt = await (await self._tokenizers.of(lease)).encode(request.text, pair)
         else:
             prompt = Prompt("", tuple(request.token_ids.ids))
-        validation.check_prompt(prompt.token_ids, call.info, field, answer=0)
+        validation.check_prompt(request, prompt.token_ids, call.info, field, answer=0)
         return prompt
 
 

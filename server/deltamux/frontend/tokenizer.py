@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import re
 import secrets
 from collections.abc import Callable, Sequence
@@ -10,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from tokenizers import AddedToken as RustToken
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 
+from deltamux.adapters.tokenizer_file import AddedToken, parse_tokenizer
 from deltamux.errors import FailedPrecondition, InvalidArgument, StartupError
 
 THREADS = 2
@@ -44,8 +47,12 @@ class Tokenizer:
         if not getattr(tokenizer, "is_fast", False):
             raise StartupError("the model has no tokenizer that the tokenizers library can run")
         self._tokenizer = tokenizer
-        self._backend: RustTokenizer = tokenizer.backend_tokenizer
         self._tells_pairs_apart = "token_type_ids" in tokenizer.model_input_names
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenizer")
+        self._adopt(tokenizer.backend_tokenizer)
+
+    def _adopt(self, backend: RustTokenizer) -> None:
+        self._backend = backend
         # Some tokenizers are saved as they cut and padded their last batch.
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -54,7 +61,6 @@ class Tokenizer:
         self._plain.encode_special_tokens = True
         special = sorted(filter(None, _special_texts(self._backend)), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special))) if special else None
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenizer")
 
     @classmethod
     def load(cls, model: str) -> Tokenizer:
@@ -69,6 +75,32 @@ class Tokenizer:
     def end_of_sequence(self) -> int | None:
         eos: int | None = self._tokenizer.eos_token_id
         return eos
+
+    @property
+    def vocabulary(self) -> tuple[frozenset[tuple[int, str]], bytes]:
+        """Its added tokens, and the digest of all its words."""
+        file = parse_tokenizer(self._backend.to_str())
+        added = frozenset((token.id, token.content) for token in file.added_tokens)
+        return added, file.words()
+
+    def extended(self, tokens: Sequence[AddedToken]) -> Tokenizer:
+        """One with more tokens, and the same chat template.
+
+        Raises FailedPrecondition (TOKENIZER_MISMATCH) where they are not its next ones.
+        """
+        backend = RustTokenizer.from_str(self._backend.to_str())
+        for token in sorted(tokens, key=lambda token: token.id):
+            add = backend.add_special_tokens if token.special else backend.add_tokens
+            add([_added(token)])
+            if backend.token_to_id(token.content) != token.id:
+                raise FailedPrecondition(
+                    f"the adapter's tokenizer has {token.content!r:.80} under the id {token.id}, "
+                    "which is not the next one behind the base model's tokens",
+                    reason="TOKENIZER_MISMATCH",
+                )
+        more = copy.copy(self)
+        more._adopt(backend)
+        return more
 
     async def encode(self, text: str, pair: str = "") -> Prompt:
         """A plain prompt: special tokens that the client wrote into it count as such.
@@ -137,6 +169,17 @@ class Tokenizer:
                 field="chat",
             ) from error
         return text
+
+
+def _added(token: AddedToken) -> RustToken:
+    return RustToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=token.special,
+    )
 
 
 def _special_texts(backend: RustTokenizer) -> list[str]:

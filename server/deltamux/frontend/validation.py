@@ -14,6 +14,8 @@ from deltamux.store.names import Reference
 from deltamux.v1 import inference_pb2 as v1
 from deltamux.wire.messages import Embed, Ready, Sampling, Stopping
 
+Request = v1.GenerateRequest | v1.ClassifyRequest | v1.EmbedRequest
+
 # Visible ASCII: safe in logs, headers and URLs.
 REQUEST_ID = re.compile(rf"[!-~]{{1,{limits.MAX_REQUEST_ID}}}")
 
@@ -40,8 +42,9 @@ def check_request(request: v1.GenerateRequest, engine: Ready) -> None:
         f"at most {limits.MAX_CACHE_SALT} bytes",
     )
     _check_input(request, engine)
-    _check_sampling(request.sampling, engine.vocab_size)
-    _check_stopping(request.stopping, engine)
+    ids_below = _ids_below(request.adapter, engine)
+    _check_sampling(request.sampling, ids_below)
+    _check_stopping(request.stopping, ids_below)
     if request.output.HasField("logprobs"):
         check(
             request.output.logprobs <= limits.MAX_LOGPROBS,
@@ -97,7 +100,7 @@ def _check_input(request: v1.GenerateRequest, engine: Ready) -> None:
         case "text":
             _check_text(request.text)
         case "token_ids":
-            _check_tokens(request.token_ids, engine)
+            _check_tokens(request, engine)
         case "chat":
             _check_chat(request.chat)
         case _:
@@ -109,7 +112,7 @@ def _check_text_or_tokens(request: v1.ClassifyRequest | v1.EmbedRequest, engine:
         case "text":
             _check_text(request.text)
         case "token_ids":
-            _check_tokens(request.token_ids, engine, answer=0)
+            _check_tokens(request, engine, answer=0)
         case _:
             raise invalid("input", "one of text and token_ids is needed")
 
@@ -119,9 +122,9 @@ def _check_text(text: str) -> None:
     _check_characters("text", len(text))
 
 
-def _check_tokens(tokens: v1.TokenIds, engine: Ready, answer: int = 1) -> None:
-    check(bool(tokens.ids), "token_ids", "the prompt is empty")
-    check_prompt(tokens.ids, engine, "token_ids", answer)
+def _check_tokens(request: Request, engine: Ready, answer: int = 1) -> None:
+    check(bool(request.token_ids.ids), "token_ids", "the prompt is empty")
+    check_prompt(request, request.token_ids.ids, engine, "token_ids", answer)
 
 
 def _check_chat(chat: v1.Chat) -> None:
@@ -148,10 +151,17 @@ def _check_prompt_length(tokens: int, engine: Ready, field: str, answer: int) ->
         raise invalid(field, f"{tokens} tokens, of a context of {room}", "PROMPT_TOO_LONG")
 
 
-def check_prompt(token_ids: Sequence[int], engine: Ready, field: str, answer: int = 1) -> None:
+def check_prompt(
+    request: Request, token_ids: Sequence[int], engine: Ready, field: str, answer: int = 1
+) -> None:
     """What can be said once the prompt is tokenized; `answer` tokens must fit behind it."""
     _check_prompt_length(len(token_ids), engine, field, answer)
-    _check_token_ids(field, token_ids, engine.vocab_size)
+    _check_token_ids(field, token_ids, _ids_below(request.adapter, engine))
+
+
+def _ids_below(adapter: str, engine: Ready) -> int:
+    """An adapter may have a vocabulary of its own, which the engine knows and checks."""
+    return limits.MAX_TOKEN_IDS if adapter else engine.vocab_size
 
 
 def context_tokens(engine: Ready) -> int:
@@ -159,8 +169,8 @@ def context_tokens(engine: Ready) -> int:
     return min(engine.max_model_len, engine.kv_cache_tokens)
 
 
-def _check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
-    check(all(token < vocab_size for token in ids), field, f"ids must be below {vocab_size}")
+def _check_token_ids(field: str, ids: Sequence[int], below: int) -> None:
+    check(all(token < below for token in ids), field, f"ids must be below {below}")
 
 
 def _check_number(field: str, value: float, low: float, high: float) -> None:
@@ -168,7 +178,7 @@ def _check_number(field: str, value: float, low: float, high: float) -> None:
     check(inside, field, f"must be between {low:g} and {high:g}")
 
 
-def _check_sampling(sampling: v1.SamplingParams, vocab_size: int) -> None:
+def _check_sampling(sampling: v1.SamplingParams, ids_below: int) -> None:
     _check_temperature(sampling.temperature)
     if sampling.HasField("top_p"):
         _check_number("sampling.top_p", sampling.top_p, 0, 1)
@@ -185,7 +195,7 @@ def _check_sampling(sampling: v1.SamplingParams, vocab_size: int) -> None:
     check(sampling.seed <= limits.MAX_SEED, "sampling.seed", f"at most {limits.MAX_SEED}")
     if sampling.HasField("n"):
         check(1 <= sampling.n <= limits.MAX_CHOICES, "sampling.n", f"1 to {limits.MAX_CHOICES}")
-    _check_logit_bias(sampling, vocab_size)
+    _check_logit_bias(sampling, ids_below)
 
 
 def _check_temperature(temperature: float) -> None:
@@ -195,16 +205,16 @@ def _check_temperature(temperature: float) -> None:
     check(temperature == 0 or temperature >= least, field, f"must be 0, or at least {least:g}")
 
 
-def _check_logit_bias(sampling: v1.SamplingParams, vocab_size: int) -> None:
+def _check_logit_bias(sampling: v1.SamplingParams, ids_below: int) -> None:
     field, bias = "sampling.logit_bias", sampling.logit_bias
     most = limits.MAX_LOGIT_BIAS_ENTRIES
     check(len(bias) <= most, field, f"at most {most} entries")
-    _check_token_ids(field, list(bias), vocab_size)
+    _check_token_ids(field, list(bias), ids_below)
     for value in bias.values():
         _check_number(field, value, -limits.MAX_LOGIT_BIAS, limits.MAX_LOGIT_BIAS)
 
 
-def _check_stopping(stopping: v1.StoppingCriteria, engine: Ready) -> None:
+def _check_stopping(stopping: v1.StoppingCriteria, ids_below: int) -> None:
     if stopping.HasField("max_tokens"):
         check(stopping.max_tokens > 0, "stopping.max_tokens", "must be at least 1")
     else:
@@ -217,7 +227,7 @@ def _check_stopping(stopping: v1.StoppingCriteria, engine: Ready) -> None:
         check(0 < len(stop) <= longest, "stopping.stop", f"1 to {longest} characters each")
     ids, most = stopping.stop_token_ids, limits.MAX_STOP_TOKEN_IDS
     check(len(ids) <= most, "stopping.stop_token_ids", f"at most {most} ids")
-    _check_token_ids("stopping.stop_token_ids", ids, engine.vocab_size)
+    _check_token_ids("stopping.stop_token_ids", ids, ids_below)
 
 
 def resolve_sampling(request: v1.GenerateRequest, defaults: GenerationDefaults) -> Sampling:

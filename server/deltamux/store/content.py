@@ -11,15 +11,22 @@ from typing import BinaryIO
 from deltamux.adapters.files import (
     CONFIG,
     MODEL_CONFIG,
+    TOKENIZER,
     WEIGHTS,
     open_config,
     open_model_config,
+    open_tokenizer,
     open_weights,
     weights_path,
 )
 from deltamux.adapters.hub_cache import stored_path
 
 _OPENERS: dict[str, Callable[[Path], BinaryIO]] = {CONFIG: open_config, WEIGHTS: open_weights}
+# An adapter need not have them.
+_OPTIONAL: dict[str, Callable[[Path], BinaryIO]] = {
+    MODEL_CONFIG: open_model_config,
+    TOKENIZER: open_tokenizer,
+}
 
 # Of each file: device, inode, size, and when its content and its inode last changed.
 Fingerprint = tuple[tuple[int, ...], ...]
@@ -29,8 +36,8 @@ _CHUNK_BYTES = 1 << 20
 
 def openers(folder: Path) -> dict[str, Callable[[Path], BinaryIO]]:
     """How each of the folder's files is opened, in the order in which the digest takes them."""
-    there = os.path.lexists(folder / MODEL_CONFIG)
-    return _OPENERS | ({MODEL_CONFIG: open_model_config} if there else {})
+    there = {name: opened for name, opened in _OPTIONAL.items() if os.path.lexists(folder / name)}
+    return _OPENERS | there
 
 
 class ContentDigest:

@@ -29,7 +29,7 @@ _TEMPORARY = ".tmp-"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 # Trainers save them beside an adapter; requests of every adapter use the base's own.
-_UNUSED = ("chat_template.jinja", "generation_config.json", "tokenizer.json")
+_UNUSED = ("chat_template.jinja", "generation_config.json")
 
 _log = structlog.get_logger(__name__)
 

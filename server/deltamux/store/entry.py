@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from deltamux.adapters.traits import PLAIN, Traits
+from deltamux.adapters.traits import Traits
 from deltamux.errors import DeltamuxError
 from deltamux.wire.messages import AdapterInfo
 
@@ -18,9 +18,9 @@ class Entry:
 
     digest: str
     path: str
-    # What parsing told; kept when the adapter itself leaves memory.
+    # What parsing told, both of them; kept when the adapter itself leaves memory.
     info: AdapterInfo | None = None
-    traits: Traits = PLAIN
+    traits: Traits | None = None
     # Set while it is on the device, ready to be used.
     slot: int | None = None
     leases: int = 0

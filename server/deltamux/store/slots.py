@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from deltamux.adapters.sites import DeviceSites
 from deltamux.adapters.task import Call, require_fit
-from deltamux.adapters.traits import PLAIN, Traits
+from deltamux.adapters.traits import Traits
 from deltamux.base.out_of_memory import is_out_of_memory
 from deltamux.errors import Aborted, DeltamuxError, FailedPrecondition, Internal
 from deltamux.store.entry import Entry
@@ -109,10 +109,10 @@ class AdapterCache:
         if self._unanswered:
             self._loader.wake()
 
-    def traits(self, digest: str) -> Traits:
-        """The adapter's; plain ones as long as it has never been parsed."""
+    def traits(self, digest: str) -> Traits | None:
+        """The adapter's; None as long as it has never been parsed."""
         entry = self._entries.get(digest)
-        return PLAIN if entry is None else entry.traits
+        return None if entry is None else entry.traits
 
     def tier(self, digest: str) -> str:
         """The closest tier that holds the adapter: "device", "host" or "disk"."""

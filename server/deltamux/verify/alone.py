@@ -67,6 +67,8 @@ class Question:
     # What is compared without and with the adapter.
     plain: Rows
     adapted: Rows
+    # That the adapter's model was resized to; 0: it was not.
+    vocab_size: int = 0
 
     def write(self, folder: Path) -> None:
         (folder / _QUESTION).write_text(json.dumps(asdict(self)))
@@ -108,6 +110,8 @@ def answer(question: Question) -> Answer:
     model = load_model(question)
     body = model.base_model
     plain = run(model, body, question.prompts, question.plain)
+    if question.vocab_size:
+        model.resize_token_embeddings(question.vocab_size, mean_resizing=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -42,10 +42,10 @@ def generates(base: Base, adapter: Adapter) -> bool:
 def mixed_answers(base: Base, adapter: Adapter, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     """What comes of each prompt with the adapter, then of each without, float32 on the host.
 
-    Logits [tokens, V] where the adapter generates. Otherwise embeddings [1, width], and with an
-    adapter that has a task head, its logits [1, labels] or [tokens, labels].
-    All of them share the steps. Takes over the base. Raises InvalidArgument for a prompt that is
-    too long.
+    Logits [tokens, V] where the adapter generates, whose V may be its own. Otherwise embeddings
+    [1, width], and with an adapter that has a task head, its logits [1, labels] or
+    [tokens, labels]. All of them share the steps. Takes over the base.
+    Raises InvalidArgument for a prompt that is too long.
     """
     requests = [
         _request(number, prompt, adapter.digest if number < len(prompts) else "")
@@ -64,6 +64,7 @@ class _Path:
     def __init__(self, base: Base, adapter: Adapter, requests: Sequence[Request]) -> None:
         self._traits = adapter.traits
         self._requests = requests
+        self._known = base.vocab_size
         rows = Rows(base.device)
         sites = _sites(base, rows, adapter)
         places = [self._traits.virtual.tokens + request.num_prompt for request in requests]
@@ -101,7 +102,7 @@ class _Path:
 
     def _step(self, scheduled: Sequence[Scheduled], found: list[list[Tensor]]) -> None:
         if isinstance(self._runner, ModelRunner) and scheduled[0].sequence.pooling is None:
-            _read_logits(self._runner, scheduled, found)
+            _read_logits(self._runner, scheduled, found, self._known)
         else:
             self._read_pooled(scheduled, found)
         for item in scheduled:
@@ -131,7 +132,7 @@ class _Path:
 
 
 def _read_logits(
-    runner: ModelRunner, scheduled: Sequence[Scheduled], found: list[list[Tensor]]
+    runner: ModelRunner, scheduled: Sequence[Scheduled], found: list[list[Tensor]], known: int
 ) -> None:
     batch = runner.batch(scheduled)
     # Not the last row of a prompt alone reaches the head here, but every one.
@@ -142,9 +143,11 @@ def _read_logits(
     row_at = dict(zip(batch.slot_mapping.tolist(), logits.cpu(), strict=True))
     for item in scheduled:
         request, first = item.sequence, item.sequence.num_computed
+        size = request.traits.vocab_size or known
         for place in range(max(first, request.virtual.tokens), first + item.num_tokens):
             block, offset = divmod(place, _BLOCK_SIZE)
-            found[request.index].append(row_at[request.blocks[block] * _BLOCK_SIZE + offset])
+            row = row_at[request.blocks[block] * _BLOCK_SIZE + offset]
+            found[request.index].append(row[:size])
 
 
 def _sites(base: Base, rows: Rows, adapter: Adapter) -> DeviceSites:

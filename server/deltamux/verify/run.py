@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.manifest import read_manifest
@@ -90,8 +91,14 @@ def verify(
         largest=float((with_adapter - adapted).abs().max()),
         base_largest=float((without - plain).abs().max()),
         same_choice=float(same) if question.plain == "logits" else None,
-        effect=float((adapted - plain).abs().max()) if question.adapted == question.plain else None,
+        effect=_effect(adapted, plain) if question.adapted == question.plain else None,
     )
+
+
+def _effect(adapted: Tensor, plain: Tensor) -> float:
+    """Over the tokens that both know."""
+    shared = min(adapted.shape[1], plain.shape[1])
+    return float((adapted[:, :shared] - plain[:, :shared]).abs().max())
 
 
 def _question(
@@ -117,4 +124,5 @@ def _question(
         prompts=prompts,
         plain="logits" if text else "embeddings",
         adapted="logits" if text or parsed.head is not None else "embeddings",
+        vocab_size=parsed.vocab_size,
     )

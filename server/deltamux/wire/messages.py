@@ -187,6 +187,8 @@ class RequestFailed(FromEngine, frozen=True, tag=True):
     message: str
     # Seconds; None where waiting does not help.
     retry_after: float | None = None
+    # Of the request, where one is to blame.
+    field: str | None = None
 
 
 class Stats(msgspec.Struct, frozen=True):

@@ -212,16 +212,3 @@ def test_what_acts_on_a_whole_prompt_cannot_wait_for_an_invocation(
     with pytest.raises(DeltamuxError) as caught:
         serve("llama").parse(folder)
     assert caught.value.reason == "UNSUPPORTED_FEATURE"
-
-
-def test_an_embedding_with_more_tokens_than_the_base_is_refused(
-    save: Make, serve: Make, rewrite: Make
-) -> None:
-    """PEFT saves it beside any adapter of a base that was resized."""
-    name = "base_model.model.model.embed_tokens.weight"
-    folder = rewrite(
-        save("llama", r=2, target_modules=["q_proj"]), lambda t: t | {name: torch.zeros(64, 32)}
-    )
-    with pytest.raises(DeltamuxError, match="64 tokens") as caught:
-        serve("llama").parse(folder)
-    assert caught.value.reason == "ADDED_TOKENS"

@@ -99,7 +99,7 @@ HEAD = "base_model.model.lm_head.trainable_tokens_delta"
         ({"token_indices": [3, 3, 5]}, {}, "BAD_FIELD"),
         ({"token_indices": [3, -1, 5]}, {}, "BAD_FIELD"),
         ({"token_indices": []}, {}, "BAD_FIELD"),
-        ({"token_indices": [3, 61, 5]}, {}, "ADDED_TOKENS"),
+        ({"token_indices": [3, 62, 5]}, {}, "ADDED_TOKENS"),
         ({"token_indices": [3, 5]}, {}, "BASE_MISMATCH"),
         ({"target_modules": ["q_proj"]}, {}, "NO_TARGETS"),
         ({"a_new_field": 1}, {}, "UNKNOWN_FIELD"),

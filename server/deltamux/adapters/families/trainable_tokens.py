@@ -16,7 +16,12 @@ from deltamux.adapters.patterns import Selector
 from deltamux.adapters.shared_fields import PROVENANCE, refuse_executable, require_generation
 from deltamux.adapters.strict_json import Json
 from deltamux.adapters.targets import read_selector, targeted_sites
-from deltamux.adapters.trained_tokens import TOKEN_ROWS, read_tokens, tied_token_rows
+from deltamux.adapters.trained_tokens import (
+    INDICES_FIELD,
+    TOKEN_ROWS,
+    read_tokens,
+    tied_token_rows,
+)
 from deltamux.adapters.weight_tying import require_tied
 from deltamux.base.structure import Kind, Structure
 
@@ -67,7 +72,7 @@ def _read_config(values: Mapping[str, Json], structure: Structure) -> _Config:
     fields = Fields({**values, "target_modules": targets})
     refuse_executable(fields)
     require_generation(fields)
-    tokens = read_tokens("token_indices", fields.take("token_indices"))
+    tokens = read_tokens(INDICES_FIELD, fields.take(INDICES_FIELD))
     config = _Config(read_selector(fields), tokens)
     fields.discard(_HARMLESS)
     fields.require_none_left()

@@ -98,4 +98,5 @@ class DenseEmbeddingBank:
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         ids = x.reshape(-1)
         for _, rows, table in segments.owners(self._tables):
-            y[rows] = table.index_select(0, ids[rows])
+            # An added token has its row elsewhere.
+            y[rows] = table.index_select(0, ids[rows].clamp(max=len(table) - 1))

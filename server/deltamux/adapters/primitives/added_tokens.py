@@ -1,0 +1,43 @@
+"""Added tokens: those of an adapter's own behind the last one of the base's vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltamux.adapters.primitives.token_rows import EmbeddingTokenBank, HeadTokenBank, TokenRows
+from deltamux_kernels.segments import Segments
+from deltamux_kernels.token_rows import TokenTable
+
+
+@dataclass(frozen=True, eq=False)
+class AddedTokens(TokenRows):
+    """Token rows, whose `ids` follow those of the base without a gap."""
+
+
+class AddedEmbeddingBank(EmbeddingTokenBank):
+    """Gives them their rows; `known` counts the tokens of the base's embedding."""
+
+    def __init__(self, table: TokenTable, known: int) -> None:
+        super().__init__(table)
+        self._known = known
+
+    def before(self, x: Tensor, segments: Segments) -> Tensor:
+        """Ids that the base's embedding has."""
+        return x.clamp(max=self._known - 1)
+
+
+class AddedColumnsBank(HeadTokenBank):
+    """Gives them logits behind those of the base's tokens."""
+
+    def widen(self, x: Tensor, y: Tensor, segments: Segments) -> Tensor:
+        """`y` [..., V] with as many columns more as any row of the step has added tokens.
+
+        Behind those of a row that has fewer stand zeros, which nobody may read.
+        """
+        most = segments.most_rows(self._table.rows)
+        wide = torch.cat((y, y.new_zeros(*y.shape[:-1], most)), dim=-1)
+        self.after(x, wide.view(-1, wide.shape[-1]), segments)
+        return wide
