@@ -11,9 +11,16 @@ import pytest
 from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
 from deltamux.adapters.task import Call
 from deltamux.adapters.traits import Traits
+from deltamux.config import EngineConfig
+from deltamux.engine.block_allocator import BlockAllocator
+from deltamux.engine.block_manager import BlockManager
+from deltamux.engine.limits import Limits
+from deltamux.engine.scheduler import Scheduler
 from deltamux.engine.sequence import Sequence
 from deltamux.errors import DeltamuxError
 from deltamux.wire.messages import FromEngine, Progress, Sampling, StepDone, Stopping, ToEngine
+
+BLOCK_SIZE = 4
 
 
 class FakeAdapters:
@@ -178,3 +185,62 @@ def new_sequence() -> Callable[..., Sequence]:
         )
 
     return new
+
+
+class SchedulerSetup:
+    """A scheduler, and the little that the engine does between two schedules."""
+
+    def __init__(
+        self, adapters, prefixes, num_blocks=100, seqs=8, budget=16, context=1000, generates=True
+    ):
+        config = EngineConfig(
+            "", block_size=BLOCK_SIZE, max_num_seqs=seqs, max_num_batched_tokens=budget
+        )
+        self.adapters = adapters
+        self.allocator = BlockAllocator(num_blocks + 1)
+        self.prefixes = prefixes
+        limits = Limits(100, context, num_blocks * BLOCK_SIZE, generates)
+        self.blocks = BlockManager(self.allocator, BLOCK_SIZE, prefixes)
+        self.scheduler = Scheduler(config, limits, self.blocks, adapters)
+        self.now = 0.0
+
+    def add(self, *sequences):
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+
+    def step(self, seconds=0.1):
+        """Runs a step and returns {sequence: tokens computed}."""
+        self.now += seconds
+        self.adapters.poll()
+        plan = self.scheduler.schedule(self.now)
+        sampling = [item.sequence for item in plan.scheduled if item.yields]
+        for item in plan.scheduled:
+            self.blocks.complete(item.sequence, item.num_tokens)
+        for sequence in sampling:
+            sequence.tokens.append(7)
+            if sequence.num_generated == sequence.stopping.max_tokens:
+                self.scheduler.finish(sequence)
+        return {item.sequence: item.num_tokens for item in plan.scheduled}
+
+    def steps_until(self, condition, limit=500):
+        for step in range(limit):
+            if condition():
+                return step
+            self.step()
+        raise AssertionError(f"not within {limit} steps")
+
+    def is_empty(self):
+        return (
+            not self.scheduler.running
+            and not self.scheduler.waiting
+            and self.allocator.num_free == self.allocator.num_total
+            and not self.adapters.leases.total()
+        )
+
+
+@pytest.fixture
+def setup(fake_adapters, fake_prefixes):
+    def make(slots=2, load_polls=0, **limits):
+        return SchedulerSetup(fake_adapters(slots, load_polls), fake_prefixes(), **limits)
+
+    return make
