@@ -37,16 +37,23 @@ CONFIG = LlamaConfig(
     dtype="float32",
     architectures=["LlamaForCausalLM"],
 )
-KEY_VALUE_SIZE = CONFIG.num_key_value_heads * CONFIG.head_dim
-LINEARS = {
-    "self_attn.q_proj": (CONFIG.hidden_size, CONFIG.hidden_size),
-    "self_attn.k_proj": (CONFIG.hidden_size, KEY_VALUE_SIZE),
-    "self_attn.v_proj": (CONFIG.hidden_size, KEY_VALUE_SIZE),
-    "self_attn.o_proj": (CONFIG.hidden_size, CONFIG.hidden_size),
-    "mlp.gate_proj": (CONFIG.hidden_size, CONFIG.intermediate_size),
-    "mlp.up_proj": (CONFIG.hidden_size, CONFIG.intermediate_size),
-    "mlp.down_proj": (CONFIG.intermediate_size, CONFIG.hidden_size),
-}
+
+
+def linears(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Width in and out of each linear module of a layer."""
+    hidden, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
+    return {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden, key_value),
+        "self_attn.v_proj": (hidden, key_value),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (hidden, config.intermediate_size),
+        "mlp.up_proj": (hidden, config.intermediate_size),
+        "mlp.down_proj": (config.intermediate_size, hidden),
+    }
+
+
+LINEARS = linears(CONFIG)
 
 
 def generator(name: str) -> torch.Generator:
@@ -54,10 +61,10 @@ def generator(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def make_base(folder: Path) -> None:
+def make_base(folder: Path, config: LlamaConfig = CONFIG) -> None:
     """Weights with logits of standard deviation near 1, so that greedy choices are well apart."""
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in LlamaForCausalLM(CONFIG).state_dict().items()}
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).state_dict().items()}
     weights = {}
     for name, shape in shapes.items():
         if name.endswith("norm.weight"):
@@ -67,9 +74,9 @@ def make_base(folder: Path) -> None:
             weights[name] = torch.randn(shape, generator=generator(name)) * scale
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    CONFIG.save_pretrained(folder)
+    config.save_pretrained(folder)
     GenerationConfig(bos_token_id=1, eos_token_id=2).save_pretrained(folder)
-    make_tokenizer(CONFIG.vocab_size).save_pretrained(folder)
+    make_tokenizer(config.vocab_size).save_pretrained(folder)
 
 
 def make_tokenizer(size: int) -> PreTrainedTokenizerFast:
@@ -84,12 +91,18 @@ def make_tokenizer(size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def make_adapter(index: int, folder: Path) -> None:
-    """A random adapter on all linears; rank 4, 8, 16 or 32 by its index, alpha twice the rank."""
-    rank = RANKS[index % len(RANKS)]
+def make_adapter(
+    index: int,
+    folder: Path,
+    ranks: tuple[int, ...] = RANKS,
+    layers: int = CONFIG.num_hidden_layers,
+    linears: dict[str, tuple[int, int]] = LINEARS,
+) -> None:
+    """A random adapter on `linears`, its rank one of `ranks` by its index, alpha twice the rank."""
+    rank = ranks[index % len(ranks)]
     weights = {}
-    for layer in range(CONFIG.num_hidden_layers):
-        for linear, (size_in, size_out) in LINEARS.items():
+    for layer in range(layers):
+        for linear, (size_in, size_out) in linears.items():
             key = f"base_model.model.model.layers.{layer}.{linear}"
             a = torch.rand(rank, size_in, generator=generator(f"{index}{key}A")) * 2 - 1
             b = torch.randn(size_out, rank, generator=generator(f"{index}{key}B"))
@@ -98,7 +111,7 @@ def make_adapter(index: int, folder: Path) -> None:
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=[linear.split(".")[1] for linear in LINEARS],
+        target_modules=[linear.split(".")[1] for linear in linears],
         task_type="CAUSAL_LM",
         base_model_name_or_path="deltamux/bench-125m",
         inference_mode=True,
