@@ -33,6 +33,7 @@ def test_what_allocators_raise_is_told_apart(allocate):
 @pytest.mark.parametrize(
     "words",
     [
+        "could not create a primitive",
         "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "Triton Error [CUDA]: out of memory",

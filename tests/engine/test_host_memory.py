@@ -48,3 +48,10 @@ def test_without_a_limit_the_machine_is_the_limit(tmp_path, monkeypatch, content
     if content is not None:
         (tmp_path / "memory.max").write_text(content)
     assert free_host_bytes() > 1 << 20
+
+
+def test_where_there_is_no_proc_all_of_the_machine_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+    left = free_host_bytes()
+    monkeypatch.setattr(host_memory, "_PROC", tmp_path)
+    assert free_host_bytes() >= left > 1 << 20

@@ -9,10 +9,11 @@ import torch
 
 from deltamux.errors import StartupError
 
-# Of RuntimeErrors without a type of their own: torch's allocator of host memory, CUDA's of pinned
-# memory, its libraries and Triton's launches, C++.
+# Of RuntimeErrors without a type of their own: torch's allocator of host memory, oneDNN's of its
+# code, CUDA's of pinned memory, its libraries and Triton's launches, C++.
 _WORDS = (
     "can't allocate memory",
+    "could not create a primitive",
     "CUDA error: out of memory",
     "_STATUS_ALLOC_FAILED",
     "[CUDA]: out of memory",

@@ -69,7 +69,8 @@ def _serve(config: EngineConfig, link: EngineEnd) -> int:
 
 
 def _exit_with_parent() -> None:
-    sys.stdin.buffer.read()
+    # Not through Python's buffer, whose lock this thread would hold when the interpreter ends.
+    os.read(sys.stdin.fileno(), 1)
     os._exit(0)
 
 

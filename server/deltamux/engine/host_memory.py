@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
+_PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -14,9 +16,11 @@ def free_host_bytes() -> int:
 
 
 def _left_on_the_machine() -> int:
-    fields = dict(
-        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if line
-    )
+    try:
+        lines = (_PROC / "meminfo").read_text().splitlines()
+    except FileNotFoundError:  # no Linux: all that there is
+        return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
+    fields = dict(line.split(":", 1) for line in lines if line)
     return int(fields["MemAvailable"].removesuffix("kB")) * 1024
 
 
@@ -37,5 +41,8 @@ def _left_to_the_process() -> list[int]:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return []
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    try:
+        pages = int((_PROC / "self" / "statm").read_text().split()[0])
+    except FileNotFoundError:
+        return []
     return [limit - pages * resource.getpagesize()]
