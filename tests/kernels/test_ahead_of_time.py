@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,11 @@ class Limit(NamedTuple):
     registers: int
     shared: int  # bytes a block
 
+
+# Each Triton assigns registers in its own way, and these are of one. Every Triton must compile all.
+by_the_compiler_of_the_limits = pytest.mark.skipif(
+    not version("triton").startswith("3.9."), reason="the limits are those of Triton 3.9"
+)
 
 LIMITS = {
     "shrink_kernel": Limit(72, 16_384),
@@ -76,6 +82,7 @@ def test_every_kernel_compiles(target: str, reports: list[Report]) -> None:
     assert {report["kernel"] for report in reports if report["target"] == target} == set(LIMITS)
 
 
+@by_the_compiler_of_the_limits
 @pytest.mark.parametrize("kernel", LIMITS)
 def test_a_kernel_keeps_to_its_registers_and_shared_memory(
     kernel: str, reports: list[Report]
@@ -85,6 +92,7 @@ def test_a_kernel_keeps_to_its_registers_and_shared_memory(
     assert [report for report in own if report["shared"] > limit.shared] == []
 
 
+@by_the_compiler_of_the_limits
 def test_nothing_spills_beyond_what_is_known(reports: list[Report]) -> None:
     spilling = [r for r in reports if r["spills"] > SPILLS.get((r["kernel"], r["target"]), 0)]
     assert spilling == []
