@@ -366,10 +366,13 @@ def test_taller_matrices_and_new_sites_are_captured_again(form: str, pair: Pair)
 def test_an_adapter_that_is_written_after_a_capture(form: str, pair: Pair) -> None:
     """A loader writes while steps of others go on and are captured."""
     pair.load(0, low_ranks(4))
+    running = pair.decoding(0, 5)
+    assert pair.step(running)
     late = adapter({OUT: (low_rank(24),)})
     pair.eager.load(1, late)
     assert pair.captured.sites.reserve(1, late)
-    assert pair.step(pair.decoding(0, 5))
+    # Captured again at once, with no eager step before.
+    assert pair.step(running)
     captures = pair.captures
     pair.captured.sites.write(1, late)
     assert pair.step(pair.decoding(1, 6)) and pair.captures == captures

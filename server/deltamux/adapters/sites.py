@@ -190,6 +190,7 @@ class DeviceSites:
         for sites, bank, _ in layout.placements:
             for acting in (bank, *sites):
                 acting.slots.add(self.num_slots)
+        self._rows.changed()
 
     def _acting(self, site: Site | ExpertsLayer, bank: Bank) -> Acting:
         if isinstance(site, ExpertsLayer):
