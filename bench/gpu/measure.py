@@ -53,14 +53,14 @@ def _measure(
     sites = [
         of_pool(site, step, base, pool) for site, base in zip(LLAMA * LAYERS, bases, strict=True)
     ]
-    layers, graphs, failed = Layers(sites, step.rows), {}, {}
+    layers, captured, failed = Layers(sites, step.rows), {}, {}
     arms = own_arms(sites, step, one_launch=one_launch) | peer_arms(peers, sites, step)
     for name, make in arms.items():
         try:
-            graphs[name] = capture(layers, make())
+            captured[name] = capture(layers, make())
         except Exception as error:  # one arm less, and the reason in the report
             failed[name] = f"{type(error).__name__}: {error}"[:300]
-    medians = interleaved_medians(list(graphs.values()), REPLAY_SECONDS)
+    medians = interleaved_medians(list(captured.values()), REPLAY_SECONDS)
     base, *others = medians
     floors = [
         1e3 * LAYERS * floor_seconds(LLAMA, step, machine, fused=fused) for fused in (True, False)
@@ -71,7 +71,7 @@ def _measure(
         "floor_fused_ms": floors[0],
         "floor_separate_ms": floors[1],
         "adapters_ms": {
-            name: median - base for name, median in zip(list(graphs)[1:], others, strict=True)
+            name: median - base for name, median in zip(list(captured)[1:], others, strict=True)
         },
         "failed": failed,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -38,31 +39,39 @@ class Layers:
             arm.after(number, x, y)
 
 
-def capture(layers: Layers, arm: Arm) -> torch.cuda.CUDAGraph:
-    """One replay is one step. Kernels are compiled by a run before."""
+@dataclass(frozen=True)
+class Captured:
+    """One replay is one step of the arm, which owns memory that the graph reads."""
+
+    graph: torch.cuda.CUDAGraph
+    arm: Arm
+
+
+def capture(layers: Layers, arm: Arm) -> Captured:
+    """Kernels are compiled by a run before."""
     side = torch.cuda.Stream()
     layers.run(arm, side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         layers.run(arm, side)
-    return graph
+    return Captured(graph, arm)
 
 
-def interleaved_medians(graphs: Sequence[torch.cuda.CUDAGraph], seconds: float) -> list[float]:
+def interleaved_medians(steps: Sequence[Captured], seconds: float) -> list[float]:
     """Median milliseconds of a replay of each, in turn for about `seconds`, 7 to 200 times."""
-    samples: list[list[float]] = [[] for _ in graphs]
-    once = sum(_replay(graph) for graph in graphs) / 1e3
+    samples: list[list[float]] = [[] for _ in steps]
+    once = sum(_replay(step) for step in steps) / 1e3
     for _ in range(max(7, min(200, int(seconds / max(once, 1e-4))))):
-        for graph, own in zip(graphs, samples, strict=True):
-            own.append(_replay(graph))
+        for step, own in zip(steps, samples, strict=True):
+            own.append(_replay(step))
     return [statistics.median(own) for own in samples]
 
 
-def _replay(graph: torch.cuda.CUDAGraph) -> float:
+def _replay(step: Captured) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    graph.replay()
+    step.graph.replay()
     end.record()
     end.synchronize()
     return start.elapsed_time(end)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pkgutil
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -63,7 +64,10 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 QUERY, VALUE = f"{LAYER}.self_attn.q_proj", f"{LAYER}.self_attn.v_proj"
 OUT, DOWN = f"{LAYER}.self_attn.o_proj", f"{LAYER}.mlp.down_proj"
 
-pytestmark = pytest.mark.parametrize("form", ["triton"], indirect=True)
+pytestmark = [
+    pytest.mark.parametrize("form", ["triton"], indirect=True),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="records the operations of a CPU"),
+]
 
 
 class Recording(TorchDispatchMode):
@@ -318,6 +322,24 @@ class Pair:
 def pair(form: str, model: Any, record: Callable[[Step], Step], triton_forms: TritonForms) -> Pair:
     torch.manual_seed(1)
     return Pair(model, record, triton_forms)
+
+
+def test_what_a_replay_reads_stays(form: str, model: Any, triton_forms: TritonForms) -> None:
+    engine = Engine(model)
+    captured: list[weakref.ref[Step]] = []
+
+    def forgetting(step: Step) -> Step:
+        """A CUDA graph knows addresses only."""
+        step()
+        captured.append(weakref.ref(step))
+        return lambda: None
+
+    buffers = DecodeBuffers(SIZES[-1], 8, VOCABULARY, CPU)
+    graphs = DecodeGraphs(SIZES, engine.runner.forward, buffers, engine.sites, forgetting)
+    with triton_forms():
+        assert graphs.capture_base()
+    assert len(captured) == len(SIZES)
+    assert all(step() is not None for step in captured)
 
 
 def test_steps_without_adapters(form: str, pair: Pair) -> None:

@@ -67,6 +67,8 @@ class GraphCapture:
 @dataclass(frozen=True)
 class _Captured:
     replay: Step
+    # What was captured: a replay reads memory that it owns.
+    step: Step
     # Of the sites, when it was captured.
     growth: int
 
@@ -141,7 +143,8 @@ class DecodeGraphs:
             return None
         started, growth = monotonic(), self._sites.growth
         try:
-            captured = _Captured(self._capture(self._step(size, adapted)), growth)
+            step = self._step(size, adapted)
+            captured = _Captured(self._capture(step), step, growth)
         except Exception as error:
             self._given_up.add(adapted)
             _log.warning(
