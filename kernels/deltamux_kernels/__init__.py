@@ -6,11 +6,14 @@ from deltamux_kernels.block_rotate import block_rotate
 from deltamux_kernels.captured_segments import CapturedSegments
 from deltamux_kernels.embedding_shrink import embedding_shrink
 from deltamux_kernels.expand import Columns, expand
+from deltamux_kernels.gated_silu import gated_silu
 from deltamux_kernels.grouped_dense import dense_delta, grouped_dense
 from deltamux_kernels.low_rank_site import SiteCounters, Slice, low_rank_site
 from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
 from deltamux_kernels.paged_attention import paged_attention
 from deltamux_kernels.pair_rotate import PairFactors, pair_rotate
+from deltamux_kernels.rms_norm import rms_norm
+from deltamux_kernels.rotary import rotary
 from deltamux_kernels.row_affine import row_affine
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.shrink import Shrunk, shrink
@@ -39,10 +42,13 @@ __all__ = [
     "dense_delta",
     "embedding_shrink",
     "expand",
+    "gated_silu",
     "grouped_dense",
     "low_rank_site",
     "paged_attention",
     "pair_rotate",
+    "rms_norm",
+    "rotary",
     "row_affine",
     "shrink",
     "sign_delta",

@@ -35,10 +35,13 @@ from deltamux_kernels.activate import Activations, activate_triton
 from deltamux_kernels.block_rotate import block_rotate_triton
 from deltamux_kernels.embedding_shrink import embedding_shrink_triton
 from deltamux_kernels.expand import expand_triton
+from deltamux_kernels.gated_silu import gated_silu_triton
 from deltamux_kernels.grouped_dense import dense_delta_triton, grouped_dense_triton
 from deltamux_kernels.low_rank_site import SiteCounters, Slice, low_rank_site_triton
 from deltamux_kernels.paged_attention_triton import paged_attention_triton
 from deltamux_kernels.pair_rotate import pair_rotate_triton
+from deltamux_kernels.rms_norm import rms_norm_triton
+from deltamux_kernels.rotary import rotary_triton
 from deltamux_kernels.row_affine import row_affine_triton
 from deltamux_kernels.scoring import Scoring
 from deltamux_kernels.shrink import shrink_triton
@@ -171,6 +174,17 @@ def attention(dtype: torch.dtype, dim: int, queries: int, scoring: Scoring) -> N
     paged_attention_triton(query, cache, cache, batch, scoring)
 
 
+def layer(dtype: torch.dtype, width: int, dim: int) -> None:
+    """What a layer of the model computes between its products, of `width` features."""
+    rows = torch.zeros(1, 32, width, dtype=dtype)
+    heads = rows.view(1, 32, -1, dim)
+    rms_norm_triton(rows, rows[0, 0], 1e-6)
+    rms_norm_triton(heads, heads[0, 0, 0], 1e-6)
+    gated_silu_triton(rows, rows)
+    query, key = heads.transpose(1, 2), heads[:, :, :8].transpose(1, 2)
+    rotary_triton(query, key, heads[:, :, 0], heads[:, :, 1])
+
+
 def compile_all(target: str, number: int) -> None:
     """`target`: architecture and dtype, as in sm_90:bfloat16."""
     architecture, name = target.split(":")
@@ -192,6 +206,8 @@ def compile_all(target: str, number: int) -> None:
         for dim, scoring in ((64, everything), (128, plain), (256, plain)):
             for queries in (1, 64):
                 attention(dtype, dim, queries, scoring)
+        for width, dim in ((2048, 64), (4096, 128), (16384, 256)):
+            layer(dtype, width, dim)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,9 @@ LIMITS = {
     "pair_rotate_kernel": Limit(56, 0),
     "write_kv_kernel": Limit(16, 0),
     "paged_attention_kernel": Limit(280, 82_720),
+    "rms_norm_kernel": Limit(64, 1_024),
+    "gated_silu_kernel": Limit(32, 0),
+    "rotary_kernel": Limit(40, 512),
 }
 # Bytes, the only ones: attention of 128 dimensions over the tiles of a prompt.
 SPILLS = {

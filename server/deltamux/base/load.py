@@ -20,6 +20,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltamux.base.encoders import Encoder, encoder_of, heads_of, set_shared_apart
+from deltamux.base.fused import fuse
 from deltamux.base.last_hidden import LastHidden
 from deltamux.base.out_of_memory import is_out_of_memory
 from deltamux.base.packed_linear import pack_linears
@@ -96,6 +97,8 @@ def adopt(model: PreTrainedModel, missing: frozenset[str] = frozenset()) -> Base
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     vocab_size = (embedding if head is None else head.weight).shape[0]
     pack_linears(model)
+    if embedding.device.type == "cuda":
+        fuse(model)
     return Base(
         model=model,
         device=embedding.device,

@@ -1,0 +1,64 @@
+"""The gate of a transformer's MLP: SiLU of one product times another."""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch
+from torch.nn import functional
+
+from deltamux_kernels._triton import tl, triton
+
+BLOCK_N = 1024
+
+
+def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """y[t, n] = up[t, n] · gate[t, n] / (1 + exp(-gate[t, n])).
+
+    gate and up [..., N] of one dtype; their rows may be columns of a wider product -> contiguous.
+    In half types the quotient is rounded before it is multiplied, as torch does.
+    """
+    form = gated_silu_triton if gate.device.type == "cuda" else gated_silu_torch
+    return form(gate, up)
+
+
+def gated_silu_torch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`gated_silu` in plain torch."""
+    return functional.silu(gate) * up
+
+
+def gated_silu_triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`gated_silu` in one launch: a program per (row, block of N)."""
+    width = gate.shape[-1]
+    gates, ups = (_rows(part) for part in (gate, up))
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    _gated_silu_kernel[(gates.shape[0], -(-width // BLOCK_N))](
+        gates,
+        ups,
+        y,
+        gates.stride(0),
+        ups.stride(0),
+        WIDTH=width,
+        BLOCK_N=BLOCK_N,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return y
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x [..., N] as [T, N] whose rows lie in one piece; a view where that is possible."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@triton.jit
+@no_type_check
+def _gated_silu_kernel(gate, up, y, gate_row, up_row, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = n < WIDTH
+    g = tl.load(gate + t * gate_row + n, mask=live, other=0.0).to(tl.float32)
+    u = tl.load(up + t * up_row + n, mask=live, other=0.0).to(tl.float32)
+    silu = (g / (1.0 + tl.exp(-g))).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + t * WIDTH + n, (silu * u).to(y.dtype.element_ty), mask=live)

@@ -1,0 +1,85 @@
+"""Root mean square norm of rows."""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch
+
+from deltamux_kernels._triton import tl, triton
+
+# Elements of the short rows that one program norms together.
+_PROGRAM = 1024
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """y[..., n] = weight[n] x[..., n] / sqrt(mean over m of x[..., m]² + epsilon).
+
+    x [..., R, N], of any strides; weight [N] -> like x. The quotient is computed in float32 and
+    rounded to the dtype of x, then the product to that of both, as most of transformers' norms do.
+    """
+    form = rms_norm_triton if x.device.type == "cuda" else rms_norm_torch
+    return form(x, weight, epsilon)
+
+
+def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """`rms_norm` in plain torch."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * (wide * scale).to(x.dtype)
+
+
+def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """`rms_norm` in one launch: a program per row, or per few short ones."""
+    rows = x.reshape(-1, *x.shape[-2:])
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    y = torch.empty_like(rows, dtype=torch.promote_types(x.dtype, weight.dtype))
+    outer, inner, width = rows.shape
+    block = triton.next_power_of_2(width)
+    rows_a_program = max(1, _PROGRAM // block)
+    _rms_norm_kernel[(outer, -(-inner // rows_a_program))](
+        rows,
+        weight,
+        y,
+        epsilon,
+        inner,
+        rows.stride(0),
+        rows.stride(1),
+        y.stride(0),
+        y.stride(1),
+        WIDTH=width,
+        BLOCK_R=rows_a_program,
+        BLOCK_N=block,
+        num_warps=min(16, max(4, block // 512)),
+        enable_fp_fusion=True,
+    )
+    return y.view(x.shape)
+
+
+@triton.jit(do_not_specialize=["inner"])
+@no_type_check
+def _rms_norm_kernel(
+    x,
+    weight,
+    y,
+    epsilon,
+    inner,
+    x_outer,
+    x_inner,
+    y_outer,
+    y_inner,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    o = tl.program_id(0).to(tl.int64)
+    i = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    n = tl.arange(0, BLOCK_N)
+    live = (i < inner)[:, None] & (n < WIDTH)[None, :]
+    source = x + o * x_outer + i[:, None] * x_inner + n[None, :]
+    value = tl.load(source, mask=live, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + epsilon)
+    normed = (value * scale[:, None]).to(x.dtype.element_ty).to(tl.float32)
+    w = tl.load(weight + n, mask=n < WIDTH, other=0.0).to(tl.float32)
+    target = y + o * y_outer + i[:, None] * y_inner + n[None, :]
+    tl.store(target, (w[None, :] * normed).to(y.dtype.element_ty), mask=live)

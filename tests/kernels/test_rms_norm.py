@@ -1,0 +1,56 @@
+"""Root mean square norms of long and short rows, in any layout."""
+
+import pytest
+import torch
+
+from deltamux_kernels.rms_norm import rms_norm_torch, rms_norm_triton
+
+LAYOUTS = {
+    "rows": lambda width: torch.randn(5, width),
+    "one sequence": lambda width: torch.randn(1, 9, width),
+    "heads, columns of a wider product": lambda width: torch.randn(1, 5, 8 * width)[
+        ..., width : 4 * width
+    ].view(1, 5, 3, width),
+    "heads before tokens": lambda width: torch.randn(1, 5, 3, width).transpose(1, 2),
+    "two sequences": lambda width: torch.randn(2, 3, 7, width)[:, :, 1:],
+    "features apart": lambda width: torch.randn(width, 5).T,
+}
+
+
+@pytest.mark.parametrize("width", [1, 96, 1100])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_row_is_divided_by_its_root_mean_square(
+    layout: str, width: int, form: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    torch.manual_seed(width)
+    x = LAYOUTS[layout](width).to(device, dtype)
+    # So that epsilon counts in some rows.
+    x[..., 0, :] *= 1e-3
+    weight = torch.randn(width).to(device, dtype)
+    y = (rms_norm_torch if form == "torch" else rms_norm_triton)(x, weight, 1e-6)
+    exact = x.double()
+    exact = exact / (exact.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    info = torch.finfo(dtype)
+    assert y.dtype == dtype
+    assert ((y - exact).abs() <= 4 * info.eps * (exact.abs() + info.tiny)).all()
+
+
+def test_the_quotient_is_rounded_before_it_is_multiplied(
+    form: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 200).to(device, dtype), torch.randn(200).to(device, dtype)
+    y = (rms_norm_torch if form == "torch" else rms_norm_triton)(x, weight, 1e-5)
+    wide = x.double()
+    normed = (wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()).to(dtype)
+    twice_rounded = weight * normed
+    if dtype == torch.float32:
+        torch.testing.assert_close(y, twice_rounded, rtol=1e-6, atol=0)
+    else:
+        assert (y == twice_rounded).float().mean() > 0.99
+
+
+def test_a_wider_weight_widens_the_result(form: str, device: torch.device) -> None:
+    x, weight = torch.randn(3, 40).half().to(device), torch.randn(40).to(device)
+    y = (rms_norm_torch if form == "torch" else rms_norm_triton)(x, weight, 1e-5)
+    torch.testing.assert_close(y, rms_norm_torch(x.cpu(), weight.cpu(), 1e-5).to(device))
