@@ -25,6 +25,7 @@ from deltamux.adapters.parse import parse_adapter
 from deltamux.adapters.rows import Rows
 from deltamux.adapters.sites import DeviceSites
 from deltamux.base.probe import probe
+from deltamux.base.stacked_linears import stack_linears
 from deltamux.base.structure import find_structure
 from deltamux_kernels.segments import Segments
 
@@ -132,11 +133,14 @@ class Served:
 
     base: PreTrainedModel
     arena_bytes: int = 8 << 20
+    stacked: bool = False
     rows: Rows = field(default_factory=lambda: Rows(CPU))
 
     def __post_init__(self) -> None:
-        self.structure = find_structure(self.base, probe(self.base))
         self.model = copy.deepcopy(self.base)
+        self.structure = find_structure(self.model, probe(self.model))
+        if self.stacked:
+            stack_linears(self.model, self.structure)
         self.sites = DeviceSites(
             self.model, self.structure, self.rows, SLOTS, self.arena_bytes, torch.float32, CPU
         )

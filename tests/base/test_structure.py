@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -159,3 +161,21 @@ def test_embedding_that_takes_more_than_ids_is_no_site() -> None:
 def test_hooks_are_gone_after_the_trace(llama: torch.nn.Module) -> None:
     find_structure(llama)
     assert not any(module._forward_pre_hooks for module in llama.modules())
+
+
+def test_siblings_whose_input_is_changed_in_between_are_no_group(llama: torch.nn.Module) -> None:
+    class Altering(torch.nn.Module):
+        def __init__(self, mlp: torch.nn.Module) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = mlp.gate_proj, mlp.up_proj
+            self.down_proj = mlp.down_proj
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate = self.gate_proj(x)
+            return self.down_proj(gate * self.up_proj(x.mul_(2)))
+
+    model = copy.deepcopy(llama)
+    model.model.layers[0].mlp = Altering(model.model.layers[0].mlp)
+    names = find_structure(model).groups
+    assert [len(group) for group in names] == [3, 3, 2]
+    assert names[2] == ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"]

@@ -8,7 +8,6 @@ from deltamux.engine.batch import StepBatch
 from deltamux.engine.decode_buffers import DecodeBuffers
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
-from deltamux.engine.transfer import Upload
 from deltamux.wire.messages import Sampling
 from deltamux_kernels import Segments
 
@@ -24,7 +23,7 @@ def decoding(*contexts: int) -> StepBatch:
         sequence = trial_sequence(number, list(range(20, 20 + context)), blocks, Sampling())
         sequence.num_computed = context - 1
         step.append(Scheduled(sequence, 1))
-    return StepBatch.build(step, BLOCK, Upload(CPU))
+    return StepBatch.build(step, BLOCK, CPU)
 
 
 def test_a_step_stands_where_it_is_captured_and_padding_touches_nothing() -> None:

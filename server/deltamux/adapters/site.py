@@ -8,6 +8,7 @@ from deltamux.adapters.banks import SiteBanks
 from deltamux.adapters.primitives.added_tokens import AddedTokens
 from deltamux.adapters.primitives.payload import Bank, InputBank, OutputBank, Payload
 from deltamux.adapters.rows import Rows
+from deltamux.base.stacked_linears import StackedLinear
 from deltamux.base.structure import SiteSpec
 
 
@@ -27,6 +28,7 @@ class Site(nn.Module):
         # Slots with a payload here, a product with the input that this site shares, or a
         # bottleneck that needs its input.
         self.slots: set[int] = set()
+        self._alone = base.alone if isinstance(base, StackedLinear) else base
         self._inputs = tuple(banks.inputs.values())
         self._outputs = tuple(banks.outputs.values())
         self._residual = banks.residual
@@ -70,7 +72,7 @@ class Site(nn.Module):
         given = x
         for bank in inputs:
             given = bank.before(given, segments)
-        y: Tensor = self.base(given)
+        y: Tensor = self.base(given) if given is x else self._alone(given)
         rows = self.spec.rows(y)
         for output in outputs:
             output.after(x, rows, segments)

@@ -25,6 +25,7 @@ from deltamux.base.last_hidden import LastHidden
 from deltamux.base.out_of_memory import is_out_of_memory
 from deltamux.base.packed_linear import pack_linears
 from deltamux.base.probe import AttentionLayer, probe
+from deltamux.base.stacked_linears import stack_linears
 from deltamux.base.structure import Structure, find_structure
 from deltamux.errors import StartupError
 
@@ -97,13 +98,15 @@ def adopt(model: PreTrainedModel, missing: frozenset[str] = frozenset()) -> Base
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     vocab_size = (embedding if head is None else head.weight).shape[0]
     pack_linears(model)
+    structure = find_structure(model, layers)
     if embedding.device.type == "cuda":
         fuse(model)
+        stack_linears(model, structure)
     return Base(
         model=model,
         device=embedding.device,
         dtype=embedding.dtype,
-        structure=find_structure(model, layers),
+        structure=structure,
         last_hidden=LastHidden(model),
         encoder=encoder,
         vocab_size=vocab_size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -94,6 +94,18 @@ class Structure:
         self.added_tokens = 0
         self._modules = dict(modules)
 
+    @property
+    def groups(self) -> list[list[str]]:
+        """Sites that read one input, each group in call order."""
+        members: defaultdict[int, list[SiteSpec]] = defaultdict(list)
+        for site in self.sites.values():
+            if site.group is not None:
+                members[site.group].append(site)
+        return [
+            [site.name for site in sorted(group, key=lambda site: site.order)]
+            for group in members.values()
+        ]
+
     def has_site(self, name: str) -> bool:
         """Whether it is a site, be it left out of `sites` or not."""
         return name in self._modules
@@ -134,6 +146,10 @@ class Structure:
     def module(self, name: str) -> nn.Module:
         """The base's own module of a site. Read only."""
         return self._modules[name]
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Reads a site's parameters, which are the same, from another module from now on."""
+        self._modules[name] = module
 
 
 def find_structure(model: PreTrainedModel, layers: Iterable[AttentionLayer] = ()) -> Structure:
@@ -176,9 +192,12 @@ def _registered(model: PreTrainedModel, head: nn.Module | None) -> dict[str, Kin
 
 
 def _groups(calls: list[Call]) -> dict[str, tuple[int, int]]:
-    """Name of each linear that shares its input with a sibling -> (group, place of its call)."""
+    """Name of each linear that shares its input with a sibling -> (group, place of its call).
+
+    They read the same numbers: an input that is changed in between counts as another one.
+    """
     keys = {
-        call.name: (call.name.rpartition(".")[0], id(call.input))
+        call.name: (call.name.rpartition(".")[0], id(call.input), call.version)
         for call in calls
         if is_linear(call.module)
     }

@@ -24,6 +24,8 @@ class Call:
     module: nn.Module
     # Held until the trace ends: the id of a freed tensor may be taken by another one.
     input: Tensor
+    # How often the input had been changed in place.
+    version: int
     output: Tensor
 
     @property
@@ -39,7 +41,7 @@ def trace(model: PreTrainedModel) -> list[Call]:
 
     def record(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if name not in calls and _reads_token_rows(module, args):
-            calls[name] = Call(name, module, args[0], output)
+            calls[name] = Call(name, module, args[0], args[0]._version, output)
 
     with _watching(model, record):
         forward_plainly(model, _TOKENS)
@@ -49,13 +51,13 @@ def trace(model: PreTrainedModel) -> list[Call]:
 def forward_plainly(model: PreTrainedModel, num_tokens: int) -> None:
     """One forward over arbitrary tokens at positions 0 .. num_tokens - 1, without a cache.
 
-    A model without a head of the vocabulary runs without any.
+    A model without a head of the vocabulary runs without any. Changes in place are counted.
     """
     embedding = model.get_input_embeddings()
     vocabulary, device = embedding.num_embeddings, embedding.weight.device
     positions = torch.arange(num_tokens, device=device)[None]
     body = model.base_model if model.get_output_embeddings() is None else model
-    with torch.inference_mode():
+    with torch.no_grad():
         body(input_ids=(positions + 3) % vocabulary, position_ids=positions, use_cache=False)
 
 

@@ -24,7 +24,6 @@ from deltamux.engine.engine import Engine
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.limits import Limits
 from deltamux.engine.memory import share_memory
-from deltamux.engine.parts import Lazy
 from deltamux.engine.prefix_pages import PrefixPages
 from deltamux.engine.rehearsal import rehearse, replays_agree
 from deltamux.engine.runner import ModelRunner
@@ -76,7 +75,7 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
         Scheduler(config, limits, blocks, adapters),
         blocks,
         adapters,
-        Lazy(runner) if base.device.type == "cpu" else runner,
+        runner,
     )
     return engine, _ready(config, base, limits)
 
