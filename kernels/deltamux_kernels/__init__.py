@@ -3,6 +3,7 @@
 from deltamux_kernels.activate import Activations, activate
 from deltamux_kernels.attention_batch import AttentionBatch
 from deltamux_kernels.block_rotate import block_rotate
+from deltamux_kernels.captured_attention import CapturedAttention
 from deltamux_kernels.captured_segments import CapturedSegments
 from deltamux_kernels.embedding_shrink import embedding_shrink
 from deltamux_kernels.expand import Columns, expand
@@ -26,6 +27,7 @@ __all__ = [
     "ALIGNMENT",
     "Activations",
     "AttentionBatch",
+    "CapturedAttention",
     "CapturedSegments",
     "Columns",
     "PackedMatrices",

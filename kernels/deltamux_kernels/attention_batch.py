@@ -38,16 +38,24 @@ class AttentionBatch:
             row += length
         return tuple(starts)
 
+    @cached_property
+    def decodes(self) -> bool:
+        """Every sequence has one query."""
+        return max(self.query_lens) == 1
+
     def query_tiles(self, rows: int) -> torch.Tensor:
-        """`(sequence, first query)` of every tile of at most `rows` queries: int32 [tiles, 2]."""
+        """`tile_list` on the device: int32 [tiles, 2]."""
         key = ("query_tiles", rows)
         if key not in self.plans:
-            tiles = [
-                (b, first)
-                for b, length in enumerate(self.query_lens)
-                for first in range(0, length, rows)
-            ]
             device = self.query_starts.device
-            self.plans[key] = device_table(tiles, columns=2, device=device)
+            self.plans[key] = device_table(self.tile_list(rows), columns=2, device=device)
         plan: torch.Tensor = self.plans[key]
         return plan
+
+    def tile_list(self, rows: int) -> list[tuple[int, int]]:
+        """`(sequence, first query)` of every tile of at most `rows` queries."""
+        return [
+            (b, first)
+            for b, length in enumerate(self.query_lens)
+            for first in range(0, length, rows)
+        ]

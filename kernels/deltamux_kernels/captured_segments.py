@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from deltamux_kernels.captured_table import CapturedTable, most_tiles
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import TILE_ROWS, Segments
 
@@ -18,48 +19,21 @@ class CapturedSegments(Segments):
     """
 
     def __init__(self, capacity: int, slots: int, device: torch.device) -> None:
-        self._no_tile = (slots, 0, 0)
-        self._filled: list[tuple[int, int, int]] | None = None
-        self._host = torch.tensor([self._no_tile] * capacity, dtype=torch.int32)
-        self._copied: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._host = self._host.pin_memory()
-            self._copied = torch.cuda.Event()
+        self._table = CapturedTable(capacity, (slots, 0, 0), device)
         # What a step works out, a graph knows from the start.
-        tiles = self._host.to(device, copy=True)
-        vars(self).update(device=device, tiles=tiles, slots=frozenset({slots}))
+        vars(self).update(device=device, tiles=self._table.tensor, slots=frozenset({slots}))
 
     @staticmethod
     def capacity_for(rows: int, slots: int) -> int:
         """The most tiles that `rows` rows can have, each slot's side by side."""
-        spans = min(rows, slots)
-        return spans + (rows - spans) // TILE_ROWS
+        return most_tiles(rows, slots, TILE_ROWS)
 
     def __bool__(self) -> bool:
         return True
 
     def fill(self, step: Segments) -> bool:
-        """Puts a step's tiles in place for the next replay; False if they are too many.
-
-        On CUDA a copy on the current stream that nobody waits for, and none at all where the tiles
-        are those of the last step.
-        """
-        tiles = step.tile_list
-        if len(tiles) > len(self._host):
-            return False
-        if tiles != self._filled:
-            self._write(tiles)
-            self._filled = tiles
-        return True
-
-    def _write(self, tiles: list[tuple[int, int, int]]) -> None:
-        if self._copied is not None:
-            self._copied.synchronize()  # the last copy has read its source, a step ago as a rule
-        table = tiles + [self._no_tile] * (len(self._host) - len(tiles))
-        self._host.copy_(torch.tensor(table, dtype=torch.int32))
-        self.tiles.copy_(self._host, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        """Puts a step's tiles in place for the next replay; False if they are too many."""
+        return self._table.fill(step.tile_list)
 
     def most_rows(self, matrices: PackedMatrices) -> int:
         """Rows of the tallest matrix that a replay may meet."""

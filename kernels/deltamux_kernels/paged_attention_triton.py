@@ -29,8 +29,8 @@ def paged_attention_triton(
     query = query if query.stride(2) == 1 else query.contiguous()
     out = query.new_empty(tokens, heads, value_dim)
     group = triton.next_power_of_2(heads // kv_heads)
-    dim, decoding = max(key_dim, value_dim), max(batch.query_lens) == 1
-    rows = DECODE_ROWS if decoding else PREFILL_ROWS if dim <= 128 else PREFILL_ROWS // 2
+    dim = max(key_dim, value_dim)
+    rows = DECODE_ROWS if batch.decodes else PREFILL_ROWS if dim <= 128 else PREFILL_ROWS // 2
     tile = max(1, rows // group)
     tiles = batch.query_tiles(tile)
     _paged_attention_kernel[(tiles.shape[0], kv_heads)](
@@ -65,7 +65,7 @@ def paged_attention_triton(
         KEY_BLOCK=max(16, triton.next_power_of_2(key_dim)),
         VALUE_BLOCK=max(16, triton.next_power_of_2(value_dim)),
         # Four warps spill registers on sm_80 at 128 dimensions.
-        num_warps=4 if decoding or dim <= 64 else 8,
+        num_warps=4 if batch.decodes or dim <= 64 else 8,
         enable_fp_fusion=True,
         num_stages=2,
     )
@@ -117,6 +117,8 @@ def _paged_attention_kernel(
     first = tl.load(tiles + tl.program_id(0) * 2 + 1)
     start = tl.load(query_starts + b)
     length = tl.load(query_starts + b + 1) - start
+    if first >= length:
+        return
     context = tl.load(seq_lens + b)
 
     m = tl.arange(0, ROWS)

@@ -3,51 +3,109 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from structlog.testing import capture_logs
 
-from deltamux.engine.cuda_graphs import DecodeGraphs, Step, captured_sizes
-from deltamux.engine.decode_buffers import DecodeBuffers
+from deltamux.engine.cuda_graphs import Step, StepGraphs, captured_shapes
+from deltamux.engine.step_buffers import StepBuffers, StepShape
 
 CPU = torch.device("cpu")
+SHAPES = (
+    StepShape(1, 1, decodes=True),
+    StepShape(2, 2, decodes=True),
+    StepShape(4, 2),
+    StepShape(8, 2),
+)
 
 
 @pytest.mark.parametrize(
-    ("most", "sizes"),
+    ("rows", "sequences", "decoding", "mixed"),
     [
-        (1, (1,)),
-        (3, (1, 2, 3)),
-        (8, (1, 2, 4, 8)),
-        (20, (1, 2, 4, 8, 16, 20)),
-        (1000, (1, 2, 4, *range(8, 257, 8))),
+        (1, 1, [1], [(1, 1)]),
+        (48, 3, [1, 2, 3], [(32, 3), (48, 3)]),
+        (100, 20, [1, 2, 4, 8, 16, 20], [(32, 20), (64, 20), (100, 20)]),
+        (4, 20, [1, 2, 4], [(4, 4)]),
+        (
+            9000,
+            1000,
+            [1, 2, 4, *range(8, 257, 8)],
+            [
+                (rows, min(rows, 1000))
+                for rows in (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+            ],
+        ),
     ],
 )
-def test_sizes_reach_the_largest_step_that_is_worth_it(most: int, sizes: tuple[int, ...]) -> None:
-    assert captured_sizes(most) == sizes
+def test_shapes_reach_the_largest_step_that_is_worth_it(
+    rows: int, sequences: int, decoding: list[int], mixed: list[tuple[int, int]]
+) -> None:
+    assert captured_shapes(rows, sequences) == (
+        *(StepShape(rows, rows, decodes=True) for rows in decoding),
+        *(StepShape(rows, sequences) for rows, sequences in mixed),
+    )
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_startup_says_what_was_captured_or_that_nothing_can_be(broken: bool) -> None:
-    sizes: list[int] = []
+class Capturing:
+    """Of nothing, with an `error` for steps of which so many rows are `refused`."""
 
-    def forward(batch: object, rows: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(rows))
+    def __init__(self, error: Exception | None = None, refused: tuple[int, ...] = ()) -> None:
+        self.rows: list[int] = []
+        self._error, self._refused = error, refused
+        sites = SimpleNamespace(num_slots=2, device=CPU, eager_slots=set(), growth=0)
+        buffers = StepBuffers(8, 2, 4, 8, CPU)
+        self.graphs = StepGraphs(SHAPES, self._forward, buffers, sites, self._capture)
+
+    def _forward(self, batch: Any, rows: torch.Tensor) -> torch.Tensor:
+        self.rows.append(batch.input_ids.shape[1])
         return torch.zeros(len(rows), 8)
 
-    def capture(step: Step) -> Step:
+    def _capture(self, step: Step) -> Step:
         step()
-        if broken:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        if self.rows[-1] in self._refused:
+            assert self._error is not None
+            raise self._error
         return step
 
-    sites = SimpleNamespace(num_slots=2, device=CPU, eager_slots=set(), growth=0)
-    graphs = DecodeGraphs((1, 2, 4), forward, DecodeBuffers(4, 4, 8, CPU), sites, capture)
+
+def test_startup_says_what_was_captured() -> None:
+    capturing = Capturing()
     with capture_logs() as logs:
-        assert graphs.capture_base() != broken
+        assert capturing.graphs.capture_base()
     (log,) = logs
-    if broken:
-        assert sizes == [4] and log["log_level"] == "warning" and "not permitted" in log["error"]
-    else:
-        assert sizes == [4, 2, 1] and log["rows"] == [1, 2, 4] and log["seconds"] >= 0
+    assert capturing.rows == [8, 4, 2, 1] and log["seconds"] >= 0
+    assert (log["decoding"], log["mixed"]) == ([1, 2], [4, 8])
+
+
+def test_what_cannot_be_captured_gives_up_all_that_is_like_it() -> None:
+    error = RuntimeError("operation not permitted when stream is capturing")
+    with capture_logs() as logs:
+        capturing = Capturing(error, refused=(8,))
+        assert capturing.graphs.capture_base()
+    warning, captured = logs
+    assert warning["rows"] == [4, 8] and not warning["decodes"]
+    assert "not permitted" in warning["error"]
+    assert capturing.rows == [8, 2, 1] and captured["mixed"] == []
+    assert not Capturing(error, refused=(8, 4, 2, 1)).graphs.capture_base()
+
+
+def without_memory() -> Exception:
+    """A capture that fails within ends with an error of its own."""
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), without_memory()])
+def test_without_memory_one_shape_is_given_up(error: Exception) -> None:
+    capturing = Capturing(error, refused=(8,))
+    with capture_logs() as logs:
+        assert capturing.graphs.capture_base()
+    assert logs[0]["rows"] == [8] and logs[1]["mixed"] == [4]
+    assert [shape.rows for shape in capturing.graphs.shapes] == [1, 2, 4]

@@ -12,7 +12,15 @@ from deltamux.base.encoders import Encoder
 from deltamux.base.load import Base, adopt
 from deltamux.config import EngineConfig
 from deltamux.engine.kv_cache import block_bytes
-from deltamux.engine.memory import Room, Shares, run_full_step, share_memory, split
+from deltamux.engine.memory import (
+    Room,
+    Shares,
+    graph_bytes,
+    run_full_step,
+    share_memory,
+    split,
+    step_buffers,
+)
 from deltamux.errors import StartupError
 
 
@@ -107,6 +115,17 @@ def test_an_encoder_gives_the_adapters_all(base: Base) -> None:
     config = EngineConfig("", max_num_seqs=3)
     assert share_memory(encoder, config).kv_blocks == 3 * 7 + 1
     assert share_memory(encoder, replace(config, adapter_device_bytes=99)).adapter_bytes == 99
+
+
+def test_graphs_take_a_step_and_what_it_reads(base: Base) -> None:
+    config = EngineConfig("", max_num_seqs=3, max_num_batched_tokens=24, max_model_len=40)
+    buffers = step_buffers(config, base, torch.device("cpu"))
+    assert buffers.block_tables.shape == (4, 3) and buffers.input_ids.shape == (1, 24)
+    assert buffers.bytes > 3 * 64 * 4
+    assert graph_bytes(base, config, 1000) == 1000 + buffers.bytes
+    assert graph_bytes(base, replace(config, enforce_eager=True), 1000) == 0
+    encoder = replace(base, encoder=Encoder(lambda config: None))
+    assert graph_bytes(encoder, config, 1000) == 0
 
 
 @pytest.mark.parametrize(("sequences", "tokens"), [(5, 64), (64, 8), (1, 500)])

@@ -17,13 +17,12 @@ from deltamux.base.out_of_memory import memory_for
 from deltamux.config import EngineConfig
 from deltamux.engine.block_allocator import BlockAllocator
 from deltamux.engine.block_manager import BlockManager
-from deltamux.engine.cuda_graphs import DecodeGraphs, GraphCapture, captured_sizes
-from deltamux.engine.decode_buffers import DecodeBuffers
+from deltamux.engine.cuda_graphs import GraphCapture, StepGraphs, captured_shapes
 from deltamux.engine.encoder_runner import EncoderRunner
 from deltamux.engine.engine import Engine
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.limits import Limits
-from deltamux.engine.memory import share_memory
+from deltamux.engine.memory import share_memory, step_buffers
 from deltamux.engine.prefix_pages import PrefixPages
 from deltamux.engine.rehearsal import rehearse, replays_agree
 from deltamux.engine.runner import ModelRunner
@@ -68,7 +67,8 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
     )
     runner = build_runner(base, cache, rows, sites.task_heads)
     if isinstance(runner, ModelRunner) and base.device.type == "cuda" and not config.enforce_eager:
-        _replay_decoding(runner, config, base, sites, max_model_len)
+        cached = shares.kv_blocks * config.block_size
+        _replay_steps(runner, config, base, sites, min(max_model_len, cached))
     engine = Engine(
         link,
         Submissions(limits, config.seed, config.enable_prefix_caching),
@@ -99,15 +99,18 @@ def build_runner(
     return ModelRunner(base, cache, rows, heads)
 
 
-def _replay_decoding(
-    runner: ModelRunner, config: EngineConfig, base: Base, sites: DeviceSites, max_model_len: int
+def _replay_steps(
+    runner: ModelRunner, config: EngineConfig, base: Base, sites: DeviceSites, longest: int
 ) -> None:
-    """Makes a runner replay its decode steps, if they can be captured."""
-    sizes = captured_sizes(min(config.max_num_seqs, config.max_num_batched_tokens))
-    blocks = -(-max_model_len // config.block_size)
-    buffers = DecodeBuffers(sizes[-1], blocks, base.vocab_size, base.device)
-    graphs = DecodeGraphs(sizes, runner.forward, buffers, sites, GraphCapture(base.device))
-    if graphs.capture_base() and replays_agree(graphs, runner, base):
+    """Makes a runner replay its steps of sequences up to so long, if they can be captured."""
+    graphs = StepGraphs(
+        captured_shapes(config.max_num_batched_tokens, config.max_num_seqs),
+        runner.forward,
+        step_buffers(config, base, base.device),
+        sites,
+        GraphCapture(base.device),
+    )
+    if graphs.capture_base() and replays_agree(graphs, runner, base, longest):
         runner.use(graphs)
 
 

@@ -1,15 +1,16 @@
-"""Decode steps as CUDA graphs: captured at fixed sizes, replayed for any sequences and adapters.
+"""Steps as CUDA graphs: captured at fixed shapes, replayed for any sequences and adapters.
 
-There are two sets. That without adapters is captured at startup. That with them has launches for
-whatever an adapter ever had; each size is captured when a step first wants it, and again when
-adapters have outgrown it. All other steps run eagerly: prompts, mixed steps, steps that are larger
-than the largest size, and those with an adapter that a captured step does not stand for.
+There are shapes of steps that only decode, and of those in which prompts take part. There are two
+sets of each. That without adapters is captured at startup. That with them has launches for
+whatever an adapter ever had; each shape is captured when a step first wants it, and again when
+adapters have outgrown it. All other steps run eagerly: those that are larger than any shape, those
+of which hidden states are wanted, and those with an adapter that a captured step does not stand
+for.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import monotonic
 
@@ -18,14 +19,16 @@ import torch
 from torch import Tensor
 
 from deltamux.adapters.sites import DeviceSites
+from deltamux.base.out_of_memory import is_out_of_memory
 from deltamux.engine.batch import StepBatch
-from deltamux.engine.decode_buffers import DecodeBuffers
-from deltamux_kernels import CapturedSegments, Segments
+from deltamux.engine.step_buffers import ShapedStep, StepBuffers, StepShape
 
 _log = structlog.get_logger(__name__)
 
-# Beyond it, a step computes for longer than its launches take.
-_LARGEST = 256
+# Beyond these, a step computes for longer than its launches take.
+_LARGEST_DECODING = 256
+# Up to 256 rows a step is as long as it takes to read the base. Beyond, at most a third is padding.
+_MIXED = (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 
 # Queues the work of a step whose inputs and outputs stay in the same memory.
 Step = Callable[[], None]
@@ -35,10 +38,20 @@ Capture = Callable[[Step], Step]
 Forward = Callable[[StepBatch, Tensor], Tensor]
 
 
-def captured_sizes(most: int) -> tuple[int, ...]:
-    """Rows of the captured steps, for steps of up to `most` rows."""
-    most = min(most, _LARGEST)
-    return (*(size for size in (1, 2, 4, *range(8, most, 8)) if size < most), most)
+def captured_shapes(most_rows: int, most_sequences: int) -> tuple[StepShape, ...]:
+    """For steps of up to so many rows and sequences; of those that hold a step, the best first."""
+    most_sequences = min(most_sequences, most_rows)
+    decoding = _up_to(most_sequences, (1, 2, 4, *range(8, _LARGEST_DECODING + 1, 8)))
+    mixed = _up_to(most_rows, _MIXED)
+    return (
+        *(StepShape(rows, rows, decodes=True) for rows in decoding),
+        *(StepShape(rows, min(rows, most_sequences)) for rows in mixed),
+    )
+
+
+def _up_to(most: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    most = min(most, sizes[-1])
+    return (*(size for size in sizes if size < most), most)
 
 
 class GraphCapture:
@@ -73,98 +86,121 @@ class _Captured:
     growth: int
 
 
-class DecodeGraphs:
+class StepGraphs:
     """The captured steps of one runner."""
 
     def __init__(
         self,
-        sizes: tuple[int, ...],
+        shapes: tuple[StepShape, ...],
         forward: Forward,
-        buffers: DecodeBuffers,
+        buffers: StepBuffers,
         sites: DeviceSites,
         capture: Capture,
     ) -> None:
-        """`sizes` ascend; `buffers` are for the last of them."""
-        self.sizes = sizes
+        """A step is replayed with the first of `shapes` that holds it; `buffers` are for all."""
         self._forward = forward
-        self._buffers = buffers
         self._sites = sites
         self._capture = capture
-        self._nobody = Segments.build((), sites.device)
-        self._adapted = {
-            size: CapturedSegments(
-                CapturedSegments.capacity_for(size, sites.num_slots), sites.num_slots, sites.device
-            )
-            for size in sizes
-        }
-        # By size, and whether with adapters.
-        self._captured: dict[tuple[int, bool], _Captured] = {}
-        self._given_up: set[bool] = set()
+        self._steps = {shape: ShapedStep(shape, buffers, sites) for shape in shapes}
+        # By shape, and whether with adapters.
+        self._captured: dict[tuple[StepShape, bool], _Captured] = {}
+        self._given_up: set[tuple[StepShape, bool]] = set()
+
+    @property
+    def shapes(self) -> list[StepShape]:
+        """Those of which a step without adapters is captured."""
+        return [shape for shape in self._steps if (shape, False) in self._captured]
 
     @torch.inference_mode()
     def capture_base(self) -> bool:
-        """Captures the steps without adapters; False for a model that cannot be captured."""
+        """Captures the steps without adapters; False where not one could be."""
         started = monotonic()
         # The largest first: the others find its memory free.
-        captured = all(self._try(size, adapted=False) for size in reversed(self.sizes))
-        if captured:
-            seconds = round(monotonic() - started, 1)
-            _log.info("captured CUDA graphs", rows=list(self.sizes), seconds=seconds)
-        return captured
+        for shape in sorted(self._steps, key=lambda shape: -shape.rows):
+            if (shape, False) not in self._given_up:
+                self._try(shape, adapted=False)
+        shapes = self.shapes
+        if shapes:
+            _log.info(
+                "captured CUDA graphs",
+                decoding=[shape.rows for shape in shapes if shape.decodes],
+                mixed=[shape.rows for shape in shapes if not shape.decodes],
+                seconds=round(monotonic() - started, 1),
+            )
+        return bool(shapes)
 
     def run(self, step: StepBatch) -> Tensor | None:
-        """Logits [T, V], float32, until the next call; None for a step that is not replayed."""
-        rows, segments = step.input_ids.shape[1], step.token_segments
-        if rows > self.sizes[-1] or rows > len(step.sampled):
+        """Logits [S, V], float32, until the next call; None for a step that is not replayed."""
+        if step.pooled or not step.token_segments.slots.isdisjoint(self._sites.eager_slots):
             return None
-        if not segments.slots.isdisjoint(self._sites.eager_slots):
+        adapted = bool(step.token_segments)
+        shape = next((shape for shape in self._steps if shape.holds(step)), None)
+        if shape is None or (shape, adapted) in self._given_up:
             return None
-        size, adapted = self.sizes[bisect_left(self.sizes, rows)], bool(segments)
-        self._buffers.fill(step, size)
-        if adapted:
-            assert self._adapted[size].fill(segments)
-        captured = self._find(size, adapted)
+        shaped = self._steps[shape]
+        shaped.fill(step)
+        captured = self._find(shape, adapted)
         if captured is None:
             return None
         captured.replay()
-        return self._buffers.logits[:rows]
+        return shaped.logits[: len(step.sampled)]
 
-    def _find(self, size: int, adapted: bool) -> _Captured | None:
-        captured = self._captured.get((size, adapted))
+    def _find(self, shape: StepShape, adapted: bool) -> _Captured | None:
+        captured = self._captured.get((shape, adapted))
         if captured is None or (adapted and captured.growth < self._sites.growth):
-            return self._try(size, adapted)
+            return self._try(shape, adapted)
         return captured
 
-    def _try(self, size: int, adapted: bool) -> _Captured | None:
-        """Captures a step of what the buffers hold, unless that has failed before."""
+    def _try(self, shape: StepShape, adapted: bool) -> _Captured | None:
+        """Captures a step of what the buffers hold."""
         # What is outgrown gives its memory back first.
-        self._captured.pop((size, adapted), None)
-        if adapted in self._given_up:
-            return None
+        self._captured.pop((shape, adapted), None)
         started, growth = monotonic(), self._sites.growth
         try:
-            step = self._step(size, adapted)
+            step = self._step(shape, adapted)
             captured = _Captured(self._capture(step), step, growth)
         except Exception as error:
-            self._given_up.add(adapted)
-            _log.warning(
-                "cannot capture a CUDA graph, such steps run without",
-                rows=size,
-                adapters=adapted,
-                error=f"{type(error).__name__}: {error}",
-            )
+            self._give_up(shape, adapted, error)
             return None
-        self._captured[size, adapted] = captured
+        self._captured[shape, adapted] = captured
         if adapted:
-            seconds = round(monotonic() - started, 2)
-            _log.info("captured a CUDA graph with adapters", rows=size, seconds=seconds)
+            _log.info(
+                "captured a CUDA graph with adapters",
+                rows=shape.rows,
+                decodes=shape.decodes,
+                seconds=round(monotonic() - started, 2),
+            )
         return captured
 
-    def _step(self, size: int, adapted: bool) -> Step:
-        batch = self._buffers.batch(size, self._adapted[size] if adapted else self._nobody)
-        logits = self._buffers.logits[:size]
+    def _give_up(self, shape: StepShape, adapted: bool, error: Exception) -> None:
+        """This shape, where memory did not suffice; for any other reason all that are like it."""
+        starved = any(is_out_of_memory(cause) for cause in _causes(error))
+        lost = [
+            other
+            for other in self._steps
+            if other == shape or (not starved and other.decodes == shape.decodes)
+        ]
+        self._given_up |= {(other, adapted) for other in lost}
+        _log.warning(
+            "cannot capture a CUDA graph, such steps run without",
+            rows=[other.rows for other in lost],
+            decodes=shape.decodes,
+            adapters=adapted,
+            error=f"{type(error).__name__}: {error}",
+        )
+
+    def _step(self, shape: StepShape, adapted: bool) -> Step:
+        shaped = self._steps[shape]
+        batch, logits = shaped.batch(adapted), shaped.logits
 
         def step() -> None:
             logits.copy_(self._forward(batch, batch.sampled_rows))
 
         return step
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those in whose handling it came: a failed capture ends with one of its own."""
+    while error is not None:
+        yield error
+        error = error.__context__

@@ -1,8 +1,9 @@
 """How the adapters and the KV cache share the memory that the base and a step leave.
 
 1. On a GPU, --gpu-memory-utilization says how much of it may be used. The base is loaded, and one
-   step as large as any is run; what these and other processes take is measured and taken off. On a
-   CPU, what the host has left is there to be shared.
+   step as large as any is run; what these and other processes take is measured and taken off, and
+   as much as the step takes once more for CUDA graphs. On a CPU, what the host has left is there
+   to be shared.
 2. --adapter-device-bytes and --kv-cache-bytes are taken as they are, or the start is refused.
 3. Without a flag, the adapters get a fifth of what is left, or all of it where the KV cache has
    its own flag; the KV cache gets the rest. On a CPU neither takes more than 1 GiB unasked.
@@ -22,6 +23,7 @@ from deltamux.engine.kv_cache import KVCache, block_bytes
 from deltamux.engine.rehearsal import packed_hidden, trial_sequence
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled
+from deltamux.engine.step_buffers import StepBuffers
 from deltamux.errors import StartupError
 from deltamux.wire.messages import Sampling
 
@@ -108,13 +110,31 @@ def _room_beside_a_step(base: Base, config: EngineConfig) -> Room:
     free, total = torch.cuda.mem_get_info(base.device)
     others = total - free - torch.cuda.memory_reserved(base.device)
     usable = int(total * config.gpu_memory_utilization)
-    left = usable - peak - others
+    graphs = graph_bytes(base, config, peak - weights)
+    left = usable - peak - graphs - others
     words = (
         f"{config.gpu_memory_utilization:g} of the GPU's {_in_words(total)} may be used, "
-        f"the base takes {_in_words(weights)}, a step {_in_words(peak - weights)}, what is no "
-        f"tensor {_in_words(others)}: {_in_words(max(left, 0))} are left"
+        f"the base takes {_in_words(weights)}, a step {_in_words(peak - weights)}, CUDA graphs "
+        f"{_in_words(graphs)}, what is no tensor {_in_words(others)}: {_in_words(max(left, 0))} "
+        f"are left"
     )
     return Room(left, words)
+
+
+def graph_bytes(base: Base, config: EngineConfig, step_bytes: int) -> int:
+    """What CUDA graphs take beside a step that takes `step_bytes`: those of all shapes share what
+    the largest computes in between, in memory that no other step may have."""
+    if config.enforce_eager or base.encoder is not None:
+        return 0
+    return step_bytes + step_buffers(config, base, torch.device("meta")).bytes
+
+
+def step_buffers(config: EngineConfig, base: Base, device: torch.device) -> StepBuffers:
+    """For steps as large as any; on the device "meta" they take no memory."""
+    sequences = min(config.max_num_seqs, config.max_num_batched_tokens)
+    blocks = -(-(config.max_model_len or base.max_model_len) // config.block_size)
+    rows = config.max_num_batched_tokens
+    return StepBuffers(rows, sequences, blocks, base.vocab_size, device)
 
 
 def run_full_step(base: Base, config: EngineConfig) -> None:

@@ -14,11 +14,12 @@ from deltamux.adapters.rows import Rows
 from deltamux.base.load import Base
 from deltamux.base.self_test import TOLERANCE, relative_error, self_test
 from deltamux.engine.batch import StepBatch
-from deltamux.engine.cuda_graphs import DecodeGraphs
+from deltamux.engine.cuda_graphs import StepGraphs
 from deltamux.engine.encoder_runner import EncoderRunner
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled, Sequence
+from deltamux.engine.step_buffers import StepShape
 from deltamux.wire.messages import Sampling, Stopping
 
 _log = structlog.get_logger(__name__)
@@ -34,16 +35,25 @@ def rehearse(base: Base, block_size: int) -> None:
 
 
 @torch.inference_mode()
-def replays_agree(graphs: DecodeGraphs, runner: ModelRunner, base: Base) -> bool:
+def replays_agree(graphs: StepGraphs, runner: ModelRunner, base: Base, longest: int) -> bool:
     """Whether captured steps, each of other tokens than it was captured with, give what eager ones
-    do. Nothing of a model's own code may have been decided once and for all."""
-    for size in graphs.sizes:
-        batch = runner.batch(_decoding(base, size, runner.block_size))
+    do. Nothing of a model's own code may have been decided once and for all.
+
+    No sequence is longer than `longest`, for which the cache has blocks.
+    """
+    for shape in graphs.shapes:
+        batch = runner.batch(_cut_text(shape, base.vocab_size, longest, runner.block_size))
         replayed = graphs.run(batch)
-        assert replayed is not None
+        if replayed is None:
+            continue  # sequences so short cannot fill it, and their shape was not captured
         error = relative_error(replayed, runner.forward(batch, batch.sampled_rows), base.dtype)
         if not error <= TOLERANCE[base.dtype]:
-            _log.warning("a CUDA graph differs from its step, none is used", rows=size, error=error)
+            _log.warning(
+                "a CUDA graph differs from its step, none is used",
+                rows=shape.rows,
+                decodes=shape.decodes,
+                error=error,
+            )
             return False
     return True
 
@@ -105,17 +115,27 @@ def _sequences(prompts: Items[Items[int]], counts: list[int]) -> list[Sequence]:
     ]
 
 
-def _decoding(base: Base, size: int, block_size: int) -> list[Scheduled]:
-    """A step of `size` sequences, each with the next token of one text in block 0, which belongs
-    to nobody: the rows before a token's own are those of its neighbours."""
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(base.vocab_size, (block_size,), generator=generator).tolist()
-    sequences = [
-        trial_sequence(row, text[: row % block_size + 1], [0], Sampling()) for row in range(size)
-    ]
-    for sequence in sequences:
-        sequence.num_computed = sequence.num_prompt - 1
-    return [Scheduled(sequence, 1) for sequence in sequences]
+def _cut_text(shape: StepShape, vocab_size: int, longest: int, block_size: int) -> list[Scheduled]:
+    """A step as large as the shape: one text, cut into as many sequences as it may have, each of
+    which reads in the blocks of all what those before it write. Where the step need not decode,
+    every other one has more to come.
+
+    A text of more than `longest` tokens begins again.
+    """
+    rows, pick = min(shape.rows, shape.sequences * longest), random.Random(0)
+    text = pick.choices(range(vocab_size), k=longest)
+    ends = {*range(longest, rows, longest), rows}
+    ends.update(pick.sample(range(1, rows), min(rows - 1, shape.sequences - len(ends))))
+    start, step = 0, []
+    for index, end in enumerate(sorted(ends)):
+        first, last = start % longest, start % longest + end - start
+        more = [0] * (index % 2 and not shape.decodes)
+        blocks = list(range(-(-last // block_size)))
+        sequence = trial_sequence(index, text[:last] + more, blocks, Sampling())
+        sequence.num_computed = first
+        step.append(Scheduled(sequence, last - first))
+        start = end
+    return step
 
 
 def _steps(sequences: list[Sequence]) -> Iterator[list[Scheduled]]:

@@ -12,7 +12,7 @@ from deltamux.adapters.rows import Rows
 from deltamux.base.load import Base
 from deltamux.engine.attention import PagedAttention
 from deltamux.engine.batch import StepBatch
-from deltamux.engine.cuda_graphs import DecodeGraphs
+from deltamux.engine.cuda_graphs import StepGraphs
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.outcome import Outcome
 from deltamux.engine.pooler import Pooler
@@ -31,7 +31,7 @@ class ModelRunner:
         self._cache = cache
         self._rows = rows
         self._pooler = None if heads is None else Pooler(heads)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self._attention = PagedAttention(cache)
         base.set_attention(self._attention)
 
@@ -39,7 +39,7 @@ class ModelRunner:
     def block_size(self) -> int:
         return self._cache.block_size
 
-    def use(self, graphs: DecodeGraphs) -> None:
+    def use(self, graphs: StepGraphs) -> None:
         """From now on, steps that these can replay are replayed."""
         self._graphs = graphs
 

@@ -1,4 +1,4 @@
-"""Captured decode steps of a tiny model, recorded once and replayed for other steps, bit for bit.
+"""Captured steps of a tiny model, recorded once and replayed for other steps, bit for bit.
 
 A recording is what a CUDA graph is: every operation with the memory and the numbers that it was
 called with. Whatever the host has decided in it stays decided.
@@ -12,6 +12,7 @@ import pkgutil
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,16 +38,18 @@ from deltamux.adapters.primitives.row_scale import RowScale
 from deltamux.adapters.primitives.sign_delta import SignDelta
 from deltamux.adapters.primitives.sparse_delta import SparseDelta
 from deltamux.adapters.primitives.token_rows import TokenRows
-from deltamux.adapters.primitives.virtual_tokens import VirtualTokens
+from deltamux.adapters.primitives.virtual_tokens import Virtual, VirtualTokens
 from deltamux.adapters.rows import Rows
 from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.traits import Traits
 from deltamux.base.load import Base, adopt
-from deltamux.engine.cuda_graphs import DecodeGraphs, Step
-from deltamux.engine.decode_buffers import DecodeBuffers
+from deltamux.engine.batch import Pooling
+from deltamux.engine.cuda_graphs import Step, StepGraphs
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.rehearsal import replays_agree, trial_sequence
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled, Sequence
+from deltamux.engine.step_buffers import StepBuffers, StepShape
 from deltamux.wire.messages import Sampling
 from deltamux_kernels import native
 from deltamux_kernels.shrink import _shrink_kernel
@@ -57,7 +60,10 @@ JITFunction: Any = type(_shrink_kernel)
 TritonForms = Callable[[], AbstractContextManager[None]]
 
 CPU = torch.device("cpu")
-BLOCK, BLOCKS, SLOTS, SIZES = 4, 64, 5, (1, 4)
+BLOCK, BLOCKS, SLOTS = 4, 64, 5
+DECODING = (StepShape(1, 1, decodes=True), StepShape(4, 4, decodes=True))
+MIXED = StepShape(12, 4)
+SHAPES = (DECODING[1], MIXED)
 VOCABULARY, HIDDEN = 48, 32
 LAYER = "model.layers.0"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -262,7 +268,11 @@ class Pair:
     """Two engines with the same adapters: one takes the torch forms, the other has graphs."""
 
     def __init__(
-        self, model: Any, record: Callable[[Step], Step], triton_forms: TritonForms
+        self,
+        model: Any,
+        shapes: tuple[StepShape, ...],
+        record: Callable[[Step], Step],
+        triton_forms: TritonForms,
     ) -> None:
         self.eager, self.captured = Engine(model), Engine(model)
         self.triton_forms = triton_forms
@@ -272,13 +282,7 @@ class Pair:
             self.captures += 1
             return record(step)
 
-        self.graphs = DecodeGraphs(
-            SIZES,
-            self.captured.runner.forward,
-            DecodeBuffers(SIZES[-1], 8, VOCABULARY, CPU),
-            self.captured.sites,
-            counted,
-        )
+        self.graphs = step_graphs(self.captured, shapes, counted)
         with triton_forms():
             assert self.graphs.capture_base()
         self._blocks = iter(range(1, BLOCKS))
@@ -287,23 +291,28 @@ class Pair:
         for engine in (self.eager, self.captured):
             engine.load(slot, adapter(payloads))
 
-    def sequence(self, slot: int | None, first: int) -> Sequence:
-        """A prompt of three tokens, with blocks for 12."""
+    def sequence(self, slot: int | None, *tokens: int, virtual: int = 0) -> Sequence:
+        """A prompt, with blocks for 12 tokens."""
         blocks = [next(self._blocks) for _ in range(3)]
-        sequence = trial_sequence(0, [first, 5, 7], blocks, Sampling())
+        sequence = trial_sequence(0, tokens, blocks, Sampling())
         sequence.slot = slot
+        sequence.begin_with(Traits(virtual=Virtual(virtual)))
         return sequence
 
     def decoding(self, slot: int | None, first: int) -> Sequence:
         """One whose prompt is computed."""
-        sequence = self.sequence(slot, first)
-        assert not self.step(sequence)
+        sequence = self.sequence(slot, first, 5, 7)
+        self.step(sequence)
         return sequence
 
+    def step(self, *parts: Sequence | Scheduled) -> bool:
+        """Of a sequence everything uncomputed, on both engines alike; whether it was replayed."""
+        return self.run(
+            [s if isinstance(s, Scheduled) else Scheduled(s, s.num_uncomputed) for s in parts]
+        )
+
     @torch.inference_mode()
-    def step(self, *sequences: Sequence) -> bool:
-        """Everything uncomputed, on both engines alike; whether it was replayed."""
-        scheduled = [Scheduled(s, s.num_uncomputed) for s in sequences]
+    def run(self, scheduled: list[Scheduled]) -> bool:
         expected, batch = (e.runner.batch(scheduled) for e in (self.eager, self.captured))
         logits = self.eager.runner.forward(expected, expected.sampled_rows)
         with self.triton_forms():
@@ -312,20 +321,35 @@ class Pair:
             if given is None:
                 given = self.captured.runner.forward(batch, batch.sampled_rows)
         torch.testing.assert_close(given, logits, atol=1e-5, rtol=1e-5)
+        for item in scheduled:
+            item.sequence.num_computed += item.num_tokens
         for row, sequence in enumerate(batch.sampled):
-            sequence.num_computed = sequence.num_places
             sequence.tokens.append(int(logits[row].argmax()))
         return replayed is not None
 
 
+def step_graphs(
+    engine: Engine, shapes: tuple[StepShape, ...], capture: Callable[[Step], Step]
+) -> StepGraphs:
+    buffers = StepBuffers(MIXED.rows, MIXED.sequences, 8, VOCABULARY, CPU)
+    return StepGraphs(shapes, engine.runner.forward, buffers, engine.sites, capture)
+
+
 @pytest.fixture
 def pair(form: str, model: Any, record: Callable[[Step], Step], triton_forms: TritonForms) -> Pair:
+    """Captured are steps that decode."""
     torch.manual_seed(1)
-    return Pair(model, record, triton_forms)
+    return Pair(model, DECODING, record, triton_forms)
+
+
+@pytest.fixture
+def mixed(form: str, model: Any, record: Callable[[Step], Step], triton_forms: TritonForms) -> Pair:
+    """Captured are a shape of steps that decode, and one of any."""
+    torch.manual_seed(1)
+    return Pair(model, SHAPES, record, triton_forms)
 
 
 def test_what_a_replay_reads_stays(form: str, model: Any, triton_forms: TritonForms) -> None:
-    engine = Engine(model)
     captured: list[weakref.ref[Step]] = []
 
     def forgetting(step: Step) -> Step:
@@ -334,24 +358,87 @@ def test_what_a_replay_reads_stays(form: str, model: Any, triton_forms: TritonFo
         captured.append(weakref.ref(step))
         return lambda: None
 
-    buffers = DecodeBuffers(SIZES[-1], 8, VOCABULARY, CPU)
-    graphs = DecodeGraphs(SIZES, engine.runner.forward, buffers, engine.sites, forgetting)
+    graphs = step_graphs(Engine(model), SHAPES, forgetting)
     with triton_forms():
         assert graphs.capture_base()
-    assert len(captured) == len(SIZES)
+    assert len(captured) == len(SHAPES)
     assert all(step() is not None for step in captured)
 
 
 def test_steps_without_adapters(form: str, pair: Pair) -> None:
-    assert pair.captures == len(SIZES)
+    assert pair.captures == len(DECODING)
     first = pair.decoding(None, 5)
     assert pair.step(first)
     others = [pair.decoding(None, token) for token in (8, 9, 10)]
     for step in ((first, *others[:2]), others, (first, *others)):
         assert pair.step(*step)
-    assert pair.captures == len(SIZES)
-    with pair.triton_forms():
-        assert replays_agree(pair.graphs, pair.captured.runner, pair.captured.base)
+    assert pair.captures == len(DECODING)
+
+
+def test_any_division_of_the_rows_among_sequences(form: str, mixed: Pair) -> None:
+    a, b = mixed.sequence(None, 5, 7), mixed.sequence(None, *range(3, 10))
+    assert mixed.step(a)
+    assert mixed.step(Scheduled(b, 3), a)
+    # More of a prompt, and nothing that is sampled.
+    assert mixed.step(Scheduled(b, 2))
+    c = mixed.sequence(None, 8, 9, 10, 11, 12)
+    assert mixed.step(a, b, Scheduled(c, 4), mixed.sequence(None, 4, 4))
+    assert mixed.step(c, b, mixed.sequence(None, 30))
+    assert mixed.step(mixed.sequence(None, *range(12)))
+    assert mixed.step(a, c)
+    assert mixed.captures == len(SHAPES)
+    assert not mixed.step(mixed.sequence(None, *range(11)), a, c)
+    assert not mixed.step(mixed.sequence(None, 1), a, b, c, mixed.sequence(None, 2))
+
+
+def test_any_division_of_the_rows_among_adapters(form: str, mixed: Pair) -> None:
+    for slot, payloads in enumerate(KINDS.values()):
+        mixed.load(slot, payloads())
+    a, b, c, d = (
+        mixed.sequence(slot, slot, 7, 3, 9, 2, virtual=2 * (slot == 1))
+        for slot in range(len(KINDS))
+    )
+    plain = mixed.sequence(None, 7, 3)
+    assert mixed.step(Scheduled(a, 2), Scheduled(b, 5), c)
+    assert mixed.step(a, b, plain)
+    assert mixed.step(Scheduled(d, 4), plain, c)
+    assert mixed.step(plain, mixed.sequence(None, 7))
+    assert mixed.step(mixed.sequence(1, 9, virtual=2), d, a)
+    # No id of a virtual token is left to it.
+    assert mixed.step(plain, mixed.sequence(None, 7, 8))
+    assert mixed.captures == len(SHAPES) + 1
+
+
+def test_a_step_of_which_hidden_states_are_wanted_is_eager(form: str, mixed: Pair) -> None:
+    item = Scheduled(mixed.sequence(None, 5, 7), 2)
+    batch = mixed.captured.runner.batch([item])
+    pooled = replace(batch, pooled=(Pooling(item.sequence, 0, 0, 2, None),))
+    with mixed.triton_forms(), torch.inference_mode():
+        assert mixed.graphs.run(batch) is not None
+        assert mixed.graphs.run(pooled) is None
+
+
+@pytest.mark.parametrize("stale", [None, *SHAPES])
+def test_replays_are_held_to_their_steps(
+    form: str,
+    model: Any,
+    record: Callable[[Step], Step],
+    triton_forms: TritonForms,
+    stale: StepShape | None,
+) -> None:
+    engine = Engine(model)
+    order = iter(sorted(SHAPES, key=lambda shape: -shape.rows))
+
+    def capture(step: Step) -> Step:
+        replay = record(step)
+        return (lambda: None) if next(order) == stale else replay
+
+    graphs = step_graphs(engine, SHAPES, capture)
+    with triton_forms(), capture_logs() as logs:
+        assert graphs.capture_base()
+        assert replays_agree(graphs, engine.runner, engine.base, 10) == (stale is None)
+    differing = [log["rows"] for log in logs if log["log_level"] == "warning"]
+    assert differing == ([] if stale is None else [stale.rows])
 
 
 def test_any_mix_of_adapters_with_one_capture_a_size(form: str, pair: Pair) -> None:
@@ -413,10 +500,10 @@ def test_steps_in_which_the_host_has_a_part_are_eager(form: str, pair: Pair) -> 
     assert pair.step(pair.decoding(1, 9), other)
 
 
-def test_prompts_and_mixed_and_large_steps_are_eager(form: str, pair: Pair) -> None:
+def test_steps_without_a_shape_are_eager(form: str, pair: Pair) -> None:
     decoding = [pair.decoding(None, token) for token in range(5)]
     assert not pair.step(*decoding)
-    prompt = pair.sequence(None, 6)
+    prompt = pair.sequence(None, 6, 5, 7)
     one_of_three = [Scheduled(decoding[0], 1), Scheduled(prompt, 1)]
     assert pair.graphs.run(pair.captured.runner.batch(one_of_three)) is None
     assert not pair.step(decoding[0], prompt)
@@ -435,5 +522,5 @@ def test_what_cannot_be_captured_is_eager(form: str, pair: Pair) -> None:
         adapted, plain = pair.decoding(0, 5), pair.decoding(None, 5)
         assert not pair.step(adapted)
         assert not pair.step(adapted)
-    assert [log["rows"] for log in logs] == [1] and logs[0]["log_level"] == "warning"
+    assert [log["rows"] for log in logs] == [[1, 4]] and logs[0]["log_level"] == "warning"
     assert pair.step(plain)

@@ -1,0 +1,69 @@
+"""The sequences of a captured graph: the same memory in every replay, refilled in between."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from deltamux_kernels.attention_batch import AttentionBatch
+from deltamux_kernels.captured_table import CapturedTable, most_tiles
+
+
+class CapturedAttention(AttentionBatch):
+    """A batch to capture a graph with, whose replays divide up to T rows among up to B sequences.
+
+    The sequence after the last has no query and no key. Tiles that a replay does not have name it,
+    and their programs return at once. Lengths are not known on the host: what would read them is
+    wrong in a replay, and fails here.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        decodes: bool,
+        query_starts: Tensor,
+        seq_lens: Tensor,
+        block_tables: Tensor,
+    ) -> None:
+        """`query_starts` int32 [B + 2], `seq_lens` int32 [B + 1] and `block_tables`
+        int32 [B + 1, M] are what the graph reads; others may write to them between replays.
+
+        Where it `decodes`, each of T = B sequences has at most one row.
+        """
+        self._rows = rows
+        self._nobody = len(seq_lens) - 1
+        self._step: AttentionBatch | None = None
+        # By the most queries of a tile.
+        self._tiles: dict[int, CapturedTable] = {}
+        vars(self).update(
+            decodes=decodes,
+            query_starts=query_starts,
+            seq_lens=seq_lens,
+            block_tables=block_tables,
+        )
+
+    def fill(self, step: AttentionBatch) -> None:
+        """Puts a step's sequences in place for the next replay; waits for nothing."""
+        sequences, blocks = step.block_tables.shape
+        self.query_starts[: sequences + 1] = step.query_starts
+        self.query_starts[sequences + 1 :] = sum(step.query_lens)
+        self.seq_lens[:sequences] = step.seq_lens
+        self.seq_lens[sequences:] = 0
+        # What stands behind a sequence's last block is never read.
+        self.block_tables[:sequences, :blocks] = step.block_tables
+        self._step = step
+        for rows, table in self._tiles.items():
+            self._fill(table, rows)
+
+    def query_tiles(self, rows: int) -> Tensor:
+        """As many as there can be, of what was filled in last."""
+        if rows not in self._tiles:
+            capacity = most_tiles(self._rows, self._nobody, rows)
+            table = CapturedTable(capacity, (self._nobody, 0), self.seq_lens.device)
+            self._tiles[rows] = table
+            self._fill(table, rows)
+        return self._tiles[rows].tensor
+
+    def _fill(self, table: CapturedTable, rows: int) -> None:
+        if self._step is not None:
+            filled = table.fill(self._step.tile_list(rows))
+            assert filled

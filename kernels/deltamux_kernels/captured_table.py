@@ -1,0 +1,51 @@
+"""Rows of integers that a captured graph reads: the same memory in every replay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+Row = tuple[int, ...]
+
+
+def most_tiles(rows: int, spans: int, tile: int) -> int:
+    """The most tiles of at most `tile` rows that up to `spans` spans cut `rows` rows into."""
+    spans = min(rows, spans)
+    return spans + (rows - spans) // tile
+
+
+class CapturedTable:
+    """`tensor` int32 [capacity, columns]: the rows filled in last, and `nothing` in all others."""
+
+    def __init__(self, capacity: int, nothing: Row, device: torch.device) -> None:
+        self._nothing = nothing
+        self._filled: Sequence[Row] = []
+        self._host = torch.tensor([nothing] * capacity, dtype=torch.int32)
+        self._copied: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._host = self._host.pin_memory()
+            self._copied = torch.cuda.Event()
+        self.tensor = self._host.to(device, copy=True)
+
+    def fill(self, rows: Sequence[Row]) -> bool:
+        """Puts rows in place for the next replay; False if they are too many.
+
+        On CUDA a copy on the current stream that nobody waits for, and none at all where the rows
+        are those of the last time.
+        """
+        if len(rows) > len(self._host):
+            return False
+        if rows != self._filled:
+            self._write(rows)
+            self._filled = rows
+        return True
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()  # the last copy has read its source, a step ago as a rule
+        table = [*rows, *[self._nothing] * (len(self._host) - len(rows))]
+        self._host.copy_(torch.tensor(table, dtype=torch.int32))
+        self.tensor.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()

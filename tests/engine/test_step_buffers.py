@@ -1,0 +1,83 @@
+"""Steps of fewer rows than a captured one: what is left of earlier steps must not matter."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deltamux.engine.batch import StepBatch
+from deltamux.engine.rehearsal import trial_sequence
+from deltamux.engine.sequence import Scheduled
+from deltamux.engine.step_buffers import ShapedStep, StepBuffers, StepShape
+from deltamux.wire.messages import Sampling
+
+CPU = torch.device("cpu")
+BLOCK = 4
+LARGE, SMALL, DECODING = StepShape(16, 4), StepShape(6, 4), StepShape(4, 4, decodes=True)
+
+
+def step(*parts: tuple[int, int], more: int = 0) -> StepBatch:
+    """Sequence i has `parts[i]` tokens: computed, and in the step; then `more` that are not."""
+    scheduled = []
+    for number, (computed, length) in enumerate(parts):
+        blocks = list(range(1 + 4 * number, 5 + 4 * number))
+        tokens = list(range(20, 20 + computed + length + more))
+        sequence = trial_sequence(number, tokens, blocks, Sampling())
+        sequence.num_computed = computed
+        scheduled.append(Scheduled(sequence, length))
+    return StepBatch.build(scheduled, BLOCK, CPU)
+
+
+@pytest.fixture
+def steps() -> dict[StepShape, ShapedStep]:
+    buffers = StepBuffers(16, 4, 4, 8, CPU)
+    sites = SimpleNamespace(num_slots=2, device=CPU)
+    return {shape: ShapedStep(shape, buffers, sites) for shape in (LARGE, SMALL, DECODING)}
+
+
+def test_a_shape_holds_what_has_no_more_rows_and_sequences() -> None:
+    assert LARGE.holds(step((2, 13), (8, 1), (2, 1), (0, 1)))
+    assert not LARGE.holds(step((2, 14), (8, 1), (2, 1), (0, 1)))
+    assert not LARGE.holds(step(*[(3, 1)] * 5))
+    assert DECODING.holds(step((3, 1), (0, 1)))
+    assert not DECODING.holds(step((3, 1), (0, 2)))
+    assert not DECODING.holds(step((3, 1), (0, 1), more=1))
+
+
+def test_before_the_first_step_nothing_is_stored_or_attended(
+    steps: dict[StepShape, ShapedStep],
+) -> None:
+    batch = steps[LARGE].batch(adapted=False)
+    assert batch.slot_mapping.tolist() == [-1] * 16
+    assert not batch.attention.seq_lens.any() and not batch.attention.query_starts.any()
+
+
+@pytest.mark.parametrize("shape", [SMALL, DECODING])
+def test_a_step_stands_where_it_is_captured_and_padding_touches_nothing(
+    steps: dict[StepShape, ShapedStep], shape: StepShape
+) -> None:
+    earlier = step((3, 9), (2, 3), (0, 3), (7, 1))
+    earlier.input_ids[0, 4] = -1
+    steps[LARGE].fill(earlier)
+    now = step((8, 1), (2, 1), (5, 1)) if shape.decodes else step((8, 1), (2, 3), more=1)
+    steps[shape].fill(now)
+    batch = steps[shape].batch(adapted=False)
+    rows, sequences = now.input_ids.shape[1], len(now.attention.query_lens)
+    padding = shape.rows - rows
+    assert padding
+    assert batch.input_ids.tolist() == [[*now.input_ids[0].tolist(), *[0] * padding]]
+    assert batch.position_ids[:, :rows].equal(now.position_ids)
+    assert batch.slot_mapping.tolist() == [*now.slot_mapping.tolist(), *[-1] * padding]
+    sampled = now.sampled_rows.tolist()
+    assert batch.sampled_rows.tolist() == [*sampled, *[0] * (4 - len(sampled))]
+    attention, nobody = batch.attention, 5 - sequences
+    assert attention.seq_lens.tolist() == [*now.attention.seq_lens.tolist(), *[0] * nobody]
+    starts = [*now.attention.query_starts.tolist(), *[rows] * nobody]
+    assert attention.query_starts.tolist() == starts
+    for table, given, context in zip(
+        attention.block_tables, now.attention.block_tables, now.attention.context_lens, strict=False
+    ):
+        blocks = -(-context // BLOCK)
+        assert table[:blocks].equal(given[:blocks])
