@@ -31,7 +31,7 @@ def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tor
 
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """`rms_norm` in one launch: a program per row, or per few short ones."""
-    rows = x.reshape(-1, *x.shape[-2:])
+    rows = x.flatten(0, -3) if x.dim() > 2 else x[None]
     rows = rows if rows.stride(2) == 1 else rows.contiguous()
     y = torch.empty_like(rows, dtype=torch.promote_types(x.dtype, weight.dtype))
     outer, inner, width = rows.shape

@@ -17,6 +17,10 @@ from deltamux.base.fused import fuse
 from deltamux.base.structure import find_structure
 from deltamux_kernels import gated_silu, rms_norm, rotary
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# On a CPU the fused forms are torch's own operations.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2} if DEVICE.type == "cuda" else {}
+
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -54,12 +58,12 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> hf.PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.1 if parameter.dim() == 1 else 0.0, 0.3)
-    return model.to(dtype).eval().requires_grad_(False)
+    return model.to(DEVICE, dtype).eval().requires_grad_(False)
 
 
 def logits(model: hf.PreTrainedModel) -> Tensor:
-    ids = torch.arange(3, 40)[None]
-    positions = torch.arange(ids.shape[1])[None] + 5
+    ids = torch.arange(3, 40, device=DEVICE)[None]
+    positions = torch.arange(ids.shape[1], device=DEVICE)[None] + 5
     with torch.inference_mode():
         rows: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     return rows
@@ -72,7 +76,8 @@ def test_a_fused_model_gives_the_logits_of_before(name: str, dtype: torch.dtype)
     before = logits(model)
     counts = fuse(model)
     assert (counts["norms"], counts["gates"], counts["rotary"]) == MODELS[name][1]
-    assert torch.equal(logits(model), before)
+    error = (logits(model).double() - before.double()).norm() / before.double().norm()
+    assert error <= TOLERANCE.get(dtype, 0.0)
 
 
 def test_another_model_of_the_process_notices_nothing() -> None:
@@ -104,7 +109,7 @@ def test_a_copy_of_a_fused_norm_reads_its_own_weight() -> None:
     norm = model.model.norm
     other = copy.copy(norm)
     other._parameters = {"weight": 2 * norm.weight}
-    x = torch.randn(4, 32)
+    x = torch.randn(4, 32, device=DEVICE)
     assert torch.equal(other(x), 2 * norm(x))
 
 
@@ -126,7 +131,7 @@ def test_a_form_that_computes_something_else_is_not_put_in_place(
     monkeypatch.setattr(fused, form, BROKEN[form])
     counts = fuse(model)
     assert [name for name, count in counts.items() if count == 0] == [kind]
-    assert torch.equal(logits(model), before)
+    torch.testing.assert_close(logits(model), before)
 
 
 class LimitedGate(LlamaMLP):
@@ -143,7 +148,7 @@ class LimitedSiLU(torch.nn.Module):
 
 def test_a_gate_with_a_limit_keeps_its_own_form() -> None:
     model = build("llama")
-    model.model.layers[0].mlp = LimitedGate(model.config)
+    model.model.layers[0].mlp = LimitedGate(model.config).to(DEVICE)
     model.model.layers[1].mlp.act_fn = LimitedSiLU()
     assert fuse(model)["gates"] == 0
 
@@ -156,13 +161,13 @@ def test_a_norm_that_rounds_later_keeps_its_own_form() -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 torch.nn.init.uniform_(parameter, 0.5, 2.0)
-        assert fuse(model.to(dtype).eval())["norms"] == norms
+        assert fuse(model.to(DEVICE, dtype).eval())["norms"] == norms
 
 
 def test_rotary_of_several_sequences_is_left_to_transformers() -> None:
     model = build("llama")
-    ids = torch.arange(3, 43).view(2, 20)
+    ids = torch.arange(3, 43, device=DEVICE).view(2, 20)
     with torch.inference_mode():
         before = model(input_ids=ids, use_cache=False).logits
         fuse(model)
-        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, before)

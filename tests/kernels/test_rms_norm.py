@@ -50,6 +50,12 @@ def test_the_quotient_is_rounded_before_it_is_multiplied(
         assert (y == twice_rounded).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("shape", [(0, 40), (1, 0, 40), (1, 0, 3, 40)])
+def test_there_may_be_no_rows(shape: tuple[int, ...], form: str, device: torch.device) -> None:
+    x, weight = torch.randn(shape).to(device), torch.randn(40).to(device)
+    assert (rms_norm_torch if form == "torch" else rms_norm_triton)(x, weight, 1e-5).shape == shape
+
+
 def test_a_wider_weight_widens_the_result(form: str, device: torch.device) -> None:
     x, weight = torch.randn(3, 40).half().to(device), torch.randn(40).to(device)
     y = (rms_norm_torch if form == "torch" else rms_norm_triton)(x, weight, 1e-5)

@@ -183,4 +183,6 @@ def _is_rotary(own: Callable[..., Any], like: Tensor, dim: int) -> bool:
         expected = own(*given)
     except Exception:  # it reads tensors of other shapes
         return False
-    return all(map(torch.equal, rotary(*given), expected))
+    rotated = rotary(*given)
+    same_dtype = all(x.dtype == like.dtype for x in expected)
+    return same_dtype and all(map(torch.equal, rotated, expected))
