@@ -83,6 +83,24 @@ def pack_in_one(device: torch.device, dtype: torch.dtype) -> PackInOne:
     return packed
 
 
+@pytest.fixture
+def as_columns() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """as_columns(y) -> a copy that is columns of a wider tensor, as a base's layers hand them out;
+    its neighbours must keep their bits."""
+    wholes: list[tuple[torch.Tensor, int]] = []
+
+    def copied(y: torch.Tensor) -> torch.Tensor:
+        rows, width = y.shape
+        whole = y.new_full((rows, width + 2 * ALIGNMENT), 7.0)
+        wholes.append((whole, width))
+        columns = whole[:, ALIGNMENT : ALIGNMENT + width]
+        return columns.copy_(y)
+
+    yield copied
+    for whole, width in wholes:
+        assert (whole[:, :ALIGNMENT] == 7).all() and (whole[:, ALIGNMENT + width :] == 7).all()
+
+
 @dataclass
 class Launch:
     """One launch of a kernel, which can be repeated with the same arguments.

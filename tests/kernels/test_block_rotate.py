@@ -19,6 +19,7 @@ def test_rows_are_rotated_by_the_blocks_of_their_own_slot_and_the_others_keep_th
     dtype: torch.dtype,
     device: torch.device,
     pack: Pack,
+    as_columns: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     torch.manual_seed(width)
 
@@ -32,7 +33,7 @@ def test_rows_are_rotated_by_the_blocks_of_their_own_slot_and_the_others_keep_th
     expected = before.double()
     expected[1:19] = x[1:19].double() @ torch.block_diag(*blocks[1].double())
     expected[22] = x[22].double() @ torch.block_diag(*blocks[0].double())
-    y, given = before.clone(), x.clone()
+    y, given = as_columns(before), x.clone()
     packed = pack([side_by_side[0], None, side_by_side[1]], width)
     (block_rotate_torch if form == "torch" else block_rotate_triton)(y, x, packed, segments)
     untouched = [0, 19, 20, 21, 23, 24]

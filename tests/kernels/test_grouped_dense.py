@@ -22,6 +22,7 @@ def test_rows_are_replaced_by_the_product_of_their_own_slot(
     dtype: torch.dtype,
     device: torch.device,
     pack_in_one: Callable[..., list[PackedMatrices]],
+    as_columns: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     torch.manual_seed(inputs)
 
@@ -38,7 +39,7 @@ def test_rows_are_replaced_by_the_product_of_their_own_slot(
             expected[start:end] = x[start:end].double() @ weight.double().T
             if (bias := biases[slot]) is not None:
                 expected[start:end] += bias.double()
-    y = before.clone()
+    y = as_columns(before)
     packed = pack_in_one((weights, inputs), (biases, outputs))
     (grouped_dense_torch if form == "torch" else grouped_dense_triton)(y, x, *packed, segments)
     untouched = [0, 19, 20, 21, 23, 24]
@@ -54,6 +55,7 @@ def test_the_product_of_their_own_slot_is_added_to_rows(
     dtype: torch.dtype,
     device: torch.device,
     pack: Callable[..., PackedMatrices],
+    as_columns: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     torch.manual_seed(inputs)
 
@@ -67,7 +69,7 @@ def test_the_product_of_their_own_slot_is_added_to_rows(
     for slot, start, end in segments.spans:
         if (delta := deltas[slot]) is not None:
             expected[start:end] += x[start:end].double() @ delta.double().T
-    y = before.clone()
+    y = as_columns(before)
     op = dense_delta_torch if form == "torch" else dense_delta_triton
     op(y, x, pack(deltas, inputs), segments)
     untouched = [0, 19, 20, 21, 23, 24]

@@ -54,6 +54,7 @@ def test_rows_get_the_product_of_their_own_slot_and_the_others_keep_their_bits(
     device: torch.device,
     arena: torch.Tensor,
     write: Write,
+    as_columns: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     torch.manual_seed(shape[0])
     matrices = SignMatrices(arena, 4, *shape)
@@ -69,7 +70,7 @@ def test_rows_get_the_product_of_their_own_slot_and_the_others_keep_their_bits(
         if slot in signs:
             dense = (signs[slot].double() * 2 - 1).to(device) * scales[slot]
             expected[start:end] += x[start:end].double() @ dense.T
-    y = before.clone()
+    y = as_columns(before)
     (sign_delta_torch if form == "torch" else sign_delta_triton)(y, x, matrices, segments)
     untouched = [0, 39, 40, 41, 43, 44]
     assert torch.equal(y[untouched], before[untouched])

@@ -51,6 +51,7 @@ def test_rows_get_the_product_of_their_own_slot_and_the_others_keep_their_bits(
     device: torch.device,
     arena: torch.Tensor,
     write: Write,
+    as_columns: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     torch.manual_seed(shape[0])
     matrices = SparseMatrices(arena, 4, *shape)
@@ -66,7 +67,7 @@ def test_rows_get_the_product_of_their_own_slot_and_the_others_keep_their_bits(
     for slot, start, end in segments.spans:
         if slot in dense:
             expected[start:end] += x[start:end].double() @ dense[slot].double().to(device).T
-    y = before.clone()
+    y = as_columns(before)
     (sparse_delta_torch if form == "torch" else sparse_delta_triton)(y, x, matrices, segments)
     untouched = [0, 19, 20, 21, 23, 24]
     assert torch.equal(y[untouched], before[untouched])

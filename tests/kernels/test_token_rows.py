@@ -46,19 +46,24 @@ def fill(dtype: torch.dtype, device: torch.device) -> Fill:
 
 @pytest.mark.parametrize("width", [1, 77, 130])
 def test_a_token_that_is_the_slots_own_gets_the_slots_row(
-    width: int, form: str, dtype: torch.dtype, device: torch.device, fill: Fill
+    width: int,
+    form: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    fill: Fill,
+    as_columns: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     table = fill(width)
     tokens = torch.tensor([4] * 5 + list(range(11)) + [80, 90, 91, 4, 4, 4, 4, 7, 0], device=device)
     before = torch.randn(len(tokens), width).to(dtype).to(device)
-    expected = before.clone()
+    expected = as_columns(before)
     for slot, start, end in SPANS:
         for t in range(start, end):
             if (token := int(tokens[t])) in IDS.get(slot, []):
                 rows = table.rows.views[slot]
                 assert rows is not None
                 expected[t] = rows[IDS[slot].index(token)]
-    y = before.clone()
+    y = as_columns(before)
     op = token_rows_torch if form == "torch" else token_rows_triton
     op(y, tokens, table, Segments.build(SPANS, device))
     assert torch.equal(y, expected)
@@ -67,7 +72,12 @@ def test_a_token_that_is_the_slots_own_gets_the_slots_row(
 
 @pytest.mark.parametrize("width", [1, 77, 130])
 def test_the_columns_of_the_slots_own_tokens_are_replaced(
-    width: int, form: str, dtype: torch.dtype, device: torch.device, fill: Fill
+    width: int,
+    form: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    fill: Fill,
+    as_columns: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     table = fill(width)
     x = torch.randn(25, width).to(dtype).to(device)
@@ -76,7 +86,7 @@ def test_the_columns_of_the_slots_own_tokens_are_replaced(
     for slot, start, end in SPANS:
         if (rows := table.rows.views[slot]) is not None:
             expected[start:end, IDS[slot]] = x[start:end].double() @ rows.double().T
-    y = before.clone()
+    y = as_columns(before)
     op = token_columns_torch if form == "torch" else token_columns_triton
     op(y, x, table, Segments.build(SPANS, device))
     untouched = expected == before
