@@ -25,9 +25,10 @@ LAYERS, BLOCK_SIZE, MAX_ADAPTERS = 2, 16, 16
 # Products of an adapter in a layer. q, k and v read one input, gate and up another: one A for each.
 A_PRODUCTS, B_PRODUCTS = 4, 7
 
-# The batch makes tensors of seven arrays, two of them with a dimension more. The sampler tests
-# that logits are finite (2), lends them to NumPy (6), and stacks what comes back (2).
-OUTSIDE_THE_MODEL = 19
+# The batch makes tensors of seven arrays, two of them with a dimension more. The sampler adds up
+# logits (1), lends them to NumPy (4) and takes tokens back (1). Both go to the host as one (2),
+# where NumPy reads them (4): on a GPU, that is all that anybody waits for.
+OUTSIDE_THE_MODEL = 21
 # Once, in the first layer: which blocks each sequence sees, how far, and a mask of it.
 ATTENTION_PLAN = 37
 # In every layer: new keys and values to their places, pages gathered, attention over them.

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from deltamux.engine import batch, sampler
-from deltamux.engine.transfer import to_device
+from deltamux.engine import sampler
+from deltamux.engine.transfer import Upload, to_device
 from deltamux.wire.messages import Sampling, StepDone
 from deltamux_kernels import Segments
 
@@ -21,7 +21,8 @@ BYTES_OF_A_SEQUENCE = 4 * 8 + 3 * 4
 BYTES_OF_A_STEP = 4
 # Temperature, number drawn, share of the probability that may go; how many logits top_k leaves out.
 BYTES_OF_A_DRAW = 4 + 8 + 4 + 8
-ARRAYS_OF_A_STEP, ARRAYS_OF_A_DRAW = 7, 4
+# All arrays of a step go as one.
+COPIES_OF_A_STEP, COPIES_OF_A_DRAW = 1, 4
 
 MIXES = {"base": [None] * 5, "one": [0], "mixed": [None, *range(5)], "16": range(MAX_ADAPTERS)}
 mixes = pytest.mark.parametrize("adapters", MIXES.values(), ids=MIXES)
@@ -29,15 +30,20 @@ mixes = pytest.mark.parametrize("adapters", MIXES.values(), ids=MIXES)
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of each array that goes to the device."""
+    """Bytes of each copy to the device."""
     sizes: list[int] = []
+    send = Upload.send
 
     def counted(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
         sizes.append(array.nbytes)
         return to_device(array, device)
 
-    for module in (batch, sampler):
-        monkeypatch.setattr(module, "to_device", counted)
+    def counted_send(upload: Upload, arrays: list[np.ndarray[Any, Any]]) -> list[torch.Tensor]:
+        sizes.append(sum(array.nbytes for array in arrays))
+        return send(upload, arrays)
+
+    monkeypatch.setattr(sampler, "to_device", counted)
+    monkeypatch.setattr(Upload, "send", counted_send)
     return sizes
 
 
@@ -55,7 +61,7 @@ def test_what_goes_to_the_device_is_a_few_bytes_of_each_sequence(engine, sent, a
     engine.decode(adapters)
     sent.clear()
     engine.step()
-    assert len(sent) <= ARRAYS_OF_A_STEP
+    assert len(sent) == COPIES_OF_A_STEP
     assert sum(sent) <= len(adapters) * BYTES_OF_A_SEQUENCE + BYTES_OF_A_STEP
 
 
@@ -63,7 +69,7 @@ def test_sampling_sends_a_few_numbers_of_each_sequence_more(engine, sent) -> Non
     engine.decode(range(5), Sampling(temperature=0.8, top_p=0.9, top_k=20, seed=1))
     sent.clear()
     engine.step()
-    assert len(sent) <= ARRAYS_OF_A_STEP + ARRAYS_OF_A_DRAW
+    assert len(sent) <= COPIES_OF_A_STEP + COPIES_OF_A_DRAW
     assert sum(sent) <= 5 * (BYTES_OF_A_SEQUENCE + BYTES_OF_A_DRAW) + BYTES_OF_A_STEP
 
 

@@ -14,6 +14,7 @@ from deltamux.engine.batch import StepBatch
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
+from deltamux.engine.transfer import Upload
 from deltamux.wire.messages import Sampling
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK = 4, 2, 8, 6, 4
@@ -45,7 +46,7 @@ def steps() -> list[StepBatch]:
     batches = []
     for last in (2, 1, 0):
         items = [Scheduled(s, s.num_uncomputed - last) for s in sequences]
-        batches.append(StepBatch.build(items, BLOCK, CPU))
+        batches.append(StepBatch.build(items, BLOCK, Upload(CPU)))
         for item in items:
             item.sequence.num_computed += item.num_tokens
     return batches

@@ -9,6 +9,7 @@ from deltamux.adapters.traits import Traits
 from deltamux.engine.batch import Pooling, StepBatch
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
+from deltamux.engine.transfer import Upload
 from deltamux.wire.messages import Embed, Sampling
 
 BLOCK, CPU = 4, torch.device("cpu")
@@ -30,7 +31,7 @@ DECODE_BASE = scheduled([40, 41], [7], computed=1, count=1, slot=None)
 
 
 def build(*items: Scheduled) -> StepBatch:
-    return StepBatch.build(items, BLOCK, CPU)
+    return StepBatch.build(items, BLOCK, Upload(CPU))
 
 
 def test_rows_are_packed_by_slot_with_the_base_last() -> None:

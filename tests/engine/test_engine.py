@@ -39,13 +39,23 @@ class Runner:
 
     def __init__(self):
         self.outcome = lambda sequence: SampledToken(50 + sequence.num_generated, None)
-        self.error = None
+        # What the next step raises, when it is launched and when it is collected.
+        self.errors = {}
+        # Is called while a step is under way.
+        self.meanwhile = lambda: None
 
-    def run(self, scheduled):
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
+    def launch(self, scheduled):
+        self._raise("launch")
+        return lambda: self._collect(scheduled)
+
+    def _collect(self, scheduled):
+        self.meanwhile()
+        self._raise("collect")
         return [self.outcome(item.sequence) for item in scheduled if item.yields]
+
+    def _raise(self, when):
+        if when in self.errors:
+            raise self.errors.pop(when)
 
 
 class Setup:
@@ -69,6 +79,8 @@ class Setup:
         self.link.inbox += messages
         for _ in range(times):
             self.engine.step()
+        # The last step's would be sent by the next one.
+        self.engine.reply()
 
     def is_empty(self):
         return (
@@ -289,10 +301,11 @@ def test_non_finite_logits_fail_their_request_alone(setup, adapter, code):
     assert served.is_empty()
 
 
-def test_a_step_without_memory_is_run_in_parts_and_nobody_notices(setup):
+@pytest.mark.parametrize("when", ["launch", "collect"])
+def test_a_step_without_memory_is_run_in_parts_and_nobody_notices(setup, when):
     served = setup()
     served.step(submit("small"))
-    served.runner.error = torch.OutOfMemoryError("no more")
+    served.runner.errors[when] = torch.OutOfMemoryError("no more")
     served.step(submit("large", prompt=range(12)), times=4)
     assert served.link.told(RequestFailed) == []
     for request_id in ("small", "large"):
@@ -302,14 +315,14 @@ def test_a_step_without_memory_is_run_in_parts_and_nobody_notices(setup):
 
 def test_who_starves_fails_alone_with_all_its_choices(setup):
     served = setup()
-    run = served.runner.run
+    launch = served.runner.launch
 
     def scarce(scheduled):
         if any(item.sequence.request_id == "hungry" for item in scheduled):
             raise MemoryError
-        return run(scheduled)
+        return launch(scheduled)
 
-    served.runner.run = scarce
+    served.runner.launch = scarce
     served.step(submit("sated", max_tokens=9), submit("hungry", adapter="a", n=2), times=9)
     assert served.link.told(RequestFailed) == [
         RequestFailed(
@@ -319,7 +332,7 @@ def test_who_starves_fails_alone_with_all_its_choices(setup):
     assert served.link.progress("hungry") == []
     assert served.link.progress("sated")[-1].finish == "length"
     assert served.is_empty()
-    served.runner.run = run
+    served.runner.launch = launch
     served.step(submit("hungry", adapter="a"), times=4)
     assert served.link.progress("hungry")[-1].finish == "length"
 
@@ -345,11 +358,65 @@ def test_an_adapters_pages_without_memory_fail_its_request_alone(setup):
     assert served.link.progress("second")[-1].finish == "length"
 
 
-def test_any_other_error_of_the_forward_pass_ends_the_engine(setup):
+@pytest.mark.parametrize("when", ["launch", "collect"])
+def test_any_other_error_of_the_forward_pass_ends_the_engine(setup, when):
     served = setup()
-    served.runner.error = RuntimeError("device lost")
+    served.runner.errors[when] = RuntimeError("device lost")
     with pytest.raises(RuntimeError, match="device lost"):
         served.step(submit())
+
+
+def test_nothing_counts_as_computed_that_failed_when_it_was_collected(setup):
+    served = setup()
+    served.step(submit(prompt=range(12)))
+    served.runner.errors["collect"] = RuntimeError("device lost")
+    with pytest.raises(RuntimeError, match="device lost"):
+        served.step()
+    (sequence,) = served.scheduler.running
+    assert (sequence.num_computed, sequence.num_generated) == (12, 1)
+
+
+def test_a_step_is_told_while_the_next_one_is_under_way(setup):
+    served, sent = setup(), []
+    served.runner.meanwhile = lambda: sent.append(len(served.link.progress("r")))
+    served.link.inbox.append(submit(max_tokens=3))
+    for _ in range(3):
+        served.engine.step()
+    assert sent == [0, 1, 2]
+    served.engine.step()
+    assert [p.finish for p in served.link.progress("r")] == ["", "", "length"]
+
+
+def test_what_is_told_keeps_its_order(setup):
+    """The failure comes behind the tokens of the step before it, which are sent late."""
+    served = setup()
+    served.link.inbox.append(submit(max_tokens=9, deadline=5.0))
+    served.engine.step()
+    served.now += 5.0
+    served.engine.step()
+    kinds = [type(message) for message in served.link.sent]
+    assert kinds == [StepDone, RequestFailed, StepDone]
+    assert [p.token_ids for p in served.link.sent[0].progress] == [(50,)]
+
+
+def test_a_cancel_that_comes_while_a_step_is_under_way_waits_for_it(setup):
+    """Until then the device writes to its blocks, and reads from its adapter's slot."""
+    served, held = setup(), []
+
+    def cancel():
+        served.link.inbox.append(Cancel("r"))
+        held.append((served.blocks.num_used, served.adapters.leases["a"]))
+
+    served.step(submit(adapter="a", max_tokens=9), submit("other", max_tokens=2))
+    served.runner.meanwhile = cancel
+    served.step()
+    assert held == [(2, 1)]
+    assert served.link.progress("r")[-1].token_ids == (51,)
+    served.runner.meanwhile = lambda: None
+    served.step()
+    assert len(served.link.progress("r")) == 2
+    assert served.link.progress("other")[-1].finish == "length"
+    assert served.is_empty()
 
 
 def test_orders_for_adapters_are_passed_on_and_news_are_told(setup):

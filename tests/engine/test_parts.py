@@ -7,7 +7,7 @@ import torch
 from structlog.testing import capture_logs
 
 from deltamux.engine.outcome import SampledToken
-from deltamux.engine.parts import run_in_parts
+from deltamux.engine.parts import Ran, Runner, land, launch
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
 from deltamux.wire.messages import Sampling
@@ -20,15 +20,19 @@ class Room:
         self.limit = limit
         self.shares: list[list[tuple[int, int]]] = []
 
-    def run(self, scheduled):
+    def launch(self, scheduled):
         self.shares.append([(item.sequence.index, item.num_tokens) for item in scheduled])
         if sum(item.num_tokens for item in scheduled) >= self.limit:
             torch.empty(1 << 60, dtype=torch.uint8)
-        return [SampledToken(item.sequence.index) for item in scheduled if item.yields]
+        return lambda: [SampledToken(item.sequence.index) for item in scheduled if item.yields]
 
 
 def share(index: int, tokens: int) -> Scheduled:
     return Scheduled(trial_sequence(index, [0] * tokens, [], Sampling()), tokens)
+
+
+def run_in_parts(runner: Runner, step: list[Scheduled], whole_prompts: bool) -> Ran:
+    return land(runner, launch(runner, step), whole_prompts)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +91,7 @@ def test_nothing_scheduled_runs_nothing():
 
 def test_any_other_error_is_not_caught():
     class Broken:
-        def run(self, scheduled):
+        def launch(self, scheduled):
             raise RuntimeError("device lost")
 
     with pytest.raises(RuntimeError, match="device lost"):

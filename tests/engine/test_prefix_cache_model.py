@@ -88,7 +88,7 @@ class WatchedManager(BlockManager):
                 break
             expected.append(block)
         super().start(sequence)
-        assert sequence.blocks[: len(expected)] == expected
+        assert list(sequence.blocks[: len(expected)]) == expected
         given = 0 if sequence.virtual.computed else sequence.virtual.tokens
         assert sequence.num_computed == max(len(expected) * BLOCK_SIZE, given)
         self.hits += len(expected)

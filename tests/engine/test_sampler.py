@@ -12,10 +12,11 @@ import transformers.generation.logits_process as reference
 from msgspec.structs import replace
 from torch import Tensor
 
+from deltamux.engine import sampler
 from deltamux.engine.logit_edits import edit_logits
 from deltamux.engine.outcome import NonFinite, SampledToken
 from deltamux.engine.rehearsal import trial_sequence
-from deltamux.engine.sampler import filter_scores, sample, uniform
+from deltamux.engine.sampler import Drawn, filter_scores, uniform
 from deltamux.engine.sequence import Sequence
 from deltamux.wire.messages import Sampling, Stopping
 
@@ -43,6 +44,10 @@ def random_logits(rows: int, vocabulary: int = VOCABULARY, seed: int = 0) -> Ten
 def tokens_of(outcomes: list[SampledToken | NonFinite]) -> list[int]:
     assert all(isinstance(outcome, SampledToken) for outcome in outcomes)
     return [outcome.token_id for outcome in outcomes if isinstance(outcome, SampledToken)]
+
+
+def sample(logits: Tensor, sequences: Items[Sequence]) -> Drawn:
+    return sampler.sample(logits, sequences)()
 
 
 FILTERS = [

@@ -42,7 +42,7 @@ def test_keys_and_values_that_the_adapter_brings_are_filled_in_not_computed(setu
     assert engine.step() == {first: 4, second: 4}
     slot = engine.adapters.device["a"]
     # The second one finds the two full blocks, and has its own place for the other two tokens.
-    assert engine.prefixes.fills == [(slot, first.blocks, 0), (slot, second.blocks, 8)]
+    assert engine.prefixes.fills == [(slot, list(first.blocks), 0), (slot, list(second.blocks), 8)]
     assert first.blocks[:2] == second.blocks[:2] and first.blocks[2] != second.blocks[2]
     engine.steps_until(engine.is_empty)
     engine.add(new_sequence(adapter="a"))

@@ -61,7 +61,7 @@ def test_the_youngest_is_preempted_and_computed_again(setup, new_sequence):
     engine.steps_until(lambda: engine.scheduler.num_preemptions)
     assert old in engine.scheduler.running
     assert engine.scheduler.waiting == [young]
-    assert young.blocks == [] and young.num_computed == 0 and young.slot is None
+    assert not young.blocks and young.num_computed == 0 and young.slot is None
     assert engine.adapters.leases == {"a": 1, "b": 0}
     generated = young.num_generated
     assert generated > 0

@@ -59,11 +59,16 @@ class PagedRunner:
         self.adapters, self.chance = adapters, chance
         self.pages: dict[tuple[int, int], tuple[str, int]] = {}
 
-    def run(self, scheduled):
-        if self.chance(0.02):
+    def launch(self, scheduled):
+        if self.chance(0.01):
             raise torch.OutOfMemoryError
         for item in scheduled:
             self._write(item)
+        return lambda: self._collect(scheduled)
+
+    def _collect(self, scheduled):
+        if self.chance(0.01):
+            raise torch.OutOfMemoryError
         return [self._sample(item) for item in scheduled if item.yields]
 
     def _write(self, item):
@@ -182,6 +187,7 @@ class Simulation:
         self.now += self.random.choice([0.01, 0.1, 1.0])
         before = len(self.link.sent)
         self.engine.step()
+        self.engine.reply()
         self._check_step(self.link.sent[before:])
 
     def _check_step(self, sent):

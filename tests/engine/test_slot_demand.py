@@ -48,7 +48,7 @@ def test_a_broken_adapter_is_told_and_takes_nothing(setup, new_sequence):
         "BROKEN",
     )
     assert [item.sequence for item in plan.scheduled] == [good]
-    assert bad.blocks == [] and bad in engine.scheduler.waiting
+    assert not bad.blocks and bad in engine.scheduler.waiting
 
 
 def test_any_mix_of_more_adapters_than_slots_completes(setup, new_sequence):

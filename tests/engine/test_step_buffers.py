@@ -11,6 +11,7 @@ from deltamux.engine.batch import StepBatch
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
 from deltamux.engine.step_buffers import ShapedStep, StepBuffers, StepShape
+from deltamux.engine.transfer import Upload
 from deltamux.wire.messages import Sampling
 
 CPU = torch.device("cpu")
@@ -27,7 +28,7 @@ def step(*parts: tuple[int, int], more: int = 0) -> StepBatch:
         sequence = trial_sequence(number, tokens, blocks, Sampling())
         sequence.num_computed = computed
         scheduled.append(Scheduled(sequence, length))
-    return StepBatch.build(scheduled, BLOCK, CPU)
+    return StepBatch.build(scheduled, BLOCK, Upload(CPU))
 
 
 @pytest.fixture

@@ -42,9 +42,9 @@ def test_a_row_sees_the_columns_of_its_own_vocabulary_alone(shift: int) -> None:
     rows = sequences(shift)
     for row, size in enumerate(SIZES):
         logits[row, size or KNOWN :] = float("nan") if row % 2 else 1e4
-    outcomes = sample_own(logits, rows, KNOWN)
+    outcomes = sample_own(logits, rows, KNOWN)()
     for row, size in enumerate(SIZES):
-        alone = sample(logits[row : row + 1, : size or KNOWN].contiguous(), rows[row : row + 1])
+        alone = sample(logits[row : row + 1, : size or KNOWN].contiguous(), rows[row : row + 1])()
         assert outcomes[row] == alone[0]
         assert isinstance(outcomes[row], SampledToken)
 
@@ -52,7 +52,7 @@ def test_a_row_sees_the_columns_of_its_own_vocabulary_alone(shift: int) -> None:
 def test_added_tokens_are_sampled_where_they_are_known() -> None:
     logits = torch.zeros(len(SIZES), WIDTH)
     logits[:, 52] = 9.0
-    tokens = [o.token_id for o in sample_own(logits, sequences(0), KNOWN)]
+    tokens = [o.token_id for o in sample_own(logits, sequences(0), KNOWN)()]
     greedy = [row for row, s in enumerate(sequences(0)) if s.sampling.temperature == 0]
     assert {row: tokens[row] == 52 for row in greedy} == {0: False, 5: False, 6: True}
 
@@ -61,13 +61,13 @@ def test_only_a_rows_own_columns_can_poison_it() -> None:
     logits = torch.zeros(3, WIDTH)
     logits[:, 52] = float("inf")
     rows = sequences(0)[:3]
-    kinds = [type(outcome) for outcome in sample_own(logits, rows, KNOWN)]
+    kinds = [type(outcome) for outcome in sample_own(logits, rows, KNOWN)()]
     assert kinds == [SampledToken, NonFinite, SampledToken]
 
 
 def test_a_small_vocabulary_has_fewer_alternatives_than_are_asked_for() -> None:
     row = trial_sequence(0, [1], [], Sampling(logprobs=20))
     row.traits = Traits(vocab_size=4)
-    (outcome,) = sample_own(torch.randn(1, KNOWN), [row], KNOWN)
+    (outcome,) = sample_own(torch.randn(1, KNOWN), [row], KNOWN)()
     assert isinstance(outcome, SampledToken) and outcome.logprobs is not None
     assert sorted(top.token_id for top in outcome.logprobs.top) == [0, 1, 2, 3]

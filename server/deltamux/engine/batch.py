@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deltamux.engine.sequence import Scheduled, Sequence
-from deltamux.engine.transfer import to_device
+from deltamux.engine.transfer import Array, Upload
 from deltamux_kernels import AttentionBatch, Segments
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -55,56 +55,71 @@ class StepBatch:
     pooled: tuple[Pooling, ...]
 
     @classmethod
-    def build(cls, scheduled: Items[Scheduled], block_size: int, device: torch.device) -> StepBatch:
+    def build(cls, scheduled: Items[Scheduled], block_size: int, upload: Upload) -> StepBatch:
         """Every sequence has blocks for the tokens that are scheduled of it."""
-        order = sorted(range(len(scheduled)), key=lambda place: _slot_order(scheduled[place]))
+        order = _by_slot(scheduled)
         items = [scheduled[place] for place in order]
+        places = _places(scheduled, order)
+        samples = [number for number in places if items[number].sequence.pooling is None]
         lengths = np.array([item.num_tokens for item in items])
         computed = np.array([item.sequence.num_computed for item in items])
-        ends = lengths.cumsum()
+        ends, contexts = lengths.cumsum(), computed + lengths
         starts = ends - lengths
         reached = np.arange(ends[-1]) + np.repeat(computed - starts, lengths)
-        uncounted = np.array([item.sequence.virtual.uncounted for item in items])
-        tables = _block_tables(items, computed + lengths, block_size)
-        places = _places(scheduled, order)
-        samples = [number for number, item in enumerate(items) if _samples(item)]
+        uncounted = np.array([item.sequence.traits.virtual.uncounted for item in items])
+        tables = _block_tables(items, contexts, block_size)
+        ids, positions, slots, sampled_rows, query_starts, seq_lens, block_tables = upload.send(
+            [
+                _token_ids(items),
+                reached - np.repeat(uncounted, lengths),
+                _slot_mapping(tables, reached, lengths, block_size),
+                ends[samples] - 1,
+                np.append(0, ends).astype(np.int32),
+                contexts.astype(np.int32),
+                tables,
+            ]
+        )
+        adapted = _adapted(items)
         return cls(
-            input_ids=to_device(_token_ids(items), device)[None],
-            position_ids=to_device(reached - np.repeat(uncounted, lengths), device)[None],
-            slot_mapping=to_device(_slot_mapping(tables, reached, lengths, block_size), device),
-            attention=_attention_batch(lengths, computed + lengths, tables, device),
-            sampled_rows=to_device(ends[samples] - 1, device),
-            token_segments=_segments(items, starts.tolist(), device),
-            sampled_segments=_sampled_segments([items[number] for number in samples], device),
+            input_ids=ids[None],
+            position_ids=positions[None],
+            slot_mapping=slots,
+            attention=AttentionBatch(
+                query_lens=tuple(lengths.tolist()),
+                context_lens=tuple(contexts.tolist()),
+                query_starts=query_starts,
+                seq_lens=seq_lens,
+                block_tables=block_tables,
+            ),
+            sampled_rows=sampled_rows,
+            token_segments=_segments(adapted, starts.tolist(), upload.device),
+            sampled_segments=_sampled_segments(adapted, items, samples, upload.device),
             sampled=tuple(items[number].sequence for number in samples),
             sampled_places=tuple(places[number] for number in samples),
             pooled=_pooled(items, starts.tolist(), places),
         )
 
 
-def _slot_order(item: Scheduled) -> tuple[bool, int]:
-    slot = item.sequence.slot
-    return (True, 0) if slot is None else (False, slot)
-
-
-def _samples(item: Scheduled) -> bool:
-    return item.yields and item.sequence.pooling is None
+def _by_slot(scheduled: Items[Scheduled]) -> list[int]:
+    """The places of the schedule in the order of its slots, the base's last."""
+    slots = [item.sequence.slot for item in scheduled]
+    keys = [sys.maxsize if slot is None else slot for slot in slots]
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def _places(scheduled: Items[Scheduled], order: list[int]) -> dict[int, int]:
     """Of each item that yields, by its number in `order`."""
-    yielding = [place for place, item in enumerate(scheduled) if item.yields]
-    numbers = {place: number for number, place in enumerate(order)}
-    return {numbers[place]: rank for rank, place in enumerate(yielding)}
+    yields = [item.yields for item in scheduled]
+    places = list(accumulate(yields, initial=0))
+    return {number: places[place] for number, place in enumerate(order) if yields[place]}
 
 
 def _pooled(
     items: list[Scheduled], starts: list[int], places: dict[int, int]
 ) -> tuple[Pooling, ...]:
     pooled = []
-    for number, item in enumerate(items):
-        if item.sequence.pooling is None:
-            continue
+    for number in [n for n, item in enumerate(items) if item.sequence.pooling is not None]:
+        item = items[number]
         first = item.sequence.num_computed - item.sequence.virtual.tokens
         start, end = starts[number] + max(-first, 0), starts[number] + item.num_tokens
         if start < end:
@@ -137,33 +152,35 @@ def _slot_mapping(tables: Array, reached: Array, lengths: Array, block_size: int
     return places
 
 
-def _attention_batch(
-    lengths: Array, context_lens: Array, tables: Array, device: torch.device
-) -> AttentionBatch:
-    return AttentionBatch(
-        query_lens=tuple(lengths.tolist()),
-        context_lens=tuple(context_lens.tolist()),
-        query_starts=to_device(np.append(0, lengths.cumsum()).astype(np.int32), device),
-        seq_lens=to_device(context_lens.astype(np.int32), device),
-        block_tables=to_device(tables, device),
-    )
+# By an item's number: its slot, and which of its tokens the adapter there computes.
+_Adapted = Mapping[int, tuple[int, range]]
 
 
-def _segments(items: list[Scheduled], starts: list[int], device: torch.device) -> Segments:
+def _adapted(items: list[Scheduled]) -> _Adapted:
+    """Of those that have such tokens in this step."""
+    return {
+        number: (slot, own)
+        for number, item in enumerate(items)
+        if (slot := item.sequence.slot) is not None and (own := item.adapted)
+    }
+
+
+def _segments(adapted: _Adapted, starts: list[int], device: torch.device) -> Segments:
     """Of rows end to end, those of each item from its start on."""
     spans = [
-        (item.sequence.slot, start + adapted.start, start + adapted.stop)
-        for item, start in zip(items, starts, strict=True)
-        if item.sequence.slot is not None and (adapted := item.adapted)
+        (slot, starts[number] + own.start, starts[number] + own.stop)
+        for number, (slot, own) in adapted.items()
     ]
     return Segments.build(spans, device)
 
 
-def _sampled_segments(items: list[Scheduled], device: torch.device) -> Segments:
+def _sampled_segments(
+    adapted: _Adapted, items: list[Scheduled], samples: list[int], device: torch.device
+) -> Segments:
     """Each sequence that samples has one row: that of its last token."""
     spans = [
-        (item.sequence.slot, row, row + 1)
-        for row, item in enumerate(items)
-        if item.sequence.slot is not None and item.num_tokens - 1 in item.adapted
+        (adapted[number][0], row, row + 1)
+        for row, number in enumerate(samples)
+        if number in adapted and adapted[number][1].stop == items[number].num_tokens
     ]
     return Segments.build(spans, device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence as Items
 from typing import Protocol
 
 from deltamux.engine.block_allocator import BlockAllocator
@@ -12,7 +14,7 @@ from deltamux.engine.sequence import Sequence
 class Prefixes(Protocol):
     """Where the keys and values come from that adapters bring."""
 
-    def fill(self, slot: int, blocks: list[int], first: int) -> None:
+    def fill(self, slot: int, blocks: Items[int], first: int) -> None:
         """Writes the virtual tokens from number `first` on to their places in `blocks`."""
         ...
 
@@ -47,7 +49,7 @@ class BlockManager:
         found = self._found(sequence)
         self._allocator.share(found)
         missing = self._num_blocks(sequence) - len(found)
-        sequence.blocks = found + self._allocator.allocate(missing)
+        sequence.blocks = array("i", found + self._allocator.allocate(missing))
         sequence.num_computed = len(found) * self._block_size
         if sequence.admitted is None:
             self._count(sequence)
@@ -56,9 +58,11 @@ class BlockManager:
     def grow(self, sequence: Sequence) -> bool:
         """Gives a running sequence the blocks that its newest places need; False: too few free."""
         missing = self._num_blocks(sequence) - len(sequence.blocks)
+        if missing <= 0:
+            return True
         if missing > self._allocator.num_free:
             return False
-        sequence.blocks += self._allocator.allocate(missing)
+        sequence.blocks.extend(self._allocator.allocate(missing))
         return True
 
     def complete(self, sequence: Sequence, count: int) -> None:
@@ -81,7 +85,7 @@ class BlockManager:
     def release(self, sequence: Sequence) -> None:
         """Takes the blocks back; their content can be found as long as nobody else needs them."""
         self._allocator.free(sequence.blocks)
-        sequence.blocks = []
+        sequence.blocks = array("i")
         sequence.num_computed = 0
 
     def _found(self, sequence: Sequence) -> list[int]:

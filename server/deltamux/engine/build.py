@@ -23,6 +23,7 @@ from deltamux.engine.engine import Engine
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.limits import Limits
 from deltamux.engine.memory import share_memory, step_buffers
+from deltamux.engine.parts import Lazy
 from deltamux.engine.prefix_pages import PrefixPages
 from deltamux.engine.rehearsal import rehearse, replays_agree
 from deltamux.engine.runner import ModelRunner
@@ -75,7 +76,7 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
         Scheduler(config, limits, blocks, adapters),
         blocks,
         adapters,
-        runner,
+        Lazy(runner) if base.device.type == "cpu" else runner,
     )
     return engine, _ready(config, base, limits)
 

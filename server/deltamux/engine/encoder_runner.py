@@ -15,9 +15,10 @@ from deltamux.base.load import Base
 from deltamux.engine.batch import StepBatch
 from deltamux.engine.outcome import Outcome
 from deltamux.engine.packed_attention import PackedAttention
+from deltamux.engine.parts import Collect
 from deltamux.engine.pooler import Pooler
 from deltamux.engine.sequence import Scheduled
-from deltamux.engine.transfer import to_device
+from deltamux.engine.transfer import Upload, to_device
 from deltamux_kernels import Segments
 
 
@@ -37,15 +38,24 @@ class EncoderRunner:
         self._pooler = None if heads is None else Pooler(heads, self._run_shared)
         self._attention = PackedAttention()
         base.set_attention(self._attention)
+        self._upload = Upload(base.device)
 
     @torch.inference_mode()
-    def run(self, scheduled: Items[Scheduled]) -> list[Outcome]:
-        """What each prompt comes to, in the given order; all of them are whole and to be pooled."""
-        batch = StepBatch.build(scheduled, self._block_size, self._base.device)
+    def launch(self, scheduled: Items[Scheduled]) -> Collect:
+        """Queues whole prompts, all of them to be pooled: that is done when they are collected."""
+        batch = StepBatch.build(scheduled, self._block_size, self._upload)
         hidden = self.forward(batch)
+        return lambda: self._collect(batch, hidden)
+
+    def run(self, scheduled: Items[Scheduled]) -> list[Outcome]:
+        """What each prompt comes to, in the given order."""
+        return self.launch(scheduled)()
+
+    @torch.inference_mode()
+    def _collect(self, batch: StepBatch, hidden: Tensor) -> list[Outcome]:
         assert self._pooler is not None
         placed = self._pooler.pool(hidden, batch.pooled)
-        return [placed[place] for place in sorted(placed)]
+        return [placed[place] for place in range(len(placed))]
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:

@@ -4,9 +4,14 @@ One step:
 
 1. receive    the front end's messages, the loader's news, the deadlines that have passed
 2. schedule   which sequences run, and how many tokens of each
-3. run        one forward pass over all of them, then sampling and pooling
-4. update     the sequences with their new tokens; those that end give up blocks and lease
-5. reply      one message with everything that the step produced
+3. launch     one forward pass over all of them, then sampling and pooling: queued on the device
+4. reply      while it computes: one message with everything that the step before produced
+5. land       wait for the device
+6. update     the sequences with their new tokens; those that end give up blocks and lease
+
+Nothing is under way when messages are read and sequences change: a cancel that comes while the
+device computes waits in the socket until the step has landed. The device waits from 5 to 3 of the
+next step, so what can be done beside it is done in 4.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from collections.abc import Callable
 
 from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.outcome import NonFinite, SampledToken
-from deltamux.engine.parts import Ran, Runner, run_in_parts
+from deltamux.engine.parts import Ran, Runner, land, launch
 from deltamux.engine.reply import admission, finish_reason, non_finite_error, out_of_memory_error
 from deltamux.engine.scheduler import Scheduler
 from deltamux.engine.sequence import Scheduled, Sequence
@@ -27,6 +32,7 @@ from deltamux.wire.channel import EngineEnd
 from deltamux.wire.messages import (
     Cancel,
     DropAdapter,
+    FromEngine,
     LoadAdapter,
     PinAdapter,
     Pooled,
@@ -60,6 +66,8 @@ class Engine:
         self._adapters = adapters
         self._runner = runner
         self._clock = clock
+        # What the front end is to be told, in this order.
+        self._outbox: list[FromEngine] = []
         self._idle = True
         self.stopped = False
 
@@ -67,23 +75,31 @@ class Engine:
         """Steps until the front end says Shutdown."""
         while not self.stopped:
             self.step()
+        self.reply()
 
     def step(self) -> None:
         self._receive()
         scheduled = self._schedule()
         started = self._clock()
-        ran = run_in_parts(
-            self._runner, scheduled, whole_prompts=not self._submissions.limits.generates
-        )
+        flight = launch(self._runner, scheduled)
+        self.reply()
+        ran = land(self._runner, flight, whole_prompts=not self._submissions.limits.generates)
         progress = self._update(ran)
-        self._reply(ran.computed, progress, self._clock() - started)
+        self._outbox.append(StepDone(progress, self._stats(ran, self._clock() - started)))
+        if self._idle:
+            self.reply()
+
+    def reply(self) -> None:
+        """Sends all that has come up since the last time."""
+        for message in self._outbox:
+            self._link.send(message)
+        self._outbox.clear()
 
     def _receive(self) -> None:
         self._link.wait(self._patience())
         for message in self._link.receive():
             self._handle(message)
-        for event in self._adapters.poll():
-            self._link.send(event)
+        self._outbox += self._adapters.poll()
         for request_id in self._scheduler.expired(self._clock()):
             self._fail(request_id, DeadlineExceeded("the deadline has passed"))
 
@@ -94,7 +110,7 @@ class Engine:
         self._idle = not plan.scheduled and not plan.failed
         return plan.scheduled
 
-    def _update(self, ran: Ran) -> list[Progress]:
+    def _update(self, ran: Ran) -> tuple[Progress, ...]:
         yielding = [item.sequence for item in ran.computed if item.yields]
         for item in ran.computed:
             self._blocks.complete(item.sequence, item.num_tokens)
@@ -108,16 +124,14 @@ class Engine:
                 errors[sequence.request_id] = non_finite_error(sequence)
         for request_id, error in errors.items():
             self._fail(request_id, error)
-        return [
+        return tuple(
             self._advance(sequence, outcome)
             for sequence, outcome in rows
             if not isinstance(outcome, NonFinite) and sequence.request_id not in errors
-        ]
+        )
 
-    def _reply(
-        self, scheduled: list[Scheduled], progress: list[Progress], step_seconds: float
-    ) -> None:
-        stats = Stats(
+    def _stats(self, ran: Ran, step_seconds: float) -> Stats:
+        return Stats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             kv_blocks_used=self._blocks.num_used,
@@ -125,8 +139,8 @@ class Engine:
             preemptions=self._scheduler.num_preemptions,
             prefix_queries=self._blocks.prefix_queries,
             prefix_hits=self._blocks.prefix_hits,
-            step_rows=sum(item.num_tokens for item in scheduled),
-            step_adapters=len({s.sequence.adapter for s in scheduled if s.sequence.adapter}),
+            step_rows=sum(item.num_tokens for item in ran.computed),
+            step_adapters=len({item.sequence.adapter for item in ran.computed} - {""}),
             step_seconds=step_seconds,
             device_hits=self._adapters.device_hits,
             host_hits=self._adapters.host_hits,
@@ -134,7 +148,6 @@ class Engine:
             device_evictions=self._adapters.device_evictions,
             host_evictions=self._adapters.host_evictions,
         )
-        self._link.send(StepDone(tuple(progress), stats))
 
     def _handle(self, message: ToEngine) -> None:
         match message:
@@ -186,7 +199,7 @@ class Engine:
 
     def _fail(self, request_id: str, error: DeltamuxError) -> None:
         self._scheduler.cancel(request_id)
-        self._link.send(
+        self._outbox.append(
             RequestFailed(
                 request_id,
                 error.code,

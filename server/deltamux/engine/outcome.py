@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from deltamux.wire.messages import Pooled, TokenLogprobs
 
 
-@dataclass(frozen=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     token_id: int
     logprobs: TokenLogprobs | None = None
 

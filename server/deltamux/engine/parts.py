@@ -1,10 +1,12 @@
-"""Runs a step in ever smaller parts where memory does not suffice for the whole of it."""
+"""Launches a step, and lands it: in ever smaller parts where memory does not suffice for it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import structlog
 import torch
@@ -14,17 +16,44 @@ from deltamux.engine.outcome import Outcome
 from deltamux.engine.sequence import Scheduled, Sequence
 
 _log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+# Waits for a step; one outcome for each of its shares that yields, in the order of the schedule.
+Collect = Callable[[], list[Outcome]]
 
 
 class Runner(Protocol):
     """What drives the base model."""
 
-    def run(self, scheduled: Items[Scheduled]) -> list[Outcome]:
-        """Computes the scheduled tokens; one outcome for each that yields, in the given order.
+    def launch(self, scheduled: Items[Scheduled]) -> Collect:
+        """Queues the scheduled tokens on the device and waits for nothing.
 
-        Where it raises, nothing counts as computed, and the same may be asked for again.
+        Until it is collected, no sequence of it may change. Where this or the collecting raises,
+        nothing counts as computed, and the same may be asked for again.
         """
         ...
+
+
+class Lazy:
+    """The runner of a device that is the host itself: it computes when it is collected.
+
+    So what the step before has brought is told first, as it is beside any other device.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def launch(self, scheduled: Items[Scheduled]) -> Collect:
+        return lambda: self._runner.launch(scheduled)()
+
+
+@dataclass
+class Flight:
+    """A step between its launch and its landing."""
+
+    scheduled: list[Scheduled]
+    # None where there was not enough memory to queue it.
+    collect: Collect | None
 
 
 @dataclass
@@ -38,35 +67,51 @@ class Ran:
     starved: Sequence | None = None
 
 
-def run_in_parts(runner: Runner, scheduled: list[Scheduled], whole_prompts: bool) -> Ran:
-    """Runs the step as one; for want of memory in halves, quarters and so on.
+def launch(runner: Runner, scheduled: list[Scheduled]) -> Flight:
+    """Queues a step as one, and returns while the device computes it."""
+    if not scheduled:
+        return Flight(scheduled, list)
+    return Flight(scheduled, _attempt(partial(runner.launch, scheduled), scheduled))
+
+
+def land(runner: Runner, flight: Flight, whole_prompts: bool) -> Ran:
+    """Waits for a step; what failed for want of memory runs in halves, quarters and so on.
 
     Sequences are parted first, then the tokens of one, unless `whole_prompts` are wanted. At most
     one sequence starves in a step, so that what is short only for a moment ends no more than that.
     """
     ran = Ran()
-    parts = [scheduled] if scheduled else []
-    while parts:
-        part = parts.pop(0)
-        outcomes = _attempt(runner, part)
+    parts: list[list[Scheduled]] = []
+    while True:
+        part, outcomes = flight.scheduled, _outcomes(flight)
         if outcomes is not None:
             ran.computed += part
             ran.outcomes += outcomes
-            continue
-        # Does nothing where CUDA is not in use.
-        torch.cuda.empty_cache()
-        smaller = _parted(part, whole_prompts)
-        if not smaller:
+        elif smaller := _parted(part, whole_prompts):
+            parts = smaller + parts
+        else:
             ran.starved = part[0].sequence
             return ran
-        parts = smaller + parts
-    return ran
+        if not parts:
+            return ran
+        flight = launch(runner, parts.pop(0))
 
 
-def _attempt(runner: Runner, part: list[Scheduled]) -> list[Outcome] | None:
+def _outcomes(flight: Flight) -> list[Outcome] | None:
+    """None for want of memory; none of it is then held by the flight any more."""
+    collect, flight.collect = flight.collect, None
+    outcomes = None if collect is None else _attempt(collect, flight.scheduled)
+    if outcomes is None:
+        del collect
+        # Does nothing where CUDA is not in use.
+        torch.cuda.empty_cache()
+    return outcomes
+
+
+def _attempt(act: Callable[[], T], part: list[Scheduled]) -> T | None:
     """None for want of memory. What the failed pass held is free once this has returned."""
     try:
-        return runner.run(part)
+        return act()
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from deltamux.adapters.primitives.virtual_tokens import KeyValuePrefixBank
@@ -17,7 +19,7 @@ class PrefixPages:
         self._prefixes = prefixes
         self._cache = cache
 
-    def fill(self, slot: int, blocks: list[int], first: int) -> None:
+    def fill(self, slot: int, blocks: Sequence[int], first: int) -> None:
         """Writes the virtual tokens from number `first` on to their places in `blocks`.
 
         The keys are taken as they are: what they were trained to be at their positions.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 
@@ -20,6 +21,7 @@ from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.engine.step_buffers import StepShape
+from deltamux.engine.transfer import Upload
 from deltamux.wire.messages import Sampling, Stopping
 
 _log = structlog.get_logger(__name__)
@@ -81,7 +83,7 @@ def packed_hidden(base: Base, prompts: Items[Items[int]], block_size: int) -> li
     runner = EncoderRunner(base, Rows(base.device), block_size)
     sequences = _sequences(prompts, [-(-len(prompt) // block_size) for prompt in prompts])
     step = [Scheduled(sequence, sequence.num_places) for sequence in sequences]
-    hidden = runner.forward(StepBatch.build(step, block_size, base.device))
+    hidden = runner.forward(StepBatch.build(step, block_size, Upload(base.device)))
     return list(hidden.float().split_with_sizes([item.num_tokens for item in step]))
 
 
@@ -102,7 +104,7 @@ def trial_sequence(
         adapter="",
         adapter_path="",
         cache_salt="",
-        blocks=blocks,
+        blocks=array("i", blocks),
     )
 
 

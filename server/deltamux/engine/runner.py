@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 import torch
@@ -15,8 +16,11 @@ from deltamux.engine.batch import StepBatch
 from deltamux.engine.cuda_graphs import StepGraphs
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.outcome import Outcome
+from deltamux.engine.parts import Collect
 from deltamux.engine.pooler import Pooler
+from deltamux.engine.sampler import Drawn
 from deltamux.engine.sequence import Scheduled
+from deltamux.engine.transfer import Upload
 from deltamux.engine.vocabularies import sample_own
 
 
@@ -34,6 +38,7 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         self._attention = PagedAttention(cache)
         base.set_attention(self._attention)
+        self._upload = Upload(base.device)
 
     @property
     def block_size(self) -> int:
@@ -44,22 +49,33 @@ class ModelRunner:
         self._graphs = graphs
 
     @torch.inference_mode()
-    def run(self, scheduled: Items[Scheduled]) -> list[Outcome]:
-        """Computes the scheduled tokens; one outcome for each that yields, in the given order.
+    def launch(self, scheduled: Items[Scheduled]) -> Collect:
+        """Queues the scheduled tokens; collected, one outcome for each that yields, in their order.
 
         A row whose logits are not finite is NonFinite; the other rows are not touched by it.
         """
         batch = self.batch(scheduled)
         logits = self._sampled_logits(batch)
-        tokens = sample_own(logits, batch.sampled, self._base.vocab_size)
-        placed: dict[int, Outcome] = dict(zip(batch.sampled_places, tokens, strict=True))
-        if batch.pooled:
-            assert self._pooler is not None
-            placed |= self._pooler.pool(self._base.last_hidden.take(), batch.pooled)
-        return [placed[place] for place in sorted(placed)]
+        drawn = sample_own(logits, batch.sampled, self._base.vocab_size)
+        hidden = self._base.last_hidden.take() if batch.pooled else None
+        return lambda: self._collect(batch, drawn, hidden)
+
+    def run(self, scheduled: Items[Scheduled]) -> list[Outcome]:
+        """Launches a step and waits for it."""
+        return self.launch(scheduled)()
 
     def batch(self, scheduled: Items[Scheduled]) -> StepBatch:
-        return StepBatch.build(scheduled, self.block_size, self._base.device)
+        return StepBatch.build(scheduled, self.block_size, self._upload)
+
+    @torch.inference_mode()
+    def _collect(
+        self, batch: StepBatch, drawn: Callable[[], Drawn], hidden: Tensor | None
+    ) -> list[Outcome]:
+        placed: dict[int, Outcome] = dict(zip(batch.sampled_places, drawn(), strict=True))
+        if hidden is not None:
+            assert self._pooler is not None
+            placed |= self._pooler.pool(hidden, batch.pooled)
+        return [placed[place] for place in range(len(placed))]
 
     def _sampled_logits(self, batch: StepBatch) -> Tensor:
         replayed = None if self._graphs is None else self._graphs.run(batch)

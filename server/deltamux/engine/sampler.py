@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
 import numpy as np
@@ -18,26 +19,40 @@ from torch import Tensor
 from deltamux.engine.logit_edits import edit_logits
 from deltamux.engine.outcome import NonFinite, SampledToken
 from deltamux.engine.sequence import Sequence
-from deltamux.engine.transfer import to_device
+from deltamux.engine.transfer import Download, to_device
 from deltamux.wire.messages import Logprob, Sampling, TokenLogprobs
 
 # Below it, logits divided by the temperature would leave the range of float32.
 _GREEDY_TEMPERATURE = 1e-5
 
 
-def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[SampledToken | NonFinite]:
-    """One token for each row of `logits` [S, V], float32, of the sequence at the same place."""
+Drawn = list[SampledToken | NonFinite]
+
+
+def sample(logits: Tensor, sequences: Rows[Sequence]) -> Callable[[], Drawn]:
+    """One token for each row of `logits` [S, V], float32, of the sequence at the same place.
+
+    Queues all of it; what is returned waits for the tokens.
+    """
     if not sequences:
-        return []
+        return list
     # A sum is NaN or infinite when any of its terms is; it is the cheapest such test.
-    finite = logits.sum(-1).isfinite()
+    sums = logits.sum(-1)
     tokens = _choose(edit_logits(logits, sequences), sequences)
+    # One copy for both, as float32: that tells token ids apart up to 2^24.
+    download = Download([torch.stack((tokens, sums))])
     logprobs = _logprobs(logits, tokens, sequences)
-    token_ids, sound = torch.stack((tokens, finite)).tolist()
-    return [
-        SampledToken(token_id, logprobs.get(row)) if sound[row] else NonFinite()
-        for row, token_id in enumerate(token_ids)
-    ]
+
+    def drawn() -> Drawn:
+        (arrived,) = download.wait()
+        told = logprobs()
+        token_ids, sound = arrived[0].astype(int).tolist(), np.isfinite(arrived[1]).tolist()
+        return [
+            SampledToken(token_id, told.get(row)) if sound[row] else NonFinite()
+            for row, token_id in enumerate(token_ids)
+        ]
+
+    return drawn
 
 
 def uniform(seed: int, choice: int, place: int) -> float:
@@ -129,7 +144,7 @@ def _column(numbers: list[float], like: Tensor) -> Tensor:
 
 def _logprobs(
     logits: Tensor, tokens: Tensor, sequences: Rows[Sequence]
-) -> dict[int, TokenLogprobs]:
+) -> Callable[[], dict[int, TokenLogprobs]]:
     """Of the rows that want them: log-probabilities of the model itself, before any edit."""
     wanted = {
         row: sequence.sampling.logprobs
@@ -137,23 +152,21 @@ def _logprobs(
         if sequence.sampling.logprobs is not None
     }
     if not wanted:
-        return {}
+        return dict
     rows = to_device(np.array(list(wanted)), logits.device)
     table = logits[rows].log_softmax(-1)
     chosen_ids = tokens[rows]
     chosen = table.gather(1, chosen_ids[:, None])[:, 0]
     top = table.topk(min(max(wanted.values()), table.shape[1]))
-    columns = zip(
-        wanted.items(),
-        chosen_ids.tolist(),
-        chosen.tolist(),
-        top.indices.tolist(),
-        top.values.tolist(),
-        strict=True,
-    )
-    return {
-        row: TokenLogprobs(
-            Logprob(token_id, logprob), tuple(map(Logprob, ids[:count], values[:count]))
-        )
-        for (row, count), token_id, logprob, ids, values in columns
-    }
+    download = Download([chosen_ids, chosen, top.indices, top.values])
+
+    def told() -> dict[int, TokenLogprobs]:
+        columns = zip(wanted.items(), *(part.tolist() for part in download.wait()), strict=True)
+        return {
+            row: TokenLogprobs(
+                Logprob(token_id, logprob), tuple(map(Logprob, ids[:count], values[:count]))
+            )
+            for (row, count), token_id, logprob, ids, values in columns
+        }
+
+    return told

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.adapters.task import Call
@@ -44,7 +46,8 @@ class Sequence:
 
     # Of its adapter, as far as they are known.
     traits: Traits = PLAIN
-    blocks: list[int] = field(default_factory=list)
+    # int32, as the device reads them.
+    blocks: array[int] = field(default_factory=lambda: array("i"))
     # Keys of the full blocks, as far as anybody asked for them.
     block_keys: list[bytes] = field(default_factory=list)
     num_computed: int = 0
@@ -78,7 +81,7 @@ class Sequence:
 
     @property
     def num_places(self) -> int:
-        return self.virtual.tokens + len(self.tokens)
+        return self.traits.virtual.tokens + len(self.tokens)
 
     @property
     def num_generated(self) -> int:
@@ -87,11 +90,11 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         """1 while decoding; more during prefill and after preemption."""
-        return self.num_places - self.num_computed
+        return self.traits.virtual.tokens + len(self.tokens) - self.num_computed
 
     def ids(self, first: int, count: int) -> list[int]:
         """What stands in `count` places: token ids, and -1 - j for virtual token j."""
-        own = first - self.virtual.tokens
+        own = first - self.traits.virtual.tokens
         if own >= 0:
             return self.tokens[own : own + count]
         virtual = min(-own, count)
@@ -112,19 +115,16 @@ class Sequence:
             self.adapter_missed = now
 
 
-@dataclass(frozen=True)
-class Scheduled:
-    """A sequence's share of one step: its next `num_tokens` uncomputed tokens.
-
-    `yields` says that these reach the sequence's last token, so that the step brings what the
-    sequence is after: its next token, or what is pooled of its prompt.
-    """
+class Scheduled(NamedTuple):
+    """A sequence's share of one step: its next `num_tokens` uncomputed tokens."""
 
     sequence: Sequence
     num_tokens: int
 
     @property
     def yields(self) -> bool:
+        """Whether these reach the sequence's last token, so that the step brings what the
+        sequence is after: its next token, or what is pooled of its prompt."""
         return self.num_tokens == self.sequence.num_uncomputed
 
     @property

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
 import numpy as np
 from torch import Tensor
 
-from deltamux.engine.outcome import NonFinite, SampledToken
-from deltamux.engine.sampler import sample
+from deltamux.engine.sampler import Drawn, sample
 from deltamux.engine.sequence import Sequence
 from deltamux.engine.transfer import to_device
 
 
-def sample_own(
-    logits: Tensor, sequences: Rows[Sequence], known: int
-) -> list[SampledToken | NonFinite]:
+def sample_own(logits: Tensor, sequences: Rows[Sequence], known: int) -> Callable[[], Drawn]:
     """`sample`, where each row of `logits` [S, W] has the columns of its own vocabulary and no
     other: the first `known` unless its adapter tells.
 
@@ -24,9 +22,14 @@ def sample_own(
     sizes = [sequence.traits.vocab_size or known for sequence in sequences]
     if all(size == logits.shape[1] for size in sizes):
         return sample(logits, sequences)
-    outcomes: dict[int, SampledToken | NonFinite] = {}
+    drawn: list[tuple[list[int], Callable[[], Drawn]]] = []
     for size in sorted(set(sizes)):
         rows = [row for row, own in enumerate(sizes) if own == size]
         part = logits[to_device(np.array(rows), logits.device), :size]
-        outcomes |= zip(rows, sample(part, [sequences[row] for row in rows]), strict=True)
-    return [outcomes[row] for row in range(len(sequences))]
+        drawn.append((rows, sample(part, [sequences[row] for row in rows])))
+
+    def in_order() -> Drawn:
+        outcomes = dict(pair for rows, own in drawn for pair in zip(rows, own(), strict=True))
+        return [outcomes[row] for row in range(len(sequences))]
+
+    return in_order
