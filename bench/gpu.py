@@ -42,14 +42,11 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, default=Path("gpu.md"))
     parser.add_argument("--minutes", type=float, default=8.5, help="after which no step starts")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU")
-    parser.add_argument("--try-one-launch", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.dry_run:
         dry_run()
     elif not torch.cuda.is_available():
         sys.exit("no CUDA device; --dry-run needs none")
-    elif arguments.try_one_launch:
-        arms_against_float64(load(None), one_launch=True)
     else:
         deadline = time.monotonic() + 60 * arguments.minutes
         versions = dict(text.partition("=")[::2] for text in arguments.peer_version)
@@ -63,39 +60,29 @@ def run(
     peers_folder: Path | None, versions: dict[str, str], deadline: float, path: Path
 ) -> dict[str, Any]:
     """Writes to `path` after every step, so that an end by force keeps what was measured."""
-    peers, one_launch = load(peers_folder), one_launch_ends()
+    peers = load(peers_folder)
     result: dict[str, Any] = {
         "conditions": conditions(versions),
         "ops": ops_against_float64(),
-        "arms": arms_against_float64(peers, one_launch=one_launch),
-        "one_launch_ends": one_launch,
+        "arms": arms_against_float64(peers),
     }
     speed = machine()
     result["machine"] = vars(speed)
     result["steps"] = []
-    for row in measure(peers, speed, deadline, one_launch=one_launch):
+    for row in measure(peers, speed, deadline):
         result["steps"].append(row)
         path.write_text(json.dumps(result, indent=2) + "\n")
         print(json.dumps(row), file=sys.stderr, flush=True)
     return result
 
 
-def arms_against_float64(peers: Peers, *, one_launch: bool) -> list[dict[str, Any]]:
+def arms_against_float64(peers: Peers) -> list[dict[str, Any]]:
     step, device = Step("decode", 37, "mixed", (8, 16, 32, 64)), torch.device("cuda")
     return [
         row | {"site": site.name}
         for site in TINY
-        for row in compare_arms(site, step, peers, torch.bfloat16, device, one_launch=one_launch)
+        for row in compare_arms(site, step, peers, torch.bfloat16, device)
     ]
-
-
-def one_launch_ends() -> bool:
-    """Whether programs that wait for each other get to an end here; tried in another process."""
-    command = [sys.executable, __file__, "--try-one-launch"]
-    try:
-        return subprocess.run(command, timeout=120).returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
 
 
 def ops_against_float64() -> str:

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
-from deltamux_kernels import CapturedSegments, Segments, SiteCounters, Slice
+from deltamux_kernels import CapturedSegments, Segments, Slice
 from deltamux_kernels.expand import expand_triton
-from deltamux_kernels.low_rank_site import low_rank_site_triton
+from deltamux_kernels.expand_slices import expand_slices_triton
 from deltamux_kernels.shrink import SPLIT_ROWS, shrink_triton
 from gpu.shapes import Step
 from gpu.weights import SiteWeights
@@ -65,31 +65,26 @@ class Deltamux(Nothing):
                 store.extend(store.most_rows(range(slots)))
             captured.fill(self._segments)
             self._segments = captured
-        self._counters = SiteCounters(tiles, device) if form == "one launch" else None
         self._products: dict[int, torch.Tensor] = {}
 
     def before(self, site: int, x: torch.Tensor) -> None:
-        if self.form == "apart":
-            self._products[site] = shrink_triton(
-                x, self._sites[site].a, self._segments, self._split_rows
-            )
+        self._products[site] = shrink_triton(
+            x, self._sites[site].a, self._segments, self._split_rows
+        )
 
     def after(self, site: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        weights = self._sites[site]
+        weights, h = self._sites[site], self._products.pop(site)
         slices = [
             Slice(part, b, columns)
             for part, b, columns in zip(
                 y.split(weights.shape.outputs, 1), weights.bs, weights.columns, strict=True
             )
         ]
-        if self.form == "apart":
-            h = self._products.pop(site)
+        if self.form == "site":
+            expand_slices_triton(slices, h, self._segments)
+        else:
             for part in slices:
                 expand_triton(part.y, h, part.b, part.columns, self._segments)
-        else:
-            low_rank_site_triton(
-                slices, x, weights.a, self._segments, self._counters, self._split_rows
-            )
 
 
 class CublasLoop(Nothing):
@@ -127,7 +122,7 @@ class GroupedMM(Nothing):
 Arms = dict[str, Callable[[], Arm]]
 
 
-def own_arms(sites: Sequence[SiteWeights], step: Step, *, one_launch: bool) -> Arms:
+def own_arms(sites: Sequence[SiteWeights], step: Step) -> Arms:
     """deltamux in its forms, and what torch has; the base alone comes first."""
 
     def deltamux(form: str, **options: Any) -> Callable[[], Arm]:
@@ -136,13 +131,13 @@ def own_arms(sites: Sequence[SiteWeights], step: Step, *, one_launch: bool) -> A
     arms: Arms = {
         "base alone": Nothing,
         "deltamux, apart": deltamux("apart"),
-        "deltamux, apart, beside the base": deltamux("apart", beside=True),
         "deltamux, site": deltamux("site"),
-        "deltamux, site, K not split": deltamux("site", split_rows=0),
         "deltamux, site, graph for any mix": deltamux("site", capacity=True),
     }
-    if one_launch and step.phase == "decode":
-        arms["deltamux, one launch"] = deltamux("one launch")
+    if step.phase == "decode":
+        arms["deltamux, site, beside the base"] = deltamux("site", beside=True)
+    else:
+        arms["deltamux, site, K not split"] = deltamux("site", split_rows=0)
     # A graph of more products than this takes longer to capture than to tell.
     if len(step.ranks) <= 32:
         arms["cuBLAS loop"] = lambda: CublasLoop(sites, step)

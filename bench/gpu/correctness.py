@@ -19,8 +19,6 @@ def compare_arms(
     peers: Peers,
     dtype: torch.dtype,
     device: torch.device,
-    *,
-    one_launch: bool,
 ) -> list[dict[str, Any]]:
     """One row an arm: its largest error in roundings of what was summed, and whether a repeat and
     a row alone in its batch give the same bits."""
@@ -29,7 +27,7 @@ def compare_arms(
     x = torch.randn(step.rows, site.width).to(dtype).to(device)
     before = torch.randn(step.rows, sum(site.outputs)).to(dtype).to(device)
     expected, summed = _formula(weights, step, x, before)
-    arms = own_arms([weights], step, one_launch=one_launch) | peer_arms(peers, [weights], step)
+    arms = own_arms([weights], step) | peer_arms(peers, [weights], step)
     rows: list[dict[str, Any]] = []
     for name, make in list(arms.items())[1:]:
         try:

@@ -20,9 +20,7 @@ from gpu.weights import Pool, of_pool
 REPLAY_SECONDS = 0.6
 
 
-def measure(
-    peers: Peers, machine: Machine, deadline: float, *, one_launch: bool
-) -> Iterator[dict[str, Any]]:
+def measure(peers: Peers, machine: Machine, deadline: float) -> Iterator[dict[str, Any]]:
     """One result a step, until `deadline` (time.monotonic)."""
     device = torch.device("cuda")
     bases = [
@@ -38,7 +36,7 @@ def measure(
         if time.monotonic() > deadline:
             yield {"step": step.name, "not_reached": True}
             continue
-        yield _measure(step, peers, machine, bases, pool, one_launch)
+        yield _measure(step, peers, machine, bases, pool)
         torch.cuda.empty_cache()
 
 
@@ -48,13 +46,12 @@ def _measure(
     machine: Machine,
     bases: list[torch.Tensor],
     pool: Pool,
-    one_launch: bool,
 ) -> dict[str, Any]:
     sites = [
         of_pool(site, step, base, pool) for site, base in zip(LLAMA * LAYERS, bases, strict=True)
     ]
     layers, captured, failed = Layers(sites, step.rows), {}, {}
-    arms = own_arms(sites, step, one_launch=one_launch) | peer_arms(peers, sites, step)
+    arms = own_arms(sites, step) | peer_arms(peers, sites, step)
     for name, make in arms.items():
         try:
             captured[name] = capture(layers, make())

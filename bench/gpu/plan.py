@@ -15,13 +15,13 @@ from deltamux_kernels.shrink import BLOCK_J, CHUNK, SPLIT_ROWS
 from gpu.shapes import SiteShape, Step
 
 FLOAT32 = 4
-# How the layers of a site are called: each by itself, all at once, or all in one launch.
-FORMS = ("apart", "site", "one launch")
+# How the layers of a site are expanded: each by itself, or all at once.
+FORMS = ("apart", "site")
 
 
 def launches(form: str, site: SiteShape) -> int:
     """Of one site."""
-    return {"apart": 1 + len(site.outputs), "site": 2, "one launch": 1}[form]
+    return {"apart": 1 + len(site.outputs), "site": 2}[form]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Traffic:
 
 def traffic(site: SiteShape, step: Step, item: int = 2) -> Traffic:
     """Of one site whose slices all have the step's ranks; `item` bytes an element."""
-    planes = _blocks(site.width, CHUNK) if step.rows <= SPLIT_ROWS else 1
+    chunks = _blocks(site.width, CHUNK)
+    planes = chunks if chunks > 1 and step.rows <= SPLIT_ROWS else 0
     total = Traffic()
     for (_, start, end), rank in zip(step.spans, step.ranks, strict=True):
         for first in range(start, end, TILE_ROWS):
@@ -54,9 +55,13 @@ def _tile(site: SiteShape, rows: int, rank: int, planes: int, item: int) -> Traf
     return Traffic(
         a=stacked * site.width * item,
         x=_blocks(stacked, BLOCK_J) * rows * site.width * item,
-        h_written=planes * rows * stacked * FLOAT32,
+        # The product, and before it what each chunk of K adds to it.
+        h_written=(1 + planes) * rows * stacked * FLOAT32,
         b=rank * outputs * item,
-        h_read=sum(_blocks(n, BLOCK_N) for n in site.outputs) * planes * rows * rank * FLOAT32,
+        h_read=(
+            planes * rows * stacked + sum(_blocks(n, BLOCK_N) for n in site.outputs) * rows * rank
+        )
+        * FLOAT32,
         y=rows * outputs * item,
     )
 

@@ -7,9 +7,9 @@ from deltamux_kernels.captured_attention import CapturedAttention
 from deltamux_kernels.captured_segments import CapturedSegments
 from deltamux_kernels.embedding_shrink import embedding_shrink
 from deltamux_kernels.expand import Columns, expand
+from deltamux_kernels.expand_slices import Slice, expand_slices
 from deltamux_kernels.gated_silu import gated_silu
 from deltamux_kernels.grouped_dense import dense_delta, grouped_dense
-from deltamux_kernels.low_rank_site import SiteCounters, Slice, low_rank_site
 from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
 from deltamux_kernels.paged_attention import paged_attention
 from deltamux_kernels.pair_rotate import PairFactors, pair_rotate
@@ -35,7 +35,6 @@ __all__ = [
     "Segments",
     "Shrunk",
     "SignMatrices",
-    "SiteCounters",
     "Slice",
     "SparseMatrices",
     "TokenTable",
@@ -44,9 +43,9 @@ __all__ = [
     "dense_delta",
     "embedding_shrink",
     "expand",
+    "expand_slices",
     "gated_silu",
     "grouped_dense",
-    "low_rank_site",
     "paged_attention",
     "pair_rotate",
     "rms_norm",

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 try:
     import triton
     import triton.language as tl
@@ -18,4 +20,16 @@ except ImportError:
 
     triton = tl = _NoTriton()
 
-__all__ = ["tl", "triton"]
+
+def overlap(x: torch.Tensor) -> dict[str, bool]:
+    """Launch options of a kernel that starts while the one before it ends.
+
+    From sm_90 on. The kernel says when the next may start, and waits before it reads what the one
+    before has written.
+    """
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
+
+
+__all__ = ["overlap", "tl", "triton"]

@@ -12,7 +12,7 @@ from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.products import NativeProducts
 from deltamux_kernels.segments import TILE_ROWS, Segments
-from deltamux_kernels.shrink import Shrunk, new_planes
+from deltamux_kernels.shrink import Shrunk, new_products
 
 BLOCK_J = 32
 
@@ -86,7 +86,7 @@ def activate_triton(h: torch.Tensor, activations: Activations, segments: Segment
     """`activate` in one launch: a program per (tile of rows, block of columns)."""
     packed = activations.packed
     most = segments.most_rows(packed)
-    a = new_planes(h[0], 1, most)
+    a = new_products(h, most)
     if not most:
         return a
     _activate_kernel[(segments.tiles.shape[0], -(-most // BLOCK_J))](
@@ -96,10 +96,8 @@ def activate_triton(h: torch.Tensor, activations: Activations, segments: Segment
         packed.offsets,
         packed.rows,
         segments.tiles,
-        h.shape[0],
         h.stride(0),
-        h.stride(1),
-        a.stride(1),
+        a.stride(0),
         BLOCK_T=TILE_ROWS,
         BLOCK_J=BLOCK_J,
         num_warps=4,
@@ -117,8 +115,6 @@ def _activate_kernel(
     offsets,
     rows,
     tiles,
-    planes,
-    h_plane,
     h_row,
     a_row,
     BLOCK_T: tl.constexpr,
@@ -138,12 +134,7 @@ def _activate_kernel(
     bias = tl.load(column + j, mask=live_j, other=0.0).to(tl.float32)
     function = tl.load(column + width).to(tl.int32)
     live = live_i[:, None] & live_j[None, :]
-    summands = h + t[:, None] * h_row + j[None, :]
-    x = tl.load(summands, mask=live, other=0.0)
-    for _ in range(1, planes):
-        summands += h_plane
-        x += tl.load(summands, mask=live, other=0.0)
-    x += bias[None, :]
+    x = tl.load(h + t[:, None] * h_row + j[None, :], mask=live, other=0.0) + bias[None, :]
     if function == 1:
         x = tl.maximum(x, 0.0)
     elif function == 2:

@@ -22,6 +22,7 @@ class CapturedSegments(Segments):
         self._table = CapturedTable(capacity, (slots, 0, 0), device)
         # What a step works out, a graph knows from the start.
         vars(self).update(device=device, tiles=self._table.tensor, slots=frozenset({slots}))
+        _ = self.counters
 
     @staticmethod
     def capacity_for(rows: int, slots: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import TILE_ROWS, Segments
-from deltamux_kernels.shrink import Shrunk, new_planes
+from deltamux_kernels.shrink import Shrunk, new_products
 
 BLOCK_J = 16
 
@@ -46,7 +46,7 @@ def embedding_shrink_triton(
 ) -> torch.Tensor:
     """`embedding_shrink` in one launch: a program per (tile of rows, block of ranks)."""
     most = segments.most_rows(a)
-    h = new_planes(ids, 1, most)
+    h = new_products(ids, most)
     if not most:
         return h
     _embedding_shrink_kernel[(segments.tiles.shape[0], -(-most // BLOCK_J))](
@@ -57,7 +57,7 @@ def embedding_shrink_triton(
         a.rows,
         segments.tiles,
         a.width,
-        h.stride(1),
+        h.stride(0),
         BLOCK_T=TILE_ROWS,
         BLOCK_J=BLOCK_J,
         num_warps=4,

@@ -6,7 +6,7 @@ from typing import no_type_check
 
 import torch
 
-from deltamux_kernels._triton import tl, triton
+from deltamux_kernels._triton import overlap, tl, triton
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.products import NativeProducts
 from deltamux_kernels.segments import TILE_ROWS, Segments
@@ -27,7 +27,8 @@ class Columns:
 
     def __init__(self, slots: int, device: torch.device) -> None:
         self.first = [0] * slots
-        self.table = torch.zeros(slots, dtype=torch.int32, device=device)
+        # Tiles of nobody name the slot after the last.
+        self.table = torch.zeros(slots + 1, dtype=torch.int32, device=device)
 
     def set(self, slot: int, column: int) -> None:
         self.first[slot] = column
@@ -97,17 +98,16 @@ def expand_triton(
         columns.table,
         segments.tiles,
         b.width,
-        h.shape[0],
         y.stride(0),
         y.stride(1),
         h.stride(0),
-        h.stride(1),
         BLOCK_T=TILE_ROWS,
         BLOCK_J=BLOCK_J,
         BLOCK_N=BLOCK_N,
         num_warps=4,
         enable_fp_fusion=True,
-        num_stages=2,
+        num_stages=1,
+        **overlap(y),
     )
 
 
@@ -122,42 +122,40 @@ def _expand_kernel(
     columns,
     tiles,
     width,
-    planes,
     y_row,
     y_column,
-    h_plane,
     h_row,
     BLOCK_T: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     tile, block = tl.program_id(0), tl.program_id(1)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     slot = tl.load(tiles + tile * 3)
     start = tl.load(tiles + tile * 3 + 1)
     count = tl.load(tiles + tile * 3 + 2)
     rank = tl.load(ranks + slot)
-    if rank == 0:
-        return
+    offset = tl.load(offsets + slot)
+    column = tl.load(columns + slot)
     expand_tile(
         y,
         h,
-        arena + tl.multiple_of(tl.load(offsets + slot), 64),
+        arena + tl.multiple_of(offset, 64),
         start,
         count,
         rank,
-        tl.load(columns + slot),
+        column,
         block,
-        None,
-        0,
         width,
-        planes,
         y_row,
         y_column,
-        h_plane,
         h_row,
         BLOCK_T,
         BLOCK_J,
         BLOCK_N,
+        OVERLAP,
     )
 
 
@@ -172,56 +170,37 @@ def expand_tile(
     rank,
     column,
     block,
-    arrived,
-    needed,
     width,
-    planes,
     y_row,
     y_column,
-    h_plane,
     h_row,
     BLOCK_T: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One block of N of one tile of rows.
-
-    With `arrived`, the planes are read once that counter shows `needed`; the first rows of B are
-    under way by then.
-    """
+    """One block of N of one tile of rows. The first rows of B are under way while h is computed."""
+    # A slot without a matrix has no row to add to.
+    count = tl.where(rank > 0, count, 0)
     i, n = tl.arange(0, BLOCK_T), block * BLOCK_N + tl.arange(0, BLOCK_N)
     live_i, live_n = (i < count)[:, None], (n < width)[None, :]
     t = (start + i).to(tl.int64)[:, None]
     j = tl.arange(0, BLOCK_J)
-    summands = h + t * h_row + (column + j)[None, :]
-    weights = matrix + j[:, None].to(tl.int64) * width + n[None, :]
-    delta = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    first = 0
-    if arrived is not None:
-        b = tl.load(weights, mask=(j < rank)[:, None] & live_n, other=0.0)
-        while tl.atomic_add(arrived, 0, sem="acquire", scope="gpu") < needed:
-            pass
-        v = _sum_of_planes(summands, live_i & (j < rank)[None, :], planes, h_plane)
-        delta = tl.dot(v.to(b.dtype), b, delta, input_precision="ieee")
-        first = BLOCK_J
-    for j0 in range(first, rank, BLOCK_J):
+    rows_h = h + t * h_row + (column + j)[None, :]
+    rows_b = matrix + j[:, None].to(tl.int64) * width + n[None, :]
+    b = tl.load(rows_b, mask=(j < rank)[:, None] & live_n, other=0.0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    v = tl.load(rows_h, mask=live_i & (j < rank)[None, :], other=0.0)
+    target = y + t * y_row + n[None, :] * y_column
+    before = tl.load(target, mask=live_i & live_n, other=0.0)
+    delta = tl.dot(v.to(b.dtype), b, input_precision="ieee")
+    for j0 in range(BLOCK_J, rank, BLOCK_J):
         live_j = j0 + j < rank
         b = tl.load(
-            weights + tl.cast(j0, tl.int64) * width, mask=live_j[:, None] & live_n, other=0.0
+            rows_b + tl.cast(j0, tl.int64) * width, mask=live_j[:, None] & live_n, other=0.0
         )
-        v = _sum_of_planes(summands + j0, live_i & live_j[None, :], planes, h_plane)
+        v = tl.load(rows_h + j0, mask=live_i & live_j[None, :], other=0.0)
         delta = tl.dot(v.to(b.dtype), b, delta, input_precision="ieee")
-    target = y + t * y_row + n[None, :] * y_column
-    before = tl.load(target, mask=live_i & live_n, other=0.0).to(tl.float32)
-    tl.store(target, (before + delta).to(y.dtype.element_ty), mask=live_i & live_n)
-
-
-@triton.jit
-@no_type_check
-def _sum_of_planes(summands, live, planes, h_plane):
-    """In their order. Past the first-level cache: other programs of the launch may have stored."""
-    total = tl.load(summands, mask=live, other=0.0, cache_modifier=".cg")
-    for _ in range(1, planes):
-        summands += h_plane
-        total += tl.load(summands, mask=live, other=0.0, cache_modifier=".cg")
-    return total
+    delta += before.to(tl.float32)
+    tl.store(target, delta.to(y.dtype.element_ty), mask=live_i & live_n)

@@ -18,6 +18,8 @@ Span: TypeAlias = tuple[int, int, int]
 # Rows of one matrix instruction. The tile never depends on the batch, so neither does the
 # instruction that computes a row, and a row's result is the same beside any neighbours.
 TILE_ROWS = 16
+# Blocks of 16 columns that programs of one tile can wait for each other at.
+COUNTERS_A_TILE = 64
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,13 @@ class Segments:
     def tiles(self) -> torch.Tensor:
         """`tile_list` on the device: int32 [tiles, 3]."""
         return device_table(self.tile_list, columns=3, device=self.device)
+
+    @cached_property
+    def counters(self) -> torch.Tensor:
+        """int32 [tiles * COUNTERS_A_TILE], zero before and after every launch that counts in it."""
+        return torch.zeros(
+            self.tiles.shape[0] * COUNTERS_A_TILE, dtype=torch.int32, device=self.device
+        )
 
     @cached_property
     def tile_list(self) -> list[tuple[int, int, int]]:
@@ -131,5 +140,5 @@ def _build(spans: tuple[Span, ...], device: torch.device) -> Segments:
         end_of_previous = end
     segments = Segments(tuple(merged), device)
     if device.type == "cuda" and merged:
-        _ = segments.tiles  # copied now: a captured graph must not copy inside
+        _ = segments.tiles, segments.counters  # now: a captured graph must not make them inside
     return segments

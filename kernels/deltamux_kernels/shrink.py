@@ -7,23 +7,22 @@ from typing import TypeAlias, no_type_check
 import torch
 
 from deltamux_kernels import native
-from deltamux_kernels._triton import tl, triton
+from deltamux_kernels._triton import overlap, tl, triton
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.products import Layout, NativeProducts
-from deltamux_kernels.segments import TILE_ROWS, Segments
+from deltamux_kernels.segments import COUNTERS_A_TILE, TILE_ROWS, Segments
 
 # What `shrink` hands to `expand`, opaque in between. From the torch form one [rows, rank] per span
-# (None where the slot has no matrix); from the Triton form float32 planes [planes, T, R], to be
-# summed in order, in which only the columns of a row's own rank are ever written or read.
+# (None where the slot has no matrix); from the Triton form float32 [T, R], in which only the
+# columns of a row's own rank are ever written or read.
 Shrunk: TypeAlias = "list[torch.Tensor | None] | NativeProducts | torch.Tensor"
 
 # Elements of K that are summed before anything else is added. It is the same for every shape, so
 # a row's sum is the same in every batch, however its chunks are spread over programs.
 CHUNK = 512
-# Up to this many rows each chunk has a program and a plane of its own, since a small batch has too
-# few tiles to fill a GPU. A larger batch sums its chunks in one program, in the same order. Not
-# measured yet: the bits are the same whatever it is.
-SPLIT_ROWS = 256
+# Up to this many rows each chunk has a program of its own, since a small batch has too few tiles to
+# fill a GPU. A larger batch sums its chunks in one program, in the same order: to the bit the same.
+SPLIT_ROWS = 2048
 BLOCK_K = 128
 # The least width of the matrix instruction's tile, here of ranks.
 BLOCK_J = 16
@@ -72,39 +71,43 @@ def shrink_triton(
 ) -> torch.Tensor:
     """`shrink` in one launch: a program per (tile of rows, block of ranks, chunk of K)."""
     most = segments.most_rows(a)
-    chunks = -(-a.width // CHUNK)
-    split = x.shape[0] <= split_rows
-    h = new_planes(x, chunks if split else 1, most)
+    h = new_products(x, most)
     if not most:
         return h
     x = x if x.stride(1) == 1 else x.contiguous()
-    _shrink_kernel[(segments.tiles.shape[0], -(-most // BLOCK_J), h.shape[0])](
+    chunks, blocks = -(-a.width // CHUNK), -(-most // BLOCK_J)
+    split = chunks > 1 and x.shape[0] <= split_rows and blocks <= COUNTERS_A_TILE
+    _shrink_kernel[(segments.tiles.shape[0], blocks, chunks if split else 1)](
         x,
         h,
+        h.new_empty(chunks, *h.shape) if split else None,
+        segments.counters if split else None,
         a.arena,
         a.offsets,
         a.rows,
         segments.tiles,
         a.width,
-        1 if split else chunks,
         x.stride(0),
         h.stride(0),
-        h.stride(1),
+        h.numel(),
+        CHUNKS=chunks,
         CHUNK=CHUNK,
+        COUNTERS_A_TILE=COUNTERS_A_TILE,
         BLOCK_T=TILE_ROWS,
         BLOCK_J=BLOCK_J,
         BLOCK_K=BLOCK_K,
-        num_warps=4,
+        num_warps=2,
         enable_fp_fusion=True,
         num_stages=3,
+        **overlap(x),
     )
     return h
 
 
-def new_planes(like: torch.Tensor, planes: int, columns: int) -> torch.Tensor:
-    """Scratch [planes, T, columns] in float32, not cleared, its rows 64 bytes apart or more."""
+def new_products(like: torch.Tensor, columns: int) -> torch.Tensor:
+    """[T, columns] in float32, not cleared, its rows 64 bytes apart or more."""
     columns = -(-columns // 16) * 16
-    return like.new_empty((planes, like.shape[0], columns), dtype=torch.float32)
+    return like.new_empty((like.shape[0], columns), dtype=torch.float32)
 
 
 @triton.jit
@@ -112,87 +115,84 @@ def new_planes(like: torch.Tensor, planes: int, columns: int) -> torch.Tensor:
 def _shrink_kernel(
     x,
     h,
+    planes,
+    counters,
     arena,
     offsets,
     rows,
     tiles,
     width,
-    chunks,
     x_row,
-    h_plane,
     h_row,
+    plane,
+    CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    COUNTERS_A_TILE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    tile, block, plane = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """With `planes` [CHUNKS, T, R], a program has one chunk; the last one of a block to be done
+    sums them all, and puts the block's counter back to zero.
+    """
+    tile, block, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     slot = tl.load(tiles + tile * 3)
     start = tl.load(tiles + tile * 3 + 1)
     count = tl.load(tiles + tile * 3 + 2)
     rank = tl.load(rows + slot)
+    matrix = arena + tl.multiple_of(tl.load(offsets + slot), 64)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     if block * BLOCK_J >= rank:
         return
-    shrink_tile(
-        x,
-        h + plane.to(tl.int64) * h_plane,
-        arena + tl.multiple_of(tl.load(offsets + slot), 64),
-        start,
-        count,
-        rank,
-        block,
-        plane * chunks,
-        chunks,
-        width,
-        x_row,
-        h_row,
-        CHUNK,
-        BLOCK_T,
-        BLOCK_J,
-        BLOCK_K,
-    )
+    i, j = tl.arange(0, BLOCK_T), block * BLOCK_J + tl.arange(0, BLOCK_J)
+    live_i, live_j = i < count, j < rank
+    t = (start + i).to(tl.int64)
+    live = live_i[:, None] & live_j[None, :]
+    place = t[:, None] * h_row + j[None, :]
+    rows_x = x + t[:, None] * x_row
+    rows_a = matrix + j[None, :].to(tl.int64) * width
+    if planes is None:
+        total = tl.zeros((BLOCK_T, BLOCK_J), dtype=tl.float32)
+        for each in range(CHUNKS):
+            total += _product(rows_x, rows_a, live_i, live_j, each, width, CHUNK, BLOCK_K)
+    else:
+        total = _product(rows_x, rows_a, live_i, live_j, chunk, width, CHUNK, BLOCK_K)
+        tl.store(planes + chunk.to(tl.int64) * plane + place, total, mask=live)
+        # All threads have stored before the one that counts says so.
+        tl.debug_barrier()
+        counter = counters + tile * COUNTERS_A_TILE + block
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") < CHUNKS - 1:
+            return
+        tl.store(counter, 0)
+        total = tl.zeros((BLOCK_T, BLOCK_J), dtype=tl.float32)
+        for each in tl.static_range(CHUNKS):
+            # Past the first-level cache: other programs have stored.
+            total += tl.load(planes + each * plane + place, mask=live, cache_modifier=".cg")
+    tl.store(h + place, total, mask=live)
 
 
 @triton.jit
 @no_type_check
-def shrink_tile(
+def _product(
     x,
-    h,
-    matrix,
-    start,
-    count,
-    rank,
-    block,
-    first_chunk,
-    chunks,
+    a,
+    live_i,
+    live_j,
+    chunk,
     width,
-    x_row,
-    h_row,
     CHUNK: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One block of ranks of one tile of rows, summed over `chunks` chunks of K into a plane `h`."""
-    i, j = tl.arange(0, BLOCK_T), block * BLOCK_J + tl.arange(0, BLOCK_J)
-    live_i, live_j = i < count, j < rank
-    t = (start + i).to(tl.int64)
-    total = tl.zeros((BLOCK_T, BLOCK_J), dtype=tl.float32)
-    for chunk in range(first_chunk, first_chunk + chunks):
-        products = tl.zeros((BLOCK_T, BLOCK_J), dtype=tl.float32)
-        for k0 in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, width), BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            live_k = k < width
-            xs = tl.load(
-                x + t[:, None] * x_row + k[None, :],
-                mask=live_i[:, None] & live_k[None, :],
-                other=0.0,
-            )
-            a = tl.load(
-                matrix + j[None, :].to(tl.int64) * width + k[:, None],
-                mask=live_j[None, :] & live_k[:, None],
-                other=0.0,
-            )
-            products = tl.dot(xs, a.to(xs.dtype), products, input_precision="ieee")
-        total += products
-    tl.store(h + t[:, None] * h_row + j[None, :], total, mask=live_i[:, None] & live_j[None, :])
+    """One block of ranks of one tile of rows over one chunk of K."""
+    product = tl.zeros((live_i.shape[0], live_j.shape[0]), dtype=tl.float32)
+    for k0 in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, width), BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        live_k = k < width
+        xs = tl.load(x + k[None, :], mask=live_i[:, None] & live_k[None, :], other=0.0)
+        matrix = tl.load(a + k[:, None], mask=live_j[None, :] & live_k[:, None], other=0.0)
+        product = tl.dot(xs, matrix.to(xs.dtype), product, input_precision="ieee")
+    return product

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -35,9 +36,9 @@ from deltamux_kernels.activate import Activations, activate_triton
 from deltamux_kernels.block_rotate import block_rotate_triton
 from deltamux_kernels.embedding_shrink import embedding_shrink_triton
 from deltamux_kernels.expand import expand_triton
+from deltamux_kernels.expand_slices import Slice, expand_slices_triton
 from deltamux_kernels.gated_silu import gated_silu_triton
 from deltamux_kernels.grouped_dense import dense_delta_triton, grouped_dense_triton
-from deltamux_kernels.low_rank_site import SiteCounters, Slice, low_rank_site_triton
 from deltamux_kernels.paged_attention_triton import paged_attention_triton
 from deltamux_kernels.pair_rotate import pair_rotate_triton
 from deltamux_kernels.rms_norm import rms_norm_triton
@@ -117,6 +118,19 @@ def _of_assembly(assembly: str) -> tuple[int, int]:
     return int(counts["vgpr_count"]), int(counts["private_segment_fixed_size"])
 
 
+@contextlib.contextmanager
+def overlapping() -> Iterator[None]:
+    """Launches overlap, as on a GPU of sm_90 and on."""
+    options = {"OVERLAP": True, "launch_pdl": True}
+    with contextlib.ExitStack() as stack:
+        for name in ("shrink", "expand", "expand_slices"):
+            module = f"deltamux_kernels.{name}"
+            stack.enter_context(
+                mock.patch.object(sys.modules[module], "overlap", lambda _: options)
+            )
+        yield
+
+
 def low_rank(dtype: torch.dtype, rows: int) -> None:
     """Each op on packed matrices, in a step of `rows` rows."""
     arena = torch.zeros(64 * WIDTH, dtype=dtype)
@@ -132,9 +146,7 @@ def low_rank(dtype: torch.dtype, rows: int) -> None:
     activations.packed.write(0, 0, torch.zeros(17, 1))
     activate_triton(h, activations, segments)
     slices = [Slice(x, packed, Columns(2, CPU))] * 3
-    for counters in (None, SiteCounters(segments.tiles.shape[0], CPU)):
-        for several in (slices, slices[:1]):
-            low_rank_site_triton(several, x, packed, segments, counters)
+    expand_slices_triton(slices, h, segments)
     embedding_shrink_triton(torch.zeros(rows, dtype=torch.int64), packed, segments)
     row_affine_triton(x, x[0], scale, segments)
     row_affine_triton(x, None, scale, segments)
@@ -203,6 +215,9 @@ def compile_all(target: str, number: int) -> None:
     with launches_compile(found):
         for rows in (16, 512):
             low_rank(dtype, rows)
+        if architecture in ("sm_90", "sm_100"):
+            with overlapping():
+                low_rank(dtype, 16)
         for dim, scoring in ((64, everything), (128, plain), (256, plain)):
             for queries in (1, 64):
                 attention(dtype, dim, queries, scoring)

@@ -33,10 +33,10 @@ by_the_compiler_of_the_limits = pytest.mark.skipif(
 )
 
 LIMITS = {
-    "shrink_kernel": Limit(72, 16_384),
+    "shrink_kernel": Limit(80, 16_384),
     "expand_kernel": Limit(72, 5_120),
-    "activate_kernel": Limit(56, 0),
-    "low_rank_site_kernel": Limit(80, 16_384),
+    "activate_kernel": Limit(32, 0),
+    "expand_slices_kernel": Limit(72, 5_120),
     "embedding_shrink_kernel": Limit(16, 0),
     "row_affine_kernel": Limit(40, 512),
     "sparse_delta_kernel": Limit(96, 8),

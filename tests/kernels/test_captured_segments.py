@@ -20,8 +20,8 @@ from deltamux_kernels.activate import Activations, activate_triton
 from deltamux_kernels.block_rotate import block_rotate_triton
 from deltamux_kernels.embedding_shrink import embedding_shrink_triton
 from deltamux_kernels.expand import expand_triton
+from deltamux_kernels.expand_slices import expand_slices_triton
 from deltamux_kernels.grouped_dense import dense_delta_triton, grouped_dense_triton
-from deltamux_kernels.low_rank_site import SiteCounters, low_rank_site_triton
 from deltamux_kernels.packed import as_elements
 from deltamux_kernels.pair_rotate import PairFactors, distance_elements, pair_rotate_triton
 from deltamux_kernels.row_affine import row_affine_triton
@@ -36,7 +36,7 @@ EVERY_KERNEL = {
     "expand_kernel",
     "activate_kernel",
     "embedding_shrink_kernel",
-    "low_rank_site_kernel",
+    "expand_slices_kernel",
     "sparse_delta_kernel",
     "sign_delta_kernel",
     "grouped_dense_kernel",
@@ -75,7 +75,6 @@ class Site:
         self.dense = self.stored({2: WIDTH, 4: WIDTH})
         self.blocks = self.stored({1: 8, 3: 4})
         self.columns = Columns(SLOTS, device)
-        self.counters = SiteCounters(CapturedSegments.capacity_for(ROWS, SLOTS), device)
         self.activations = Activations(self.arena, SLOTS)
         for slot, rank in RANKS.items():
             column = Activations.column(self.normal(rank), "relu")
@@ -141,8 +140,7 @@ class Site:
         expand_triton(y, a, self.up, self.columns, segments)
         embedded = embedding_shrink_triton(self.ids, self.a, segments)
         expand_triton(y, embedded, self.b, self.columns, segments)
-        part = Slice(y, self.b, self.columns)
-        low_rank_site_triton([part], x, self.a, segments, self.counters)
+        expand_slices_triton([Slice(y, self.b, self.columns)], h, segments)
         sparse_delta_triton(y, x, self.sparse, segments)
         sign_delta_triton(y, x, self.signs, segments)
         dense_delta_triton(y, x, self.dense, segments)
@@ -219,8 +217,10 @@ def test_programs_of_no_tile_read_their_tile_and_leave(
     with traced() as launches:
         site.act(captured)
     for launch in launches:
-        assert set(launch.read) <= {"tiles", *HAS_A_MATRIX}
-        assert set(launch.written) <= {"counters"}
+        assert set(launch.read) <= {"tiles", "offsets", "columns", "slices", *HAS_A_MATRIX}
+        # A tuple of tables and an output: no more than an integer or two of each table.
+        assert launch.read["slices"] <= 16 * len(captured.tiles)
+        assert not launch.written
 
 
 @pytest.mark.parametrize("form", ["triton"], indirect=True)

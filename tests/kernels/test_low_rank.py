@@ -13,12 +13,11 @@ from deltamux_kernels import (
     Columns,
     PackedMatrices,
     Segments,
-    SiteCounters,
     Slice,
     native,
 )
 from deltamux_kernels.expand import expand, expand_torch
-from deltamux_kernels.low_rank_site import low_rank_site_cpu, low_rank_site_triton
+from deltamux_kernels.expand_slices import expand_slices
 from deltamux_kernels.shrink import (
     SPLIT_ROWS,
     Shrunk,
@@ -31,7 +30,6 @@ Pack = Callable[[list[torch.Tensor | None], int], PackedMatrices]
 PackInOne = Callable[..., list[PackedMatrices]]
 # The package's own name `shrink` is the function.
 shrink_module = importlib.import_module("deltamux_kernels.shrink")
-site_module = importlib.import_module("deltamux_kernels.low_rank_site")
 RANKS = (1, 2, 3, 4, 7, 8, 16, 17, 24, 40)
 
 
@@ -126,32 +124,24 @@ def run(
 ) -> list[torch.Tensor]:
     """One shrink, then an expand for each slice."""
     a, slices = packed(case, pack_in_one)
-    h: Shrunk
-    match form:
-        case "torch":
-            h = shrink_torch(case.x, a, case.segments)
-        case "native":
-            h = shrink_native(case.x, a, case.segments)
-        case _:
-            h = shrink_triton(case.x, a, case.segments, split_rows)
+    h = shrunk(case, form, a, split_rows)
     for y, b, columns in slices:
         expand(y, h, b, columns, case.segments)
     return [part.y for part in slices]
 
 
-def run_site(
-    case: Case,
-    form: str,
-    pack_in_one: PackInOne,
-    counters: SiteCounters | None,
-    split_rows: int = SPLIT_ROWS,
-) -> list[torch.Tensor]:
-    """The site in two launches, or with `counters` in one."""
+def shrunk(case: Case, form: str, a: PackedMatrices, split_rows: int = SPLIT_ROWS) -> Shrunk:
+    if form == "torch":
+        return shrink_torch(case.x, a, case.segments)
+    if form == "native":
+        return shrink_native(case.x, a, case.segments)
+    return shrink_triton(case.x, a, case.segments, split_rows)
+
+
+def run_site(case: Case, form: str, pack_in_one: PackInOne) -> list[torch.Tensor]:
+    """One shrink, then all expands at once."""
     a, slices = packed(case, pack_in_one)
-    if form == "triton":
-        low_rank_site_triton(slices, case.x, a, case.segments, counters, split_rows)
-    else:
-        low_rank_site_cpu(slices, case.x, a, case.segments)
+    expand_slices(slices, shrunk(case, form, a), case.segments)
     return [part.y for part in slices]
 
 
@@ -177,9 +167,8 @@ def check(case: Case, ys: list[torch.Tensor], dtype: torch.dtype) -> None:
 @pytest.fixture
 def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bridge between shrink and expand starts as NaN: nothing unwritten may be read."""
-    new = shrink_module.new_planes
-    for module in (shrink_module, site_module):
-        monkeypatch.setattr(module, "new_planes", lambda *args: new(*args).fill_(torch.nan))
+    new = shrink_module.new_products
+    monkeypatch.setattr(shrink_module, "new_products", lambda *a: new(*a).fill_(torch.nan))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -191,28 +180,15 @@ def test_random_steps_agree_with_the_formula(
     check(case, run(case, form, pack_in_one), dtype)
 
 
-@pytest.mark.parametrize(("launches", "split_rows"), [(1, SPLIT_ROWS), (1, 0), (2, SPLIT_ROWS)])
 @pytest.mark.parametrize("seed", [0, 3, 9, 99])
 @pytest.mark.usefixtures("poisoned_scratch")
 def test_a_site_at_once_is_the_shrink_and_its_expands_to_the_bit(
-    seed: int,
-    launches: int,
-    split_rows: int,
-    form: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    pack_in_one: PackInOne,
+    seed: int, form: str, dtype: torch.dtype, device: torch.device, pack_in_one: PackInOne
 ) -> None:
     case = draw(seed, device, dtype, width=1100 if seed == 99 else None)
-    if form == "torch" and dtype == torch.float32 and native.available():
-        form = "native"  # as the site chooses
-    counters = SiteCounters(len(case.segments.tile_list), device) if launches == 1 else None
-    expected = run(case, form, pack_in_one)
-    for _ in range(2):  # the counters of the first time must be zero again
-        ys = run_site(case, form, pack_in_one, counters, split_rows)
-        assert all(torch.equal(y, e) for y, e in zip(ys, expected, strict=True))
+    expected, ys = run(case, form, pack_in_one), run_site(case, form, pack_in_one)
+    assert all(torch.equal(y, e) for y, e in zip(ys, expected, strict=True))
     check(case, ys, dtype)
-    assert counters is None or not counters.table.any()
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -283,7 +259,9 @@ def test_rank_256_and_several_chunks_agree_with_the_formula(
     pack_in_one: PackInOne,
 ) -> None:
     case = draw(99, device, dtype, width=1100, rank=256)
-    check(case, run(case, form, pack_in_one, split_rows), dtype)
+    for _ in range(2):  # what the first time has counted must be zero again
+        check(case, run(case, form, pack_in_one, split_rows), dtype)
+    assert not case.segments.counters.any()
 
 
 def test_a_step_without_adapters_changes_nothing(
