@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from deltamux.engine.sequence import Scheduled, Sequence
-from deltamux.engine.transfer import Array, Upload
+from deltamux.engine.shares import Shares
+from deltamux.engine.transfer import Upload
 from deltamux_kernels import AttentionBatch, Segments
 
 
@@ -57,130 +54,47 @@ class StepBatch:
     @classmethod
     def build(cls, scheduled: Items[Scheduled], block_size: int, upload: Upload) -> StepBatch:
         """Every sequence has blocks for the tokens that are scheduled of it."""
-        order = _by_slot(scheduled)
-        items = [scheduled[place] for place in order]
-        places = _places(scheduled, order)
-        samples = [number for number in places if items[number].sequence.pooling is None]
-        lengths = np.array([item.num_tokens for item in items])
-        computed = np.array([item.sequence.num_computed for item in items])
-        ends, contexts = lengths.cumsum(), computed + lengths
-        starts = ends - lengths
-        reached = np.arange(ends[-1]) + np.repeat(computed - starts, lengths)
-        uncounted = np.array([item.sequence.traits.virtual.uncounted for item in items])
-        tables = _block_tables(items, contexts, block_size)
-        ids, positions, slots, sampled_rows, query_starts, seq_lens, block_tables = upload.send(
-            [
-                _token_ids(items),
-                reached - np.repeat(uncounted, lengths),
-                _slot_mapping(tables, reached, lengths, block_size),
-                ends[samples] - 1,
-                np.append(0, ends).astype(np.int32),
-                contexts.astype(np.int32),
+        shares = Shares.of(scheduled)
+        tables, samples = shares.block_tables(block_size), shares.samples
+        ids, positions, slot_mapping, query_starts, seq_lens, block_tables, rows = upload.send(
+            (
+                shares.token_ids(),
+                shares.positions(),
+                shares.slot_mapping(tables, block_size),
+                shares.query_starts(),
+                shares.contexts.astype(np.int32),
                 tables,
-            ]
+                shares.ends[samples] - 1,
+            )
         )
-        adapted = _adapted(items)
+        token_segments, sampled_segments = shares.segments(upload.device)
         return cls(
             input_ids=ids[None],
             position_ids=positions[None],
-            slot_mapping=slots,
+            slot_mapping=slot_mapping,
             attention=AttentionBatch(
-                query_lens=tuple(lengths.tolist()),
-                context_lens=tuple(contexts.tolist()),
+                query_lens=tuple(shares.lengths.tolist()),
+                context_lens=tuple(shares.contexts.tolist()),
                 query_starts=query_starts,
                 seq_lens=seq_lens,
                 block_tables=block_tables,
             ),
-            sampled_rows=sampled_rows,
-            token_segments=_segments(adapted, starts.tolist(), upload.device),
-            sampled_segments=_sampled_segments(adapted, items, samples, upload.device),
-            sampled=tuple(items[number].sequence for number in samples),
-            sampled_places=tuple(places[number] for number in samples),
-            pooled=_pooled(items, starts.tolist(), places),
+            sampled_rows=rows,
+            token_segments=token_segments,
+            sampled_segments=sampled_segments,
+            sampled=tuple([shares.sequences[number] for number in samples.tolist()]),
+            sampled_places=tuple(shares.places[samples].tolist()),
+            pooled=_pooled(shares),
         )
 
 
-def _by_slot(scheduled: Items[Scheduled]) -> list[int]:
-    """The places of the schedule in the order of its slots, the base's last."""
-    slots = [item.sequence.slot for item in scheduled]
-    keys = [sys.maxsize if slot is None else slot for slot in slots]
-    return sorted(range(len(keys)), key=keys.__getitem__)
-
-
-def _places(scheduled: Items[Scheduled], order: list[int]) -> dict[int, int]:
-    """Of each item that yields, by its number in `order`."""
-    yields = [item.yields for item in scheduled]
-    places = list(accumulate(yields, initial=0))
-    return {number: places[place] for number, place in enumerate(order) if yields[place]}
-
-
-def _pooled(
-    items: list[Scheduled], starts: list[int], places: dict[int, int]
-) -> tuple[Pooling, ...]:
+def _pooled(shares: Shares) -> tuple[Pooling, ...]:
     pooled = []
-    for number in [n for n, item in enumerate(items) if item.sequence.pooling is not None]:
-        item = items[number]
+    for number in shares.pooled.tolist():
+        item, row = shares.items[number], int(shares.starts[number])
+        place = int(shares.places[number]) if shares.places[number] >= 0 else None
         first = item.sequence.num_computed - item.sequence.virtual.tokens
-        start, end = starts[number] + max(-first, 0), starts[number] + item.num_tokens
+        start, end = row + max(-first, 0), row + item.num_tokens
         if start < end:
-            place = places.get(number)
             pooled.append(Pooling(item.sequence, max(first, 0), start, end, place))
     return tuple(pooled)
-
-
-def _token_ids(items: list[Scheduled]) -> Array:
-    token_ids: list[int] = []
-    for item in items:
-        token_ids += item.sequence.ids(item.sequence.num_computed, item.num_tokens)
-    return np.array(token_ids, dtype=np.int64)
-
-
-def _block_tables(items: list[Scheduled], context_lens: Array, block_size: int) -> Array:
-    """int32 [B, M]: the blocks of each sequence as far as its context reaches, then block 0."""
-    widths = -(-context_lens // block_size)
-    tables = np.zeros((len(items), widths.max()), dtype=np.int32)
-    for table, item, width in zip(tables, items, widths.tolist(), strict=True):
-        table[:width] = item.sequence.blocks[:width]
-    return tables
-
-
-def _slot_mapping(tables: Array, reached: Array, lengths: Array, block_size: int) -> Array:
-    """`reached` [T]: the place of each row in its own sequence."""
-    sequence_of_row = np.repeat(np.arange(len(lengths)), lengths)
-    blocks: Array = tables[sequence_of_row, reached // block_size].astype(np.int64)
-    places: Array = blocks * block_size + reached % block_size
-    return places
-
-
-# By an item's number: its slot, and which of its tokens the adapter there computes.
-_Adapted = Mapping[int, tuple[int, range]]
-
-
-def _adapted(items: list[Scheduled]) -> _Adapted:
-    """Of those that have such tokens in this step."""
-    return {
-        number: (slot, own)
-        for number, item in enumerate(items)
-        if (slot := item.sequence.slot) is not None and (own := item.adapted)
-    }
-
-
-def _segments(adapted: _Adapted, starts: list[int], device: torch.device) -> Segments:
-    """Of rows end to end, those of each item from its start on."""
-    spans = [
-        (slot, starts[number] + own.start, starts[number] + own.stop)
-        for number, (slot, own) in adapted.items()
-    ]
-    return Segments.build(spans, device)
-
-
-def _sampled_segments(
-    adapted: _Adapted, items: list[Scheduled], samples: list[int], device: torch.device
-) -> Segments:
-    """Each sequence that samples has one row: that of its last token."""
-    spans = [
-        (adapted[number][0], row, row + 1)
-        for row, number in enumerate(samples)
-        if number in adapted and adapted[number][1].stop == items[number].num_tokens
-    ]
-    return Segments.build(spans, device)

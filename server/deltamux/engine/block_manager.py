@@ -57,9 +57,9 @@ class BlockManager:
 
     def grow(self, sequence: Sequence) -> bool:
         """Gives a running sequence the blocks that its newest places need; False: too few free."""
-        missing = self._num_blocks(sequence) - len(sequence.blocks)
-        if missing <= 0:
+        if sequence.num_places <= len(sequence.blocks) * self._block_size:
             return True
+        missing = self._num_blocks(sequence) - len(sequence.blocks)
         if missing > self._allocator.num_free:
             return False
         sequence.blocks.extend(self._allocator.allocate(missing))

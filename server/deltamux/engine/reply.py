@@ -15,11 +15,10 @@ from deltamux.wire.messages import FirstToken
 
 def finish_reason(sequence: Sequence, max_model_len: int) -> str:
     """One of "stop" and "length", or "" while the sequence goes on."""
-    stopping = sequence.stopping
-    may_stop = sequence.num_generated >= stopping.min_tokens
-    if may_stop and sequence.tokens[-1] in stopping.stop_token_ids:
+    stopping, generated = sequence.stopping, sequence.num_generated
+    if generated >= stopping.min_tokens and sequence.tokens[-1] in stopping.stop_token_ids:
         return "stop"
-    if sequence.num_generated >= stopping.max_tokens or sequence.num_places >= max_model_len:
+    if generated >= stopping.max_tokens or sequence.num_places >= max_model_len:
         return "length"
     return ""
 

@@ -126,11 +126,3 @@ class Scheduled(NamedTuple):
         """Whether these reach the sequence's last token, so that the step brings what the
         sequence is after: its next token, or what is pooled of its prompt."""
         return self.num_tokens == self.sequence.num_uncomputed
-
-    @property
-    def adapted(self) -> range:
-        """Which of these tokens the adapter computes, by their number among them."""
-        sequence = self.sequence
-        first = max(sequence.adapter_from - sequence.num_computed, 0)
-        end = min(sequence.adapter_until - sequence.num_computed, self.num_tokens)
-        return range(first, end if sequence.slot is not None else first)
