@@ -26,7 +26,10 @@ class CapturedSegments(Segments):
 
     @staticmethod
     def capacity_for(rows: int, slots: int) -> int:
-        """The most tiles that `rows` rows can have, each slot's side by side."""
+        """The most tiles that `rows` rows can have, each slot's side by side.
+
+        Where others lie between them there may be more.
+        """
         return most_tiles(rows, slots, TILE_ROWS)
 
     def __bool__(self) -> bool:

@@ -9,8 +9,13 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from deltamux.engine.batch import StepBatch
 from deltamux.engine.cuda_graphs import Step, StepGraphs, captured_shapes
+from deltamux.engine.rehearsal import trial_sequence
+from deltamux.engine.sequence import Scheduled
 from deltamux.engine.step_buffers import StepBuffers, StepShape
+from deltamux.engine.transfer import Upload
+from deltamux.wire.messages import Sampling
 
 CPU = torch.device("cpu")
 SHAPES = (
@@ -51,10 +56,12 @@ def test_shapes_reach_the_largest_step_that_is_worth_it(
 class Capturing:
     """Of nothing, with an `error` for steps of which so many rows are `refused`."""
 
-    def __init__(self, error: Exception | None = None, refused: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, error: Exception | None = None, refused: tuple[int, ...] = (), slots: int = 2
+    ) -> None:
         self.rows: list[int] = []
         self._error, self._refused = error, refused
-        sites = SimpleNamespace(num_slots=2, device=CPU, eager_slots=set(), growth=0)
+        sites = SimpleNamespace(num_slots=slots, device=CPU, eager_slots=set(), growth=0)
         buffers = StepBuffers(8, 2, 4, 8, CPU)
         self.graphs = StepGraphs(SHAPES, self._forward, buffers, sites, self._capture)
 
@@ -109,3 +116,15 @@ def test_without_memory_one_shape_is_given_up(error: Exception) -> None:
         assert capturing.graphs.capture_base()
     assert logs[0]["rows"] == [8] and logs[1]["mixed"] == [4]
     assert [shape.rows for shape in capturing.graphs.shapes] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(("adapter_from", "replayed"), [(0, True), (1, False)])
+def test_too_many_pieces_are_eager(adapter_from: int, replayed: bool) -> None:
+    """Two sequences of the one slot, the adapter in the last rows of each."""
+    scheduled = []
+    for number in range(2):
+        sequence = trial_sequence(number, [1, 2], [1 + number], Sampling())
+        sequence.slot, sequence.adapter_from = 0, adapter_from
+        scheduled.append(Scheduled(sequence, 2))
+    step = StepBatch.build(scheduled, 4, Upload(CPU))
+    assert (Capturing(slots=1).graphs.run(step) is not None) == replayed

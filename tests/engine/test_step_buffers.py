@@ -19,14 +19,17 @@ BLOCK = 4
 LARGE, SMALL, DECODING = StepShape(16, 4), StepShape(6, 4), StepShape(4, 4, decodes=True)
 
 
-def step(*parts: tuple[int, int], more: int = 0) -> StepBatch:
+def step(
+    *parts: tuple[int, int], more: int = 0, slot: int | None = None, adapter_from: int = 0
+) -> StepBatch:
     """Sequence i has `parts[i]` tokens: computed, and in the step; then `more` that are not."""
     scheduled = []
     for number, (computed, length) in enumerate(parts):
         blocks = list(range(1 + 4 * number, 5 + 4 * number))
         tokens = list(range(20, 20 + computed + length + more))
         sequence = trial_sequence(number, tokens, blocks, Sampling())
-        sequence.num_computed = computed
+        sequence.num_computed, sequence.slot = computed, slot
+        sequence.adapter_from = adapter_from
         scheduled.append(Scheduled(sequence, length))
     return StepBatch.build(scheduled, BLOCK, Upload(CPU))
 
@@ -53,6 +56,15 @@ def test_before_the_first_step_nothing_is_stored_or_attended(
     batch = steps[LARGE].batch(adapted=False)
     assert batch.slot_mapping.tolist() == [-1] * 16
     assert not batch.attention.seq_lens.any() and not batch.attention.query_starts.any()
+
+
+def test_rows_of_one_slot_that_lie_apart_may_be_too_many(
+    steps: dict[StepShape, ShapedStep],
+) -> None:
+    """With two slots, 16 rows have tiles for two pieces."""
+    assert steps[LARGE].fill(step((0, 2), (0, 2), (0, 2), slot=0))
+    assert steps[LARGE].fill(step((0, 2), (0, 2), slot=0, adapter_from=1))
+    assert not steps[LARGE].fill(step((0, 2), (0, 2), (0, 2), slot=0, adapter_from=1))
 
 
 @pytest.mark.parametrize("shape", [SMALL, DECODING])

@@ -5,7 +5,7 @@ sets of each. That without adapters is captured at startup. That with them has l
 whatever an adapter ever had; each shape is captured when a step first wants it, and again when
 adapters have outgrown it. All other steps run eagerly: those that are larger than any shape, those
 of which hidden states are wanted, and those with an adapter that a captured step does not stand
-for.
+for, or with rows of adapters in more pieces than it has tiles for.
 """
 
 from __future__ import annotations
@@ -138,8 +138,7 @@ class StepGraphs:
         if shape is None or (shape, adapted) in self._given_up:
             return None
         shaped = self._steps[shape]
-        shaped.fill(step)
-        captured = self._find(shape, adapted)
+        captured = self._find(shape, adapted) if shaped.fill(step) else None
         if captured is None:
             return None
         captured.replay()

@@ -102,8 +102,12 @@ class ShapedStep:
             pooled=(),
         )
 
-    def fill(self, step: StepBatch) -> None:
-        """Puts a step in place for the next replay; queues copies, waits for none."""
+    def fill(self, step: StepBatch) -> bool:
+        """Puts a step in place for the next replay; queues copies, waits for none.
+
+        False where adapters that act on part of their sequences cut the rows into more tiles than
+        there are.
+        """
         into, size, rows = self._buffers, self._shape.rows, step.input_ids.shape[1]
         into.input_ids[:, :rows] = step.input_ids
         # No id of an adapter's own may be left to a step without it: the base has no row for it.
@@ -116,11 +120,8 @@ class ShapedStep:
         # Nor a row of a larger step.
         into.sampled_rows[sampled : self._shape.sequences] = 0
         self._attention.fill(step.attention)
-        for captured, segments in zip(
-            self._adapted, (step.token_segments, step.sampled_segments), strict=True
-        ):
-            filled = captured.fill(segments)
-            assert filled
+        tokens, own = self._adapted
+        return tokens.fill(step.token_segments) and own.fill(step.sampled_segments)
 
 
 def _captured_segments(rows: int, sites: DeviceSites) -> CapturedSegments:
