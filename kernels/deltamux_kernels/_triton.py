@@ -27,9 +27,12 @@ def overlap(x: torch.Tensor) -> dict[str, bool]:
     From sm_90 on. The kernel says when the next may start, and waits before it reads what the one
     before has written.
     """
-    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
-        return {"OVERLAP": False}
-    return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": True, "launch_pdl": True} if is_hopper(x) else {"OVERLAP": False}
 
 
-__all__ = ["overlap", "tl", "triton"]
+def is_hopper(x: torch.Tensor) -> bool:
+    """Whether the tensor lies on a GPU of sm_90 or later."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+__all__ = ["is_hopper", "overlap", "tl", "triton"]

@@ -6,7 +6,7 @@ from typing import no_type_check
 
 import torch
 
-from deltamux_kernels._triton import tl, triton
+from deltamux_kernels._triton import is_hopper, tl, triton
 from deltamux_kernels.attention_batch import AttentionBatch
 from deltamux_kernels.scoring import Scoring
 
@@ -33,6 +33,10 @@ def paged_attention_triton(
     rows = DECODE_ROWS if batch.decodes else PREFILL_ROWS if dim <= 128 else PREFILL_ROWS // 2
     tile = max(1, rows // group)
     tiles = batch.query_tiles(tile)
+    hopper = is_hopper(query)
+    keys = 32 if dim > 128 else 128 if hopper and batch.decodes and dim > 64 else 64
+    # Elsewhere four warps spill registers at 128 dimensions.
+    warps = 4 if batch.decodes or dim <= 64 or (hopper and dim <= 128) else 8
     _paged_attention_kernel[(tiles.shape[0], kv_heads)](
         query,
         key_cache,
@@ -58,14 +62,13 @@ def paged_attention_triton(
         TILE=tile,
         # A tile of one query and few heads is filled up to the least matrix instruction.
         ROWS=max(DECODE_ROWS, tile * group),
-        KEYS=64 if dim <= 128 else 32,
+        KEYS=keys,
         BLOCK_SIZE=block_size,
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
         KEY_BLOCK=max(16, triton.next_power_of_2(key_dim)),
         VALUE_BLOCK=max(16, triton.next_power_of_2(value_dim)),
-        # Four warps spill registers on sm_80 at 128 dimensions.
-        num_warps=4 if batch.decodes or dim <= 64 else 8,
+        num_warps=warps,
         enable_fp_fusion=True,
         num_stages=2,
     )
