@@ -41,15 +41,16 @@ class Runner:
         self.outcome = lambda sequence: SampledToken(50 + sequence.num_generated, None)
         # What the next step raises, when it is launched and when it is collected.
         self.errors = {}
-        # Is called while a step is under way.
-        self.meanwhile = lambda: None
+        # What happens while a step is under way: as it begins, and before it ends.
+        self.launched = self.landing = lambda: None
 
     def launch(self, scheduled):
         self._raise("launch")
+        self.launched()
         return lambda: self._collect(scheduled)
 
     def _collect(self, scheduled):
-        self.meanwhile()
+        self.landing()
         self._raise("collect")
         return [self.outcome(item.sequence) for item in scheduled if item.yields]
 
@@ -378,7 +379,7 @@ def test_nothing_counts_as_computed_that_failed_when_it_was_collected(setup):
 
 def test_a_step_is_told_while_the_next_one_is_under_way(setup):
     served, sent = setup(), []
-    served.runner.meanwhile = lambda: sent.append(len(served.link.progress("r")))
+    served.runner.landing = lambda: sent.append(len(served.link.progress("r")))
     served.link.inbox.append(submit(max_tokens=3))
     for _ in range(3):
         served.engine.step()
@@ -402,17 +403,14 @@ def test_what_is_told_keeps_its_order(setup):
 def test_a_cancel_that_comes_while_a_step_is_under_way_waits_for_it(setup):
     """Until then the device writes to its blocks, and reads from its adapter's slot."""
     served, held = setup(), []
-
-    def cancel():
-        served.link.inbox.append(Cancel("r"))
-        held.append((served.blocks.num_used, served.adapters.leases["a"]))
-
     served.step(submit(adapter="a", max_tokens=9), submit("other", max_tokens=2))
-    served.runner.meanwhile = cancel
+    served.runner.launched = lambda: served.link.inbox.append(Cancel("r"))
+    served.runner.landing = lambda: held.append(
+        (served.blocks.num_used, served.adapters.leases["a"])
+    )
     served.step()
     assert held == [(2, 1)]
     assert served.link.progress("r")[-1].token_ids == (51,)
-    served.runner.meanwhile = lambda: None
     served.step()
     assert len(served.link.progress("r")) == 2
     assert served.link.progress("other")[-1].finish == "length"

@@ -7,7 +7,7 @@ import torch
 from structlog.testing import capture_logs
 
 from deltamux.engine.outcome import SampledToken
-from deltamux.engine.parts import Ran, Runner, land, launch
+from deltamux.engine.parts import Lazy, Ran, Runner, land, launch
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
 from deltamux.wire.messages import Sampling
@@ -96,3 +96,11 @@ def test_any_other_error_is_not_caught():
 
     with pytest.raises(RuntimeError, match="device lost"):
         run_in_parts(Broken(), [share(0, 2)], whole_prompts=False)
+
+
+def test_a_host_computes_when_its_step_lands():
+    room, step = Room(limit=8), [share(0, 3), share(1, 7)]
+    flight = launch(Lazy(room), step)
+    assert room.shares == []
+    assert land(Lazy(room), flight, whole_prompts=False).computed == step
+    assert room.shares == [[(0, 3), (1, 7)], [(0, 3)], [(1, 7)]]
