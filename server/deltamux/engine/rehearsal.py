@@ -124,7 +124,8 @@ def _cut_text(shape: StepShape, vocab_size: int, longest: int, block_size: int) 
 
     A text of more than `longest` tokens begins again.
     """
-    rows, pick = min(shape.rows, shape.sequences * longest), random.Random(0)
+    longest, pick = min(longest, shape.rows), random.Random(0)
+    rows = min(shape.rows, shape.sequences * longest)
     text = pick.choices(range(vocab_size), k=longest)
     ends = {*range(longest, rows, longest), rows}
     ends.update(pick.sample(range(1, rows), min(rows - 1, shape.sequences - len(ends))))

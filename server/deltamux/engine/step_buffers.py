@@ -73,12 +73,10 @@ class ShapedStep:
         )
         nobody = Segments.build((), sites.device)
         tokens = _captured_segments(shape.rows, sites)
+        sampled = tokens if shape.decodes else _captured_segments(shape.sequences, sites)
         # Of all rows and of the sampled ones: without adapters, and with any.
         self._plain = nobody, nobody
-        self._adapted = (
-            tokens,
-            (tokens if shape.decodes else _captured_segments(shape.sequences, sites)),
-        )
+        self._adapted = tokens, sampled
 
     @property
     def logits(self) -> Tensor:
