@@ -18,6 +18,7 @@ from deltamux.engine.outcome import NonFinite, SampledToken
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sampler import Drawn, filter_scores, uniform
 from deltamux.engine.sequence import Sequence
+from deltamux.engine.transfer import Download
 from deltamux.wire.messages import Sampling, Stopping
 
 VOCABULARY = 5000
@@ -225,5 +226,11 @@ def test_ties_at_the_border_stay() -> None:
     assert kept.isfinite().tolist() == [[False, True, True, True, True]]
 
 
-def test_no_rows_give_no_tokens() -> None:
-    assert sample(torch.empty(0, 8), []) == []
+def test_no_rows_give_no_tokens_but_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of nothing but the middle of prompts is over when it has been collected, too."""
+    wait, waited = Download.wait, []
+    monkeypatch.setattr(Download, "wait", lambda self: waited.append(self) or wait(self))
+    drawn = sampler.sample(torch.empty(0, 8), [])
+    assert not waited
+    assert drawn() == []
+    assert len(waited) == 1

@@ -32,10 +32,9 @@ Drawn = list[SampledToken | NonFinite]
 def sample(logits: Tensor, sequences: Rows[Sequence]) -> Callable[[], Drawn]:
     """One token for each row of `logits` [S, V], float32, of the sequence at the same place.
 
-    Queues all of it; what is returned waits for the tokens.
+    Queues all of it; what is returned waits for the tokens, and where there are none for all that
+    was queued before.
     """
-    if not sequences:
-        return list
     # A sum is NaN or infinite when any of its terms is; it is the cheapest such test.
     sums = logits.sum(-1)
     tokens = _choose(edit_logits(logits, sequences), sequences)
@@ -65,11 +64,12 @@ def _choose(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     """Tokens [S], int64."""
     tokens = _argmax(logits)
     drawn = [row for row, sequence in enumerate(sequences) if not _is_greedy(sequence.sampling)]
+    if not drawn:
+        return tokens
     if len(drawn) == len(sequences):
         return _draw(logits, sequences)
-    if drawn:
-        rows = to_device(np.array(drawn), logits.device)
-        tokens[rows] = _draw(logits[rows], [sequences[row] for row in drawn])
+    rows = to_device(np.array(drawn), logits.device)
+    tokens[rows] = _draw(logits[rows], [sequences[row] for row in drawn])
     return tokens
 
 
