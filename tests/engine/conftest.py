@@ -27,6 +27,7 @@ class FakeAdapters:
     """An adapter cache with `slots` slots, whose loads take `load_polls` calls of poll."""
 
     def __init__(self, slots: int, load_polls: int = 0) -> None:
+        self.slots = slots
         self.device: dict[str, int] = {}
         self.leases: Counter[str] = Counter()
         self.broken: dict[str, DeltamuxError] = {}
@@ -194,7 +195,11 @@ class SchedulerSetup:
         self, adapters, prefixes, num_blocks=100, seqs=8, budget=16, context=1000, generates=True
     ):
         config = EngineConfig(
-            "", block_size=BLOCK_SIZE, max_num_seqs=seqs, max_num_batched_tokens=budget
+            "",
+            block_size=BLOCK_SIZE,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=budget,
+            max_adapter_slots=adapters.slots,
         )
         self.adapters = adapters
         self.allocator = BlockAllocator(num_blocks + 1)

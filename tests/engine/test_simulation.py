@@ -112,7 +112,11 @@ class Simulation:
         self.link = link
         self.adapters = adapters_type(slots=2, load_polls=self.random.randrange(4))
         self.config = EngineConfig(
-            "", block_size=BLOCK_SIZE, max_num_seqs=4, max_num_batched_tokens=7
+            "",
+            block_size=BLOCK_SIZE,
+            max_num_seqs=4,
+            max_num_batched_tokens=7,
+            max_adapter_slots=self.adapters.slots,
         )
         self.adapters.virtuals = VIRTUALS
         runner = PagedRunner(self.adapters, self.chance)

@@ -24,6 +24,25 @@ def test_a_missing_adapter_delays_no_other_request(setup, new_sequence):
     engine.steps_until(engine.is_empty)
 
 
+def test_no_more_adapters_are_asked_for_than_there_are_slots(setup, new_sequence):
+    """However many wait: those in front get the slots. Who joins an adapter in its slot does so."""
+    engine = setup(slots=2, load_polls=3)
+    engine.adapters.load_polls = 0
+    engine.adapters.acquire("there", "", "Generate")
+    engine.adapters.release("there")
+    engine.adapters.load_polls = 3
+    asked, acquire = [], engine.adapters.acquire
+    engine.adapters.acquire = lambda *asking: asked.append(asking[0]) or acquire(*asking)
+    absent = [new_sequence(adapter=f"absent-{number}") for number in range(50)]
+    base, joins = new_sequence(), new_sequence(adapter="there")
+    engine.add(*absent, base, joins)
+    assert set(engine.step()) == {base, joins}
+    assert asked == ["absent-0", "absent-1", "there"]
+    assert {sequence.adapter_missed for sequence in absent} == {0.1}
+    engine.steps_until(engine.is_empty, limit=1000)
+    assert [s.admitted for s in absent] == sorted(s.admitted for s in absent)
+
+
 def test_a_missing_adapter_is_asked_for_once_a_step_and_waited_for_by_all(setup, new_sequence):
     engine = setup(load_polls=3)
     asked, acquire = [], engine.adapters.acquire

@@ -36,6 +36,10 @@ class Slots(Protocol):
         """The adapter's, None where they are not known yet: those of a slot always are."""
         ...
 
+    def tier(self, digest: str) -> str:
+        """The closest tier that holds the adapter: "device", "host" or "disk"."""
+        ...
+
     def blocked(self, digest: str) -> bool:
         """True while the adapter lacks nothing but a slot, and every slot is leased or pinned."""
         ...
@@ -81,6 +85,7 @@ class Scheduler:
         self._max_num_batched_tokens = config.max_num_batched_tokens
         # Every decoding sequence can then have its token in every step.
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._max_adapter_slots = config.max_adapter_slots
         self._limits = limits
         self._blocks = blocks
         self._slots = slots
@@ -149,7 +154,7 @@ class Scheduler:
                 return
             if self._awaits_leader(sequence) or not plan.may_join(sequence.adapter):
                 continue
-            if sequence.adapter in plan.absent:
+            if self._is_absent(sequence.adapter, plan):
                 sequence.miss_adapter(now)
                 continue
             if not self._has_room(sequence, plan):
@@ -167,6 +172,17 @@ class Scheduler:
             sequence.miss_adapter(now)
             if plan.joinable is None and self._slots.blocked(sequence.adapter):
                 plan.joinable = self._drain.joinable(sequence, self.running, now)
+
+    def _is_absent(self, adapter: str, plan: Plan) -> bool:
+        """Without asking for it, where that is known.
+
+        Behind as many absent adapters as there are slots, no other can come in before they have.
+        """
+        if adapter in plan.absent:
+            return True
+        if not adapter or len(plan.absent) < self._max_adapter_slots:
+            return False
+        return self._slots.tier(adapter) != "device"
 
     def _has_room(self, sequence: Sequence, plan: Plan) -> bool:
         """Looks again at the limits, now that its adapter's traits may be known."""

@@ -127,6 +127,9 @@ class _Path:
     def traits(self, digest: str) -> Traits:
         return self._traits
 
+    def tier(self, digest: str) -> str:
+        return "device"
+
     def blocked(self, digest: str) -> bool:
         return False
 
