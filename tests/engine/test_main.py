@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 from structlog.testing import capture_logs
 
@@ -14,6 +16,7 @@ class Engine:
         self.error = error
 
     def run(self):
+        self.looked_through = len(gc.get_objects())
         if self.error is not None:
             raise self.error
 
@@ -27,6 +30,7 @@ def serve(monkeypatch, fake_link):
         link = fake_link()
         with capture_logs() as logs:
             code = process._serve(EngineConfig("m"), link)
+        gc.unfreeze()
         return code, link.sent, [entry["event"] for entry in logs]
 
     return run
@@ -55,3 +59,9 @@ def test_an_error_of_the_loop_ends_the_process(serve):
     engine = Engine(RuntimeError("device lost"))
     code, sent, logs = serve(lambda config, link: (engine, READY))
     assert (code, sent, logs) == (1, [READY], ["the engine has failed"])
+
+
+def test_garbage_is_not_looked_for_in_what_the_start_has_left(serve):
+    engine, left = Engine(), [[number] for number in range(10_000)]
+    serve(lambda config, link: (engine, READY))
+    assert engine.looked_through < len(left)
