@@ -43,6 +43,15 @@ class AttentionBatch:
         """Every sequence has one query."""
         return max(self.query_lens) == 1
 
+    def counters(self, count: int) -> torch.Tensor:
+        """int32 [count], zero before and after every launch that counts in it."""
+        key = ("counters", count)
+        if key not in self.plans:
+            device = self.query_starts.device
+            self.plans[key] = torch.zeros(count, dtype=torch.int32, device=device)
+        counters: torch.Tensor = self.plans[key]
+        return counters
+
     def query_tiles(self, rows: int) -> torch.Tensor:
         """`tile_list` on the device: int32 [tiles, 2]."""
         key = ("query_tiles", rows)

@@ -35,6 +35,7 @@ class CapturedAttention(AttentionBatch):
         # By the most queries of a tile.
         self._tiles: dict[int, CapturedTable] = {}
         vars(self).update(
+            plans={},
             decodes=decodes,
             query_starts=query_starts,
             seq_lens=seq_lens,

@@ -14,6 +14,9 @@ from deltamux_kernels.scoring import Scoring
 # so that its keys and values are read once.
 PREFILL_ROWS = 64
 DECODE_ROWS = 16
+# Programs that share the keys of one sequence while it decodes: a small batch has too few sequences
+# to fill a GPU. It is the same for every batch, so a row's sum is the same in every batch.
+SPLITS = 8
 
 
 def paged_attention_triton(
@@ -23,7 +26,7 @@ def paged_attention_triton(
     batch: AttentionBatch,
     scoring: Scoring,
 ) -> torch.Tensor:
-    """`paged_attention` in one launch: a program per (tile of queries, KV head)."""
+    """`paged_attention` in one launch: a program per (tile of queries, KV head, part of keys)."""
     tokens, heads, key_dim = query.shape
     blocks, block_size, kv_heads, value_dim = value_cache.shape
     query = query if query.stride(2) == 1 else query.contiguous()
@@ -37,11 +40,21 @@ def paged_attention_triton(
     keys = 32 if dim > 128 else 128 if hopper and batch.decodes and dim > 64 else 64
     # Elsewhere four warps spill registers at 128 dimensions.
     warps = 4 if batch.decodes or dim <= 64 or (hopper and dim <= 128) else 8
-    _paged_attention_kernel[(tiles.shape[0], kv_heads)](
+    value_block = max(16, triton.next_power_of_2(value_dim))
+    splits = SPLITS if batch.decodes else 1
+    partial = counters = None
+    if batch.decodes:
+        # For each row of a tile that a decoding sequence has: its sum, its weight and its maximum.
+        size = (tiles.shape[0], kv_heads, splits, group, value_block + 2)
+        partial = query.new_empty(size, dtype=torch.float32)
+        counters = batch.counters(tiles.shape[0] * kv_heads)
+    _paged_attention_kernel[(tiles.shape[0], kv_heads, splits)](
         query,
         key_cache,
         value_cache,
         out,
+        partial,
+        counters,
         scoring.sinks,
         tiles,
         batch.query_starts,
@@ -56,6 +69,7 @@ def paged_attention_triton(
         out.stride(0),
         out.stride(1),
         batch.block_tables.stride(0),
+        SPLITS=splits,
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         GROUP_ROWS=group,
@@ -67,7 +81,7 @@ def paged_attention_triton(
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
         KEY_BLOCK=max(16, triton.next_power_of_2(key_dim)),
-        VALUE_BLOCK=max(16, triton.next_power_of_2(value_dim)),
+        VALUE_BLOCK=value_block,
         num_warps=warps,
         enable_fp_fusion=True,
         num_stages=2,
@@ -84,11 +98,47 @@ def _softcapped(scores, softcap):
 
 @triton.jit
 @no_type_check
+def _of_all_parts(
+    rows,
+    own,
+    parts,
+    GROUP_ROWS: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sum and weight over the parts of the keys, in their order, whoever was the last."""
+    dv = tl.arange(0, VALUE_BLOCK)
+    most = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+    weight = tl.zeros((ROWS,), dtype=tl.float32)
+    total = tl.zeros((ROWS, VALUE_BLOCK), dtype=tl.float32)
+    for _ in range(parts):
+        # Past the first-level cache: other programs have stored.
+        part = tl.load(
+            rows[:, None] + dv[None, :], mask=own[:, None], other=0.0, cache_modifier=".cg"
+        )
+        part_weight = tl.load(rows + VALUE_BLOCK, mask=own, other=0.0, cache_modifier=".cg")
+        part_most = tl.load(
+            rows + VALUE_BLOCK + 1, mask=own, other=float("-inf"), cache_modifier=".cg"
+        )
+        next_most = tl.maximum(most, part_most)
+        shift = tl.where(next_most == float("-inf"), 0.0, next_most)
+        decay, growth = tl.exp(most - shift), tl.exp(part_most - shift)
+        total = total * decay[:, None] + part * growth[:, None]
+        weight = weight * decay + part_weight * growth
+        most = next_most
+        rows += GROUP_ROWS * (VALUE_BLOCK + 2)
+    return total, weight
+
+
+@triton.jit
+@no_type_check
 def _paged_attention_kernel(
     query,
     key_cache,
     value_cache,
     out,
+    partial,
+    counters,
     sinks,
     tiles,
     query_starts,
@@ -103,6 +153,7 @@ def _paged_attention_kernel(
     out_row,
     out_head,
     table_row,
+    SPLITS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
@@ -137,19 +188,27 @@ def _paged_attention_kernel(
         other=0.0,
     )
 
-    # A sink enters the running softmax as a key that was already seen and has no value.
-    if sinks is None:
-        most = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
-        weight = tl.zeros((ROWS,), dtype=tl.float32)
-    else:
-        most = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32)
-        weight = tl.full((ROWS,), 1.0, dtype=tl.float32)
-    total = tl.zeros((ROWS, VALUE_BLOCK), dtype=tl.float32)
-
     end = tl.minimum(context, context - length + first + TILE)
     begin = 0
     if window is not None:
         begin = tl.maximum(0, context - length + first - window + 1) // KEYS * KEYS
+    part, parts = 0, 1
+    if SPLITS > 1:
+        keys = tl.cdiv(tl.cdiv(end - begin, SPLITS), KEYS) * KEYS
+        part, parts = tl.program_id(2), tl.cdiv(end - begin, keys)
+        if part >= parts:
+            return
+        begin += part * keys
+        end = tl.minimum(end, begin + keys)
+
+    most = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+    weight = tl.zeros((ROWS,), dtype=tl.float32)
+    total = tl.zeros((ROWS, VALUE_BLOCK), dtype=tl.float32)
+    if sinks is not None:
+        # It enters the running softmax as a key that was already seen and has no value.
+        sink = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32)
+        most = tl.where(part == 0, sink, most)
+        weight += tl.where(part == 0, 1.0, 0.0)
     for p0 in range(begin, end, KEYS):
         p = p0 + tl.arange(0, KEYS)
         block = tl.load(block_tables + b * table_row + p // BLOCK_SIZE, mask=p < end, other=-1)
@@ -180,6 +239,21 @@ def _paged_attention_kernel(
         total = tl.dot(weights.to(v.dtype), v, total * decay[:, None], input_precision="ieee")
         weight = weight * decay + tl.sum(weights, 1)
         most = next_most
+
+    if SPLITS > 1:
+        pair = tl.program_id(0) * KV_HEADS + kv_head
+        if parts > 1:
+            rows = partial + (pair * SPLITS * GROUP_ROWS + m).to(tl.int64) * (VALUE_BLOCK + 2)
+            own, mine = m < GROUP_ROWS, rows + part * GROUP_ROWS * (VALUE_BLOCK + 2)
+            tl.store(mine[:, None] + dv[None, :], total, mask=own[:, None])
+            tl.store(mine + VALUE_BLOCK, weight, mask=own)
+            tl.store(mine + VALUE_BLOCK + 1, most, mask=own)
+            # All threads have stored before the one that counts says so.
+            tl.debug_barrier()
+            if tl.atomic_add(counters + pair, 1, sem="acq_rel", scope="gpu") < parts - 1:
+                return
+            tl.store(counters + pair, 0)
+            total, weight = _of_all_parts(rows, own, parts, GROUP_ROWS, VALUE_BLOCK, ROWS)
 
     total = total / tl.where(weight > 0.0, weight, 1.0)[:, None]
     tl.store(

@@ -42,6 +42,8 @@ def draw(seed: int, device: torch.device, dtype: torch.dtype, sequences: int = 0
         pick.choice((1, 2, 15, 16, 17, 40, 70)) for _ in range(sequences or pick.randint(1, 4))
     ]
     decoding = pick.random() < 0.4
+    if decoding:
+        contexts[0] += 230  # keys of several parts
     lengths = [1 if decoding else pick.choice((1, n, pick.randint(1, n))) for n in contexts]
     columns = -(-max(contexts) // block_size) + 1
     blocks = torch.randperm(len(contexts) * columns, generator=generator)
