@@ -119,15 +119,13 @@ def _of_assembly(assembly: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def overlapping() -> Iterator[None]:
-    """Launches overlap, as on a GPU of sm_90 and on."""
-    options = {"OVERLAP": True, "launch_pdl": True}
+def launched_on(architecture: str) -> Iterator[None]:
+    """Launchers choose what they would on that GPU."""
+    hopper = architecture in ("sm_90", "sm_100")
     with contextlib.ExitStack() as stack:
-        for name in ("shrink", "expand", "expand_slices"):
-            module = f"deltamux_kernels.{name}"
-            stack.enter_context(
-                mock.patch.object(sys.modules[module], "overlap", lambda _: options)
-            )
+        for name in ("_triton", "paged_attention_triton"):
+            module = sys.modules[f"deltamux_kernels.{name}"]
+            stack.enter_context(mock.patch.object(module, "is_hopper", lambda _: hopper))
         yield
 
 
@@ -212,12 +210,9 @@ def compile_all(target: str, number: int) -> None:
 
     plain = Scoring(0.1, None, None, None)
     everything = Scoring(0.1, 1024, 30.0, torch.zeros(8, dtype=dtype))
-    with launches_compile(found):
+    with launches_compile(found), launched_on(architecture):
         for rows in (16, 512):
             low_rank(dtype, rows)
-        if architecture in ("sm_90", "sm_100"):
-            with overlapping():
-                low_rank(dtype, 16)
         for dim, scoring in ((64, everything), (128, plain), (256, plain)):
             for queries in (1, 64):
                 attention(dtype, dim, queries, scoring)

@@ -52,9 +52,10 @@ LIMITS = {
     "gated_silu_kernel": Limit(32, 0),
     "rotary_kernel": Limit(40, 512),
 }
-# Bytes, the only ones: attention of 128 dimensions over the tiles of a prompt.
+# Bytes, the only ones: attention of 128 dimensions over prompts, and of 256 decoding.
 SPILLS = {
     ("paged_attention_kernel", "gfx942:bfloat16"): 192,
+    ("paged_attention_kernel", "sm_89:bfloat16"): 8,
 }
 # Bytes that a block may have on gfx942, and on every NVIDIA GPU from sm_80 on.
 SHARED_ON_AMD, SHARED_ON_NVIDIA = 64 * 1024, 99 * 1024

@@ -17,7 +17,9 @@ def test_the_gate_scales_the_other_product(
     exact = gate.double() * torch.sigmoid(gate.double()) * up.double()
     assert y.dtype == dtype and y.shape == gate.shape
     info = torch.finfo(dtype)
-    assert ((y - exact).abs() <= 4 * info.eps * (exact.abs() + info.tiny)).all()
+    # A GPU rounds the exponent before it raises to it.
+    roundings = 16 if dtype == torch.float32 else 4
+    assert ((y - exact).abs() <= roundings * info.eps * (exact.abs() + info.tiny)).all()
     silu = (gate.double() * torch.sigmoid(gate.double())).to(dtype)
     if dtype != torch.float32:
         assert (y == silu * up).float().mean() > 0.99

@@ -45,6 +45,7 @@ def _is_known(module: Any) -> bool:
     return (
         hasattr(module, "_apply_gate")
         and module.has_gate
-        and not module.has_post_expert_norm
+        # Not every transformers that is served knows such a norm.
+        and not getattr(module, "has_post_expert_norm", False)
         and not module._is_expert_parallel
     )
