@@ -20,7 +20,7 @@ import torch
 from deltamux.adapters.parse import parse_adapter
 from deltamux.adapters.rows import Rows
 from deltamux.adapters.sites import DeviceSites
-from deltamux.base.load import Base, load_base
+from deltamux.base.load import load_base
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.runner import ModelRunner
@@ -36,27 +36,23 @@ ARENA_BYTES = 1 << 30
 class Steps:
     """One base, as many adapters as rows, and sequences whose context stays as long as it is."""
 
-    def __init__(self, folder: Path, batch: int) -> None:
-        self._base = load_base(str(folder / "base"))
-        rows = Rows(self._base.device)
-        self._load_adapters(folder, rows, batch)
-        blocks = -(-(PROMPT + 1) // BLOCK)
-        cache = KVCache(
-            self._base.layers, batch * blocks + 1, BLOCK, self._base.dtype, self._base.device
-        )
-        self._runner = ModelRunner(self._base, cache, rows)
-        self._requests = [_request(index, blocks) for index in range(batch)]
-
-    def _load_adapters(self, folder: Path, rows: Rows, batch: int) -> None:
-        base: Base = self._base
-        sites = DeviceSites(
+    def __init__(self, folder: Path, batch: int, device: str = "cpu") -> None:
+        self.base = base = load_base(str(folder / "base"), device)
+        rows = Rows(base.device)
+        self.sites = DeviceSites(
             base.model, base.structure, rows, batch, ARENA_BYTES, base.dtype, base.device
         )
-        for slot in range(batch):
-            path = folder / "adapters" / f"a{slot:02}"
-            adapter = parse_adapter(path, path.name, base.structure, base.dtype)
-            assert sites.reserve(slot, adapter)
-            sites.write(slot, adapter)
+        self._load_adapters(sorted((folder / "adapters").iterdir())[:batch])
+        self.blocks = -(-(PROMPT + 1) // BLOCK)
+        cache = KVCache(base.layers, batch * self.blocks + 1, BLOCK, base.dtype, base.device)
+        self.runner = ModelRunner(base, cache, rows)
+        self._requests = [_request(index, self.blocks) for index in range(batch)]
+
+    def _load_adapters(self, folders: Sequence[Path]) -> None:
+        for slot, path in enumerate(folders):
+            adapter = parse_adapter(path, path.name, self.base.structure, self.base.dtype)
+            assert self.sites.reserve(slot, adapter)
+            self.sites.write(slot, adapter)
 
     def prefill(self, slots: Sequence[int | None], chunk: int) -> None:
         """All prompts from the start, in steps of as many as make `chunk` tokens."""
@@ -66,20 +62,23 @@ class Steps:
             for request, slot in step:
                 request.slot, request.num_computed = slot, 0
                 del request.tokens[PROMPT:]
-            self._runner.run([Scheduled(request, PROMPT) for request, _ in step])
+            self.runner.run([Scheduled(request, PROMPT) for request, _ in step])
         for request in self._requests:
             request.num_computed = PROMPT
             request.tokens.append(1)
 
     def decode(self, slots: Sequence[int | None]) -> None:
-        """One token of each, always the same one."""
-        for request, slot in zip(self._requests, slots, strict=True):
+        """One token of the first sequences, always the same one."""
+        self.runner.run(self.decoding(slots))
+
+    def decoding(self, slots: Sequence[int | None]) -> list[Scheduled]:
+        for request, slot in zip(self._requests, slots, strict=False):
             request.slot = slot
-        self._runner.run([Scheduled(request, 1) for request in self._requests])
+        return [Scheduled(request, 1) for request in self._requests[: len(slots)]]
 
 
 def _request(index: int, blocks: int) -> Request:
-    prompt = [300 + (31 * index + 7 * place) % 30000 for place in range(PROMPT)]
+    prompt = [3 + (31 * index + 7 * place) % 500 for place in range(PROMPT)]
     own = list(range(index * blocks + 1, (index + 1) * blocks + 1))
     return trial_sequence(index, prompt, own, Sampling(temperature=0.0))
 

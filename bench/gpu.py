@@ -13,6 +13,7 @@ bytes and floors, and compiles.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -90,6 +91,8 @@ def ops_against_float64() -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", str(ROOT)]
     command += ["--import-mode=importlib", "-p", "no:cacheprovider", "-k", "triton"]
     command.append(str(ROOT / "tests/kernels"))
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "8"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     try:
         run = subprocess.run(

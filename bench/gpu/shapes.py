@@ -24,8 +24,8 @@ LLAMA = (
     SiteShape("gate_up", 4096, (14336, 14336)),
     SiteShape("down", 14336, (4096,)),
 )
-# Small enough for Triton's interpreter, with widths that no block divides.
-TINY = (SiteShape("qkv", 96, (144, 48, 48)), SiteShape("down", 160, (96,)))
+# Small enough for the interpreter, with widths that no block divides, the last of three chunks.
+TINY = (SiteShape("qkv", 96, (144, 48, 48)), SiteShape("down", 1160, (96,)))
 
 RANKS = {"8": (8,), "16": (16,), "64": (64,), "mixed": (8, 16, 32, 64)}
 
