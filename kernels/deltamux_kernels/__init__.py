@@ -16,6 +16,7 @@ from deltamux_kernels.pair_rotate import PairFactors, pair_rotate
 from deltamux_kernels.rms_norm import rms_norm
 from deltamux_kernels.rotary import rotary
 from deltamux_kernels.row_affine import row_affine
+from deltamux_kernels.row_bias import row_bias
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.shrink import Shrunk, shrink
 from deltamux_kernels.sign_delta import SignMatrices, sign_delta
@@ -51,6 +52,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "row_affine",
+    "row_bias",
     "shrink",
     "sign_delta",
     "sparse_delta",

@@ -44,6 +44,7 @@ from deltamux_kernels.pair_rotate import pair_rotate_triton
 from deltamux_kernels.rms_norm import rms_norm_triton
 from deltamux_kernels.rotary import rotary_triton
 from deltamux_kernels.row_affine import row_affine_triton
+from deltamux_kernels.row_bias import row_bias_triton
 from deltamux_kernels.scoring import Scoring
 from deltamux_kernels.shrink import shrink_triton
 from deltamux_kernels.sign_delta import sign_delta_triton
@@ -148,6 +149,7 @@ def low_rank(dtype: torch.dtype, rows: int) -> None:
     embedding_shrink_triton(torch.zeros(rows, dtype=torch.int64), packed, segments)
     row_affine_triton(x, x[0], scale, segments)
     row_affine_triton(x, None, scale, segments)
+    row_bias_triton(x, scale, segments)
     sparse = SparseMatrices(arena, 2, WIDTH, WIDTH)
     for part in (sparse.values, sparse.columns, sparse.starts):
         part.write(0, 0, torch.zeros(WIDTH, 1))

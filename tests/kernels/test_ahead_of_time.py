@@ -39,6 +39,7 @@ LIMITS = {
     "expand_slices_kernel": Limit(72, 5_120),
     "embedding_shrink_kernel": Limit(16, 0),
     "row_affine_kernel": Limit(40, 512),
+    "row_bias_kernel": Limit(40, 512),
     "sparse_delta_kernel": Limit(96, 8),
     "sign_delta_kernel": Limit(96, 45_056),
     "grouped_dense_kernel": Limit(56, 20_480),

@@ -25,6 +25,7 @@ from deltamux_kernels.grouped_dense import dense_delta_triton, grouped_dense_tri
 from deltamux_kernels.packed import as_elements
 from deltamux_kernels.pair_rotate import PairFactors, distance_elements, pair_rotate_triton
 from deltamux_kernels.row_affine import row_affine_triton
+from deltamux_kernels.row_bias import row_bias_triton
 from deltamux_kernels.shrink import shrink_triton
 from deltamux_kernels.sign_delta import pack_signs, sign_delta_triton
 from deltamux_kernels.sparse_delta import sparse_delta_triton
@@ -41,13 +42,14 @@ EVERY_KERNEL = {
     "sign_delta_kernel",
     "grouped_dense_kernel",
     "row_affine_kernel",
+    "row_bias_kernel",
     "pair_rotate_kernel",
     "block_rotate_kernel",
     "token_rows_kernel",
     "token_columns_kernel",
 }
 # Of ops in `Site.act`: one launch each, and nothing beside them.
-CALLS = 16
+CALLS = 17
 # The parameters by which a kernel knows whether a slot has something for it.
 HAS_A_MATRIX = {"rows", "ranks", "weight_rows", "word_counts", "non_zeros", "counts"}
 Spans = list[tuple[int, int, int]]
@@ -145,6 +147,7 @@ class Site:
         sign_delta_triton(y, x, self.signs, segments)
         dense_delta_triton(y, x, self.dense, segments)
         row_affine_triton(y, None, self.scale, segments)
+        row_bias_triton(y, self.scale, segments)
         pair_rotate_triton(y, self.factors, segments)
         token_columns_triton(y, x, self.tokens, segments)
         block_rotate_triton(self.z, y, self.blocks, segments)

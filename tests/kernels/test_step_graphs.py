@@ -68,6 +68,7 @@ VOCABULARY, HIDDEN = 48, 32
 LAYER = "model.layers.0"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 QUERY, VALUE = f"{LAYER}.self_attn.q_proj", f"{LAYER}.self_attn.v_proj"
+NORM = f"{LAYER}.input_layernorm"
 OUT, DOWN = f"{LAYER}.self_attn.o_proj", f"{LAYER}.mlp.down_proj"
 
 pytestmark = [
@@ -223,15 +224,16 @@ KINDS: dict[str, Callable[[], Payloads]] = {
         OUT: (SignDelta(pack_signs(normal(HIDDEN, HIDDEN) > 0), torch.tensor([0.1])),),
         EMBEDDING: (OutputRotation(normal(8, HIDDEN)),),
     },
-    "bottleneck and head": lambda: {
+    "bottleneck, biases and head": lambda: {
+        QUERY: (low_rank(40), RowBias(normal(HIDDEN))),
         DOWN: (bottleneck(),),
-        HEAD: (Dense(normal(VOCABULARY, HIDDEN)),),
+        NORM: (RowBias(normal(HIDDEN)),),
+        HEAD: (Dense(normal(VOCABULARY, HIDDEN)), RowBias(normal(VOCABULARY))),
     },
 }
 # What the host has a part in.
 EAGER: dict[str, Callable[[], Payloads]] = {
-    "norm": lambda: {f"{LAYER}.input_layernorm": (NormParameters(normal(HIDDEN)),)},
-    "bias": lambda: {QUERY: (low_rank(40), RowBias(normal(HIDDEN)))},
+    "norm": lambda: {NORM: (NormParameters(normal(HIDDEN)),)},
     "bottleneck with a norm": lambda: {DOWN: (bottleneck(normal(2, HIDDEN)),)},
     "embeddings": lambda: {EMBEDDING: (DenseEmbedding(normal(VOCABULARY, HIDDEN)),)},
 }
@@ -512,10 +514,10 @@ def test_steps_without_a_shape_are_eager(form: str, pair: Pair) -> None:
 
 def test_what_cannot_be_captured_is_eager(form: str, pair: Pair) -> None:
     """Here a bank that the host has a part in, and that does not say so."""
-    payloads = {QUERY: (low_rank(3), RowBias(normal(HIDDEN)))}
+    payloads = {EMBEDDING: (DenseEmbedding(normal(VOCABULARY, HIDDEN)),), QUERY: (low_rank(3),)}
     for engine in (pair.eager, pair.captured):
-        bias = engine.base.model.get_submodule(QUERY).banks[RowBias]
-        for store, _ in bias.pieces(payloads[QUERY][1]):
+        bank = engine.base.model.get_submodule(EMBEDDING).banks[DenseEmbedding]
+        for store, _ in bank.pieces(payloads[EMBEDDING][0]):
             store.host_read = False
     pair.load(0, payloads)
     with capture_logs() as logs:

@@ -120,7 +120,7 @@ class BankFactory:
         parameters = self._host_store(spec.out_features)
         banks: dict[type[Payload], OutputBank] = {
             NormParameters: NormParametersBank(norm, spec, parameters),
-            RowBias: RowBiasBank(self._host_store(spec.out_features)),
+            RowBias: RowBiasBank(self._store(spec.out_features)),
         }
         return SiteBanks(banks)
 
@@ -154,7 +154,7 @@ class BankFactory:
             SparseDelta: SparseDeltaBank(self._sparse(spec)),
             SignDelta: SignDeltaBank(self._signs(spec)),
             RowScale: RowScaleBank(self._store(spec.out_features), bias),
-            RowBias: RowBiasBank(self._host_store(spec.out_features)),
+            RowBias: RowBiasBank(self._store(spec.out_features)),
             OutputScale: RowScaleBank(self._store(spec.out_features), None),
             PairRotation: PairRotationBank(self._pair_factors(spec)),
             **self._bottlenecks(spec),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.row_bias import row_bias
 from deltamux_kernels.segments import Segments
 
 
@@ -36,5 +37,4 @@ class RowBiasBank:
         """Nothing to keep: a bias is alone in its store."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        for _, rows, bias in segments.owners(self._biases):
-            y[rows].add_(bias)
+        row_bias(y, self._biases, segments)
