@@ -2,7 +2,7 @@
 
 python bench/bench_host.py [--sequences 32 256] [--context 600] [--rounds 300] [--json out.json]
 
-`build` makes the tensors of a step, `engine` is the loop around it: receive, schedule, update and
+`build` makes the arrays of a step, `engine` is the loop around it: receive, schedule, update and
 reply, with messages encoded but not sent, and a runner that draws the same token every time.
 """
 
@@ -33,7 +33,6 @@ from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.scheduler import Scheduler
 from deltamux.engine.sequence import Scheduled
 from deltamux.engine.submission import Submissions
-from deltamux.engine.transfer import Upload
 from deltamux.wire.messages import FromEngine, Sampling, Stopping, Submit, ToEngine
 
 BLOCK, SLOTS, MOST_TOKENS = 16, 32, 4096
@@ -74,8 +73,8 @@ def decoding_step(sequences: int, context: int) -> Callable[[], object]:
         sequence.num_computed = context - 1
         sequence.slot = row % SLOTS if row % 4 else None
         scheduled.append(Scheduled(sequence, 1))
-    upload = Upload(torch.device("cpu"))
-    return lambda: StepBatch.build(scheduled, BLOCK, upload)
+    device = torch.device("cpu")
+    return lambda: StepBatch.build(scheduled, BLOCK, device)
 
 
 def running_engine(sequences: int, context: int) -> Engine:

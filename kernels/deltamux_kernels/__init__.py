@@ -21,6 +21,7 @@ from deltamux_kernels.segments import Segments
 from deltamux_kernels.shrink import Shrunk, shrink
 from deltamux_kernels.sign_delta import SignMatrices, sign_delta
 from deltamux_kernels.sparse_delta import SparseMatrices, sparse_delta
+from deltamux_kernels.staged import Staged
 from deltamux_kernels.token_rows import TokenTable, token_columns, token_rows
 from deltamux_kernels.write_kv import write_kv
 
@@ -38,6 +39,7 @@ __all__ = [
     "SignMatrices",
     "Slice",
     "SparseMatrices",
+    "Staged",
     "TokenTable",
     "activate",
     "block_rotate",

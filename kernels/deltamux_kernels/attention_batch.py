@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -57,14 +57,17 @@ class AttentionBatch:
         key = ("query_tiles", rows)
         if key not in self.plans:
             device = self.query_starts.device
-            self.plans[key] = device_table(self.tile_list(rows), columns=2, device=device)
+            self.plans[key] = device_table(
+                tile_list(self.query_lens, rows), columns=2, device=device
+            )
         plan: torch.Tensor = self.plans[key]
         return plan
 
-    def tile_list(self, rows: int) -> list[tuple[int, int]]:
-        """`(sequence, first query)` of every tile of at most `rows` queries."""
-        return [
-            (b, first)
-            for b, length in enumerate(self.query_lens)
-            for first in range(0, length, rows)
-        ]
+
+# Steps that decode are alike; layers of two kinds may want tiles of two sizes.
+@lru_cache(maxsize=4)
+def tile_list(query_lens: tuple[int, ...], rows: int) -> tuple[tuple[int, int], ...]:
+    """`(sequence, first query)` of every tile of at most `rows` queries."""
+    return tuple(
+        [(b, first) for b, length in enumerate(query_lens) for first in range(0, length, rows)]
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from deltamux_kernels.attention_batch import AttentionBatch
+from deltamux_kernels.attention_batch import AttentionBatch, tile_list
 from deltamux_kernels.captured_table import CapturedTable, most_tiles
 
 
@@ -25,13 +25,13 @@ class CapturedAttention(AttentionBatch):
         block_tables: Tensor,
     ) -> None:
         """`query_starts` int32 [B + 2], `seq_lens` int32 [B + 1] and `block_tables`
-        int32 [B + 1, M] are what the graph reads; others may write to them between replays.
+        int32 [B + 1, M] are what the graph reads, and others write between replays.
 
         Where it `decodes`, each of T = B sequences has at most one row.
         """
         self._rows = rows
         self._nobody = len(seq_lens) - 1
-        self._step: AttentionBatch | None = None
+        self._query_lens: tuple[int, ...] = ()
         # By the most queries of a tile.
         self._tiles: dict[int, CapturedTable] = {}
         vars(self).update(
@@ -42,16 +42,9 @@ class CapturedAttention(AttentionBatch):
             block_tables=block_tables,
         )
 
-    def fill(self, step: AttentionBatch) -> None:
-        """Puts a step's sequences in place for the next replay; waits for nothing."""
-        sequences, blocks = step.block_tables.shape
-        self.query_starts[: sequences + 1] = step.query_starts
-        self.query_starts[sequences + 1 :] = sum(step.query_lens)
-        self.seq_lens[:sequences] = step.seq_lens
-        self.seq_lens[sequences:] = 0
-        # What stands behind a sequence's last block is never read.
-        self.block_tables[:sequences, :blocks] = step.block_tables
-        self._step = step
+    def fill(self, query_lens: tuple[int, ...]) -> None:
+        """Puts the tiles of a step's sequences in place for the next replay; waits for nothing."""
+        self._query_lens = query_lens
         for rows, table in self._tiles.items():
             self._fill(table, rows)
 
@@ -65,6 +58,5 @@ class CapturedAttention(AttentionBatch):
         return self._tiles[rows].tensor
 
     def _fill(self, table: CapturedTable, rows: int) -> None:
-        if self._step is not None:
-            filled = table.fill(self._step.tile_list(rows))
-            assert filled
+        filled = table.fill(tile_list(self._query_lens, rows))
+        assert filled

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from deltamux_kernels.staged import Staged
+
 Row = tuple[int, ...]
 
 
@@ -20,13 +22,11 @@ class CapturedTable:
 
     def __init__(self, capacity: int, nothing: Row, device: torch.device) -> None:
         self._nothing = nothing
+        self._capacity = capacity
         self._filled: Sequence[Row] = []
-        self._host = torch.tensor([nothing] * capacity, dtype=torch.int32)
-        self._copied: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._host = self._host.pin_memory()
-            self._copied = torch.cuda.Event()
-        self.tensor = self._host.to(device, copy=True)
+        initial = torch.tensor([nothing] * capacity, dtype=torch.int32)
+        self._staged = Staged(initial, device)
+        self.tensor = self._staged.tensor
 
     def fill(self, rows: Sequence[Row]) -> bool:
         """Puts rows in place for the next replay; False if they are too many.
@@ -34,7 +34,7 @@ class CapturedTable:
         On CUDA a copy on the current stream that nobody waits for, and none at all where the rows
         are those of the last time.
         """
-        if len(rows) > len(self._host):
+        if len(rows) > self._capacity:
             return False
         if rows != self._filled:
             self._write(rows)
@@ -42,10 +42,6 @@ class CapturedTable:
         return True
 
     def _write(self, rows: Sequence[Row]) -> None:
-        if self._copied is not None:
-            self._copied.synchronize()  # the last copy has read its source, a step ago as a rule
-        table = [*rows, *[self._nothing] * (len(self._host) - len(rows))]
-        self._host.copy_(torch.tensor(table, dtype=torch.int32))
-        self.tensor.copy_(self._host, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        table = [*rows, *[self._nothing] * (self._capacity - len(rows))]
+        self._staged.host().copy_(torch.tensor(table, dtype=torch.int32))
+        self._staged.send()

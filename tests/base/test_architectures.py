@@ -107,7 +107,7 @@ def reference(model: hf.PreTrainedModel, prompt: list[int]) -> tuple[list[int], 
 class RecordingRunner(ModelRunner):
     """Keeps the logits of every sampled row."""
 
-    def forward(self, batch: StepBatch, rows: Tensor) -> Tensor:
+    def forward(self, batch: StepBatch, rows: Tensor | None = None) -> Tensor:
         logits = super().forward(batch, rows)
         for sequence, row in zip(batch.sampled, logits, strict=True):
             self.seen.setdefault(sequence.index, []).append(row.clone())

@@ -9,26 +9,36 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import LlamaForCausalLM
 
 from deltamux.adapters.rows import Rows
 from deltamux.base.load import Base, adopt
+from deltamux.engine.cuda_graphs import StepGraphs
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled
+from deltamux.engine.step_buffers import StepBuffers, StepShape
+from deltamux.engine.transfer import Upload
 from deltamux.wire.messages import Sampling
 
 LAYERS, BLOCK_SIZE, MAX_ADAPTERS = 2, 16, 16
 # Products of an adapter in a layer. q, k and v read one input, gate and up another: one A for each.
 A_PRODUCTS, B_PRODUCTS = 4, 7
 
-# The batch makes tensors of seven arrays, two of them with a dimension more. The sampler adds up
-# logits (1), lends them to NumPy (4) and takes tokens back (1). Both go to the host as one (2),
-# where NumPy reads them (4): on a GPU, that is all that anybody waits for.
-OUTSIDE_THE_MODEL = 21
+# The batch makes tensors of seven arrays, two of them with a dimension more. The sampler wants
+# logits in float32 (1), adds them up (1), lends them to NumPy (4) and takes tokens back (1). Both
+# go to the host as one (2), where NumPy reads them (4): on a GPU, that is all that anybody waits
+# for.
+OUTSIDE_THE_MODEL = 22
+# A replayed step sends all its integers in one copy; another puts the blocks of each sequence where
+# rows are as wide as the longest may ever need. These are eight, with views of what is in use. The
+# logits of its own rows (2), and what the sampler does with them as above (12).
+BESIDE_A_REPLAY, COPIES_BEFORE_A_REPLAY = 22, 2
 # Once, in the first layer: which blocks each sequence sees, how far, and a mask of it.
 ATTENTION_PLAN = 37
 # In every layer: new keys and values to their places, pages gathered, attention over them.
@@ -85,16 +95,30 @@ def test_what_a_step_does_beside_the_model(bare, recorder) -> None:
     base, runner = bare
     with recorder() as step:
         runner.run(decoding(3))
-    batch = runner.batch(decoding(3))
+    inputs = runner.batch(decoding(3)).send(Upload(base.device))
     with recorder() as forward:
-        runner.forward(batch, batch.sampled_rows)
+        runner.logits(inputs, inputs.sampled_rows)
     base.set_attention(lambda module, query, *_, **__: (query.transpose(1, 2), None))
     with recorder() as model:
-        runner.forward(batch, batch.sampled_rows)
+        runner.logits(inputs, inputs.sampled_rows)
     outside = difference(step.operations, forward.operations)
     attention = difference(forward.operations, model.operations)
     assert sum(outside.values()) <= OUTSIDE_THE_MODEL, (outside, ADVICE)
     assert sum(attention.values()) <= ATTENTION_PLAN + LAYERS * ATTENTION, (attention, ADVICE)
+
+
+def test_what_a_replayed_step_does_beside_its_graph(bare, recorder) -> None:
+    base, runner = bare
+    sites: Any = SimpleNamespace(num_slots=1, device=base.device, eager_slots=set(), growth=0)
+    shape, buffers = StepShape(4, 4, decodes=True), StepBuffers(8, 4, 4, 64, base.device)
+    graphs = StepGraphs((shape,), runner.logits, buffers, sites, lambda step: lambda: None)
+    assert graphs.capture_base()
+    runner.use(graphs)
+    with recorder() as step:
+        runner.run(decoding(3))
+    counts = Counter(step.operations)
+    assert counts["aten.copy_.default"] <= COPIES_BEFORE_A_REPLAY, (counts, ADVICE)
+    assert counts.total() <= BESIDE_A_REPLAY, (counts, ADVICE)
 
 
 @pytest.mark.parametrize(

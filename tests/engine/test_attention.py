@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltamux.base.probe import AttentionLayer
 from deltamux.engine.attention import PagedAttention
-from deltamux.engine.batch import StepBatch
+from deltamux.engine.batch import StepBatch, StepInputs
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
@@ -36,7 +36,7 @@ def cache() -> KVCache:
     return pages
 
 
-def steps() -> list[StepBatch]:
+def steps() -> list[StepInputs]:
     """All but the last two tokens of each sequence, then those two one by one."""
     blocks = iter([13, 4, 9, 1, 11, 2])
     sequences = [
@@ -46,7 +46,7 @@ def steps() -> list[StepBatch]:
     batches = []
     for last in (2, 1, 0):
         items = [Scheduled(s, s.num_uncomputed - last) for s in sequences]
-        batches.append(StepBatch.build(items, BLOCK, Upload(CPU)))
+        batches.append(StepBatch.build(items, BLOCK, CPU).send(Upload(CPU)))
         for item in items:
             item.sequence.num_computed += item.num_tokens
     return batches

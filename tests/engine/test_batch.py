@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from deltamux.adapters.primitives.virtual_tokens import Virtual
@@ -31,13 +32,13 @@ DECODE_BASE = scheduled([40, 41], [7], computed=1, count=1, slot=None)
 
 
 def build(*items: Scheduled) -> StepBatch:
-    return StepBatch.build(items, BLOCK, Upload(CPU))
+    return StepBatch.build(items, BLOCK, CPU)
 
 
 def test_rows_are_packed_by_slot_with_the_base_last() -> None:
     batch = build(PREFILL, LAST_CHUNK, DECODE, DECODE_BASE)
-    assert batch.input_ids.tolist() == [[38, 23, 24, 25, 10, 11, 12, 13, 14, 41]]
-    assert batch.position_ids.tolist() == [[8, 3, 4, 5, 0, 1, 2, 3, 4, 1]]
+    assert batch.input_ids.tolist() == [38, 23, 24, 25, 10, 11, 12, 13, 14, 41]
+    assert batch.position_ids.tolist() == [8, 3, 4, 5, 0, 1, 2, 3, 4, 1]
     assert batch.token_segments.spans == ((1, 0, 1), (7, 1, 4))
 
 
@@ -52,7 +53,7 @@ def test_each_row_has_the_place_of_its_position_in_its_own_blocks() -> None:
 
 
 def test_attention_sees_lengths_and_tables_padded_with_block_0() -> None:
-    attention = build(PREFILL, LAST_CHUNK, DECODE, DECODE_BASE).attention
+    attention = build(PREFILL, LAST_CHUNK, DECODE, DECODE_BASE).send(Upload(CPU)).attention
     assert attention.query_lens == (1, 3, 5, 1)
     assert attention.context_lens == (9, 6, 5, 2)
     assert attention.query_starts.tolist() == [0, 1, 4, 9, 10]
@@ -64,7 +65,7 @@ def test_attention_sees_lengths_and_tables_padded_with_block_0() -> None:
 def test_table_ends_with_the_context_of_the_step() -> None:
     """Blocks that were allocated ahead are no part of it yet."""
     ahead = scheduled([1, 2, 3, 4, 5, 6], [5, 6], computed=0, count=4, slot=None)
-    assert build(ahead).attention.block_tables.tolist() == [[5]]
+    assert build(ahead).block_tables.tolist() == [[5]]
 
 
 def test_only_sequences_that_reach_their_last_token_sample() -> None:
@@ -87,7 +88,7 @@ def test_sequences_of_one_slot_form_one_segment() -> None:
 
 def test_step_in_which_nothing_samples() -> None:
     batch = build(PREFILL)
-    assert batch.sampled_rows.shape == (0,) and batch.sampled_rows.dtype == torch.int64
+    assert batch.sampled_rows.shape == (0,) and batch.sampled_rows.dtype == np.int64
     assert batch.sampled == () and not batch.sampled_segments
 
 
@@ -112,8 +113,8 @@ def test_virtual_tokens_have_negative_ids_and_are_not_pooled() -> None:
         item.sequence.begin_with(Traits(Virtual(3)))
         item.sequence.pooling = Embed("mean", normalize=True)
     batch = build(begun, goes_on, nothing_yet)
-    assert batch.input_ids.tolist() == [[-1, -2, -3, 4, 8, -1, -2]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
+    assert batch.input_ids.tolist() == [-1, -2, -3, 4, 8, -1, -2]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1]
     assert batch.pooled == (
         Pooling(begun.sequence, 0, 3, 4, place=None),
         Pooling(goes_on.sequence, 1, 4, 5, place=None),
@@ -126,7 +127,7 @@ def test_virtual_tokens_that_do_not_count_leave_the_prompt_at_position_0() -> No
     begun.sequence.begin_with(Traits(Virtual(3, computed=False, counted=False)))
     counted.sequence.begin_with(Traits(Virtual(3, computed=False)))
     batch = build(begun, counted)
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4]
     assert batch.slot_mapping.tolist() == [47, 48, 49, 59, 60]
 
 

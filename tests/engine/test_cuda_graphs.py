@@ -14,7 +14,6 @@ from deltamux.engine.cuda_graphs import Step, StepGraphs, captured_shapes
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
 from deltamux.engine.step_buffers import StepBuffers, StepShape
-from deltamux.engine.transfer import Upload
 from deltamux.wire.messages import Sampling
 
 CPU = torch.device("cpu")
@@ -126,5 +125,5 @@ def test_too_many_pieces_are_eager(adapter_from: int, replayed: bool) -> None:
         sequence = trial_sequence(number, [1, 2], [1 + number], Sampling())
         sequence.slot, sequence.adapter_from = 0, adapter_from
         scheduled.append(Scheduled(sequence, 2))
-    step = StepBatch.build(scheduled, 4, Upload(CPU))
+    step = StepBatch.build(scheduled, 4, CPU)
     assert (Capturing(slots=1).graphs.run(step) is not None) == replayed

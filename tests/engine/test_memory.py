@@ -120,7 +120,7 @@ def test_an_encoder_gives_the_adapters_all(base: Base) -> None:
 def test_graphs_take_a_step_and_what_it_reads(base: Base) -> None:
     config = EngineConfig("", max_num_seqs=3, max_num_batched_tokens=24, max_model_len=40)
     buffers = step_buffers(config, base, torch.device("cpu"))
-    assert buffers.block_tables.shape == (4, 3) and buffers.input_ids.shape == (1, 24)
+    assert buffers.block_tables.shape == (4, 3) and buffers.packed.input_ids.shape == (24,)
     assert buffers.bytes > 3 * 64 * 4
     assert graph_bytes(base, config, 1000) == 1000 + buffers.bytes
     assert graph_bytes(base, replace(config, enforce_eager=True), 1000) == 0

@@ -11,7 +11,6 @@ from deltamux.engine.batch import StepBatch
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
 from deltamux.engine.step_buffers import ShapedStep, StepBuffers, StepShape
-from deltamux.engine.transfer import Upload
 from deltamux.wire.messages import Sampling
 
 CPU = torch.device("cpu")
@@ -20,18 +19,24 @@ LARGE, SMALL, DECODING = StepShape(16, 4), StepShape(6, 4), StepShape(4, 4, deco
 
 
 def step(
-    *parts: tuple[int, int], more: int = 0, slot: int | None = None, adapter_from: int = 0
+    *parts: tuple[int, int],
+    more: int = 0,
+    slot: int | None = None,
+    adapter_from: int = 0,
+    block: int = 1,
 ) -> StepBatch:
-    """Sequence i has `parts[i]` tokens: computed, and in the step; then `more` that are not."""
+    """Sequence i has `parts[i]` tokens: computed, and in the step; then `more` that are not.
+
+    From `block` on, each has four blocks."""
     scheduled = []
     for number, (computed, length) in enumerate(parts):
-        blocks = list(range(1 + 4 * number, 5 + 4 * number))
+        blocks = list(range(block + 4 * number, block + 4 + 4 * number))
         tokens = list(range(20, 20 + computed + length + more))
         sequence = trial_sequence(number, tokens, blocks, Sampling())
         sequence.num_computed, sequence.slot = computed, slot
         sequence.adapter_from = adapter_from
         scheduled.append(Scheduled(sequence, length))
-    return StepBatch.build(scheduled, BLOCK, Upload(CPU))
+    return StepBatch.build(scheduled, BLOCK, CPU)
 
 
 @pytest.fixture
@@ -53,9 +58,9 @@ def test_a_shape_holds_what_has_no_more_rows_and_sequences() -> None:
 def test_before_the_first_step_nothing_is_stored_or_attended(
     steps: dict[StepShape, ShapedStep],
 ) -> None:
-    batch = steps[LARGE].batch(adapted=False)
-    assert batch.slot_mapping.tolist() == [-1] * 16
-    assert not batch.attention.seq_lens.any() and not batch.attention.query_starts.any()
+    inputs = steps[LARGE].inputs(adapted=False)
+    assert inputs.slot_mapping.tolist() == [-1] * 16
+    assert not inputs.attention.seq_lens.any() and not inputs.attention.query_starts.any()
 
 
 def test_rows_of_one_slot_that_lie_apart_may_be_too_many(
@@ -71,26 +76,25 @@ def test_rows_of_one_slot_that_lie_apart_may_be_too_many(
 def test_a_step_stands_where_it_is_captured_and_padding_touches_nothing(
     steps: dict[StepShape, ShapedStep], shape: StepShape
 ) -> None:
-    earlier = step((3, 9), (2, 3), (0, 3), (7, 1))
-    earlier.input_ids[0, 4] = -1
+    earlier = step((3, 9), (2, 3), (0, 3), (7, 1), block=40)
+    earlier.input_ids[4] = -1
     steps[LARGE].fill(earlier)
-    now = step((8, 1), (2, 1), (5, 1)) if shape.decodes else step((8, 1), (2, 3), more=1)
+    now = step((2, 1), (5, 1), (8, 1)) if shape.decodes else step((2, 3), (8, 1), more=1)
     steps[shape].fill(now)
-    batch = steps[shape].batch(adapted=False)
-    rows, sequences = now.input_ids.shape[1], len(now.attention.query_lens)
+    inputs = steps[shape].inputs(adapted=False)
+    rows, sequences = len(now.input_ids), len(now.query_lens)
     padding = shape.rows - rows
     assert padding
-    assert batch.input_ids.tolist() == [[*now.input_ids[0].tolist(), *[0] * padding]]
-    assert batch.position_ids[:, :rows].equal(now.position_ids)
-    assert batch.slot_mapping.tolist() == [*now.slot_mapping.tolist(), *[-1] * padding]
+    assert inputs.input_ids.tolist() == [[*now.input_ids.tolist(), *[0] * padding]]
+    assert inputs.position_ids.tolist() == [[*now.position_ids.tolist(), *[0] * padding]]
+    assert inputs.slot_mapping.tolist() == [*now.slot_mapping.tolist(), *[-1] * padding]
     sampled = now.sampled_rows.tolist()
-    assert batch.sampled_rows.tolist() == [*sampled, *[0] * (4 - len(sampled))]
-    attention, nobody = batch.attention, 5 - sequences
-    assert attention.seq_lens.tolist() == [*now.attention.seq_lens.tolist(), *[0] * nobody]
-    starts = [*now.attention.query_starts.tolist(), *[rows] * nobody]
-    assert attention.query_starts.tolist() == starts
+    assert inputs.sampled_rows.tolist() == [*sampled, *[0] * (4 - len(sampled))]
+    attention, nobody = inputs.attention, 5 - sequences
+    assert attention.seq_lens.tolist() == [*now.seq_lens.tolist(), *[0] * nobody]
+    assert attention.query_starts.tolist() == [*now.query_starts.tolist(), *[rows] * nobody]
     for table, given, context in zip(
-        attention.block_tables, now.attention.block_tables, now.attention.context_lens, strict=False
+        attention.block_tables, now.block_tables, now.seq_lens.tolist(), strict=False
     ):
         blocks = -(-context // BLOCK)
-        assert table[:blocks].equal(given[:blocks])
+        assert table[:blocks].tolist() == given[:blocks].tolist()

@@ -44,6 +44,16 @@ def captured(rows: int, decodes: bool, device: torch.device) -> CapturedAttentio
     return CapturedAttention(rows, decodes, starts, lens, tables)
 
 
+def fill(sequences: CapturedAttention, step: AttentionBatch) -> None:
+    count, blocks = step.block_tables.shape
+    sequences.query_starts.fill_(sum(step.query_lens))
+    sequences.query_starts[: count + 1] = step.query_starts
+    sequences.seq_lens.zero_()
+    sequences.seq_lens[:count] = step.seq_lens
+    sequences.block_tables[:count, :blocks] = step.block_tables
+    sequences.fill(step.query_lens)
+
+
 @pytest.mark.parametrize("form", ["triton"], indirect=True)
 @pytest.mark.parametrize("dtype", ["float16"], indirect=True)
 @pytest.mark.parametrize(
@@ -71,7 +81,7 @@ def test_one_capture_serves_any_sequences_to_the_bit(
     assert set(launch.read) <= {"tiles", "query_starts"} and not launch.written
     for step in steps:
         plain = batch(step, device)
-        sequences.fill(plain)
+        fill(sequences, plain)
         out.fill_(torch.nan)
         launch.replay()
         expected = paged_attention_triton(query, keys, values, plain, scoring)
@@ -85,7 +95,7 @@ def test_a_table_has_room_for_the_worst_division() -> None:
     sequences = captured(10, False, device)
     assert sequences.query_tiles(4).shape == (SEQUENCES + 1, 2)
     for lengths in ((1, 1, 8), (10,), (4, 5, 1), (5, 5)):
-        sequences.fill(batch([(length, length) for length in lengths], device))
+        sequences.fill(lengths)
         tiles = [tile for tile in sequences.query_tiles(4).tolist() if tile[0] < SEQUENCES]
         assert len(tiles) == sum(-(-length // 4) for length in lengths)
     assert sequences.query_tiles(8).tolist() == [[0, 0], [1, 0], [SEQUENCES, 0]]

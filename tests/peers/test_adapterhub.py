@@ -22,7 +22,6 @@ from deltamux.engine.batch import StepBatch
 from deltamux.engine.encoder_runner import EncoderRunner
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
-from deltamux.engine.transfer import Upload
 from deltamux.extract.samples import sample_texts
 from deltamux.verify.alone import Question, Refused
 from deltamux.verify.interpreter import Interpreter
@@ -74,7 +73,7 @@ def test_the_hidden_states_of_an_encoder_are_those_of_adapterhub(tmp_path: Path)
     for slot in range(len(names)):
         sequences[slot].slot = slot
     step = [Scheduled(sequence, sequence.num_places) for sequence in sequences]
-    hidden = EncoderRunner(base, rows, 16).forward(StepBatch.build(step, 16, Upload(base.device)))
+    hidden = EncoderRunner(base, rows, 16).forward(StepBatch.build(step, 16, base.device))
     expected = load_file(GOLDENS / "bert" / "hidden.safetensors")
     for name, states in zip([*names, "base"], hidden.split(len(ids)), strict=True):
         torch.testing.assert_close(states, expected[name][0], atol=1e-4, rtol=0, msg=name)

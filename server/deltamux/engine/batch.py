@@ -1,4 +1,4 @@
-"""Turns the sequences of one step into packed tensors."""
+"""Turns the sequences of one step into packed arrays, and these into tensors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.engine.shares import Shares
-from deltamux.engine.transfer import Upload
+from deltamux.engine.transfer import Array, Upload
 from deltamux_kernels import AttentionBatch, Segments
 
 
@@ -30,18 +31,36 @@ class Pooling:
 
 
 @dataclass(frozen=True)
+class StepInputs:
+    """What the forward pass of a step reads on the device."""
+
+    input_ids: Tensor  # int64 [1, T]
+    position_ids: Tensor  # int64 [1, T]
+    slot_mapping: Tensor  # int64 [T]
+    attention: AttentionBatch
+    sampled_rows: Tensor  # int64 [S]
+    # Of the T rows, and of the S rows.
+    token_segments: Segments
+    sampled_segments: Segments
+
+
+@dataclass(frozen=True, eq=False)
 class StepBatch:
     """The rows of one step, all sequences end to end, ordered by adapter slot, the base's last.
 
-    T rows in all, S of which are the last of a sequence that samples. A place is that of a
-    sequence among those that yield something, as scheduled.
+    T rows of B sequences, S of which are the last of one that samples. A place is that of a
+    sequence among those that yield something, as scheduled. `AttentionBatch` says what the arrays
+    of attention are.
     """
 
-    input_ids: Tensor  # int64 [1, T]; -1 - j for the virtual token j of the row's adapter
-    position_ids: Tensor  # int64 [1, T]
-    slot_mapping: Tensor  # int64 [T], place of each row in the flattened KV cache
-    attention: AttentionBatch
-    sampled_rows: Tensor  # int64 [S]
+    input_ids: Array  # int64 [T]; -1 - j for the virtual token j of the row's adapter
+    position_ids: Array  # int64 [T]
+    slot_mapping: Array  # int64 [T], place of each row in the flattened KV cache
+    query_starts: Array  # int32 [B + 1]
+    seq_lens: Array  # int32 [B]
+    block_tables: Array  # int32 [B, M]
+    sampled_rows: Array  # int64 [S]
+    query_lens: tuple[int, ...]
     # Of the T rows, and of the S rows.
     token_segments: Segments
     sampled_segments: Segments
@@ -52,39 +71,55 @@ class StepBatch:
     pooled: tuple[Pooling, ...]
 
     @classmethod
-    def build(cls, scheduled: Items[Scheduled], block_size: int, upload: Upload) -> StepBatch:
+    def build(cls, scheduled: Items[Scheduled], block_size: int, device: torch.device) -> StepBatch:
         """Every sequence has blocks for the tokens that are scheduled of it."""
         shares = Shares.of(scheduled)
         tables, samples = shares.block_tables(block_size), shares.samples
-        ids, positions, slot_mapping, query_starts, seq_lens, block_tables, rows = upload.send(
-            (
-                shares.token_ids(),
-                shares.positions(),
-                shares.slot_mapping(tables, block_size),
-                shares.query_starts(),
-                shares.contexts.astype(np.int32),
-                tables,
-                shares.ends[samples] - 1,
-            )
-        )
-        token_segments, sampled_segments = shares.segments(upload.device)
+        token_segments, sampled_segments = shares.segments(device)
         return cls(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            slot_mapping=slot_mapping,
-            attention=AttentionBatch(
-                query_lens=tuple(shares.lengths.tolist()),
-                context_lens=tuple(shares.contexts.tolist()),
-                query_starts=query_starts,
-                seq_lens=seq_lens,
-                block_tables=block_tables,
-            ),
-            sampled_rows=rows,
+            input_ids=shares.token_ids(),
+            position_ids=shares.positions(),
+            slot_mapping=shares.slot_mapping(tables, block_size),
+            query_starts=shares.query_starts(),
+            seq_lens=shares.contexts.astype(np.int32),
+            block_tables=tables,
+            sampled_rows=shares.ends[samples] - 1,
+            query_lens=tuple(shares.lengths.tolist()),
             token_segments=token_segments,
             sampled_segments=sampled_segments,
             sampled=tuple([shares.sequences[number] for number in samples.tolist()]),
             sampled_places=tuple(shares.places[samples].tolist()),
             pooled=_pooled(shares),
+        )
+
+    def send(self, upload: Upload) -> StepInputs:
+        """Queues the one copy to the device."""
+        ids, positions, slot_mapping, query_starts, seq_lens, block_tables, rows = upload.send(
+            (
+                self.input_ids,
+                self.position_ids,
+                self.slot_mapping,
+                self.query_starts,
+                self.seq_lens,
+                self.block_tables,
+                self.sampled_rows,
+            )
+        )
+        attention = AttentionBatch(
+            query_lens=self.query_lens,
+            context_lens=tuple(self.seq_lens.tolist()),
+            query_starts=query_starts,
+            seq_lens=seq_lens,
+            block_tables=block_tables,
+        )
+        return StepInputs(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            slot_mapping=slot_mapping,
+            attention=attention,
+            sampled_rows=rows,
+            token_segments=self.token_segments,
+            sampled_segments=self.sampled_segments,
         )
 
 

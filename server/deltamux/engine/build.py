@@ -106,7 +106,7 @@ def _replay_steps(
     """Makes a runner replay its steps of sequences up to so long, if they can be captured."""
     graphs = StepGraphs(
         captured_shapes(config.max_num_batched_tokens, config.max_num_seqs),
-        runner.forward,
+        runner.logits,
         step_buffers(config, base, base.device),
         sites,
         GraphCapture(base.device),

@@ -12,7 +12,7 @@ from deltamux.adapters.primitives.task_head import TaskHeadBank
 from deltamux.adapters.rows import Rows
 from deltamux.base.encoders import padded_positions, shared_head
 from deltamux.base.load import Base
-from deltamux.engine.batch import StepBatch
+from deltamux.engine.batch import StepBatch, StepInputs
 from deltamux.engine.outcome import Outcome
 from deltamux.engine.packed_attention import PackedAttention
 from deltamux.engine.parts import Collect
@@ -43,7 +43,7 @@ class EncoderRunner:
     @torch.inference_mode()
     def launch(self, scheduled: Items[Scheduled]) -> Collect:
         """Queues whole prompts, all of them to be pooled: that is done when they are collected."""
-        batch = StepBatch.build(scheduled, self._block_size, self._upload)
+        batch = StepBatch.build(scheduled, self._block_size, self._base.device)
         hidden = self.forward(batch)
         return lambda: self._collect(batch, hidden)
 
@@ -60,18 +60,19 @@ class EncoderRunner:
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
         """Hidden states [T, width] of all rows of the batch."""
+        inputs = batch.send(self._upload)
         self._rows.set(batch.token_segments, self._nobody)
-        self._attention.begin(batch.attention.query_lens)
+        self._attention.begin(batch.query_lens)
         self._base.model.base_model(
-            input_ids=batch.input_ids, position_ids=self._positions(batch), **self._types(batch)
+            input_ids=inputs.input_ids, position_ids=self._positions(inputs), **self._types(batch)
         )
         return self._base.last_hidden.take()
 
-    def _positions(self, batch: StepBatch) -> Tensor:
+    def _positions(self, inputs: StepInputs) -> Tensor:
         if not self._skips_padding:
-            return batch.position_ids
-        starts = batch.attention.query_starts[:-1].long()
-        return padded_positions(batch.input_ids[0], starts, self._base.config.pad_token_id)[None]
+            return inputs.position_ids
+        starts = inputs.attention.query_starts[:-1].long()
+        return padded_positions(inputs.input_ids[0], starts, self._base.config.pad_token_id)[None]
 
     def _types(self, batch: StepBatch) -> dict[str, Tensor]:
         """Which of its two texts each token belongs to, where a prompt has two."""

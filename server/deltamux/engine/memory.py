@@ -18,6 +18,7 @@ import torch
 from deltamux.adapters.rows import Rows
 from deltamux.base.load import Base
 from deltamux.config import EngineConfig
+from deltamux.engine.cuda_graphs import captured_shapes
 from deltamux.engine.host_memory import free_host_bytes
 from deltamux.engine.kv_cache import KVCache, block_bytes
 from deltamux.engine.rehearsal import packed_hidden, trial_sequence
@@ -130,10 +131,10 @@ def graph_bytes(base: Base, config: EngineConfig, step_bytes: int) -> int:
 
 
 def step_buffers(config: EngineConfig, base: Base, device: torch.device) -> StepBuffers:
-    """For steps as large as any; on the device "meta" they take no memory."""
-    sequences = min(config.max_num_seqs, config.max_num_batched_tokens)
+    """For steps of any captured shape; on the device "meta" they take no memory of one."""
+    shapes = captured_shapes(config.max_num_batched_tokens, config.max_num_seqs)
+    rows, sequences = max(s.rows for s in shapes), max(s.sequences for s in shapes)
     blocks = -(-(config.max_model_len or base.max_model_len) // config.block_size)
-    rows = config.max_num_batched_tokens
     return StepBuffers(rows, sequences, blocks, base.vocab_size, device)
 
 

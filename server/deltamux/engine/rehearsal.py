@@ -21,7 +21,6 @@ from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.engine.step_buffers import StepShape
-from deltamux.engine.transfer import Upload
 from deltamux.wire.messages import Sampling, Stopping
 
 _log = structlog.get_logger(__name__)
@@ -48,7 +47,7 @@ def replays_agree(graphs: StepGraphs, runner: ModelRunner, base: Base, longest: 
         replayed = graphs.run(batch)
         if replayed is None:
             continue  # sequences so short cannot fill it, and their shape was not captured
-        error = relative_error(replayed, runner.forward(batch, batch.sampled_rows), base.dtype)
+        error = relative_error(replayed, runner.forward(batch), base.dtype)
         if not error <= TOLERANCE[base.dtype]:
             _log.warning(
                 "a CUDA graph differs from its step, none is used",
@@ -69,7 +68,7 @@ def packed_logits(base: Base, prompts: Items[Items[int]], block_size: int) -> li
     parts: list[list[Tensor]] = [[] for _ in prompts]
     for step in _steps(sequences):
         batch = runner.batch(step)
-        every_row = torch.arange(batch.input_ids.shape[1], device=base.device)
+        every_row = torch.arange(len(batch.input_ids), device=base.device)
         logits = runner.forward(batch, every_row)
         lengths = [item.num_tokens for item in step]
         for item, piece in zip(step, logits.split_with_sizes(lengths), strict=True):
@@ -83,7 +82,7 @@ def packed_hidden(base: Base, prompts: Items[Items[int]], block_size: int) -> li
     runner = EncoderRunner(base, Rows(base.device), block_size)
     sequences = _sequences(prompts, [-(-len(prompt) // block_size) for prompt in prompts])
     step = [Scheduled(sequence, sequence.num_places) for sequence in sequences]
-    hidden = runner.forward(StepBatch.build(step, block_size, Upload(base.device)))
+    hidden = runner.forward(StepBatch.build(step, block_size, base.device))
     return list(hidden.float().split_with_sizes([item.num_tokens for item in step]))
 
 

@@ -12,7 +12,7 @@ from deltamux.adapters.primitives.task_head import TaskHeadBank
 from deltamux.adapters.rows import Rows
 from deltamux.base.load import Base
 from deltamux.engine.attention import PagedAttention
-from deltamux.engine.batch import StepBatch
+from deltamux.engine.batch import StepBatch, StepInputs
 from deltamux.engine.cuda_graphs import StepGraphs
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.outcome import Outcome
@@ -65,7 +65,7 @@ class ModelRunner:
         return self.launch(scheduled)()
 
     def batch(self, scheduled: Items[Scheduled]) -> StepBatch:
-        return StepBatch.build(scheduled, self.block_size, self._upload)
+        return StepBatch.build(scheduled, self.block_size, self._base.device)
 
     @torch.inference_mode()
     def _collect(
@@ -79,22 +79,27 @@ class ModelRunner:
 
     def _sampled_logits(self, batch: StepBatch) -> Tensor:
         replayed = None if self._graphs is None else self._graphs.run(batch)
-        return self.forward(batch, batch.sampled_rows) if replayed is None else replayed
+        return self.forward(batch) if replayed is None else replayed
+
+    def forward(self, batch: StepBatch, rows: Tensor | None = None) -> Tensor:
+        """`logits`, in float32, of those rows of the batch, or else of the sampled ones."""
+        inputs = batch.send(self._upload)
+        return self.logits(inputs, inputs.sampled_rows if rows is None else rows).float()
 
     @torch.inference_mode()
-    def forward(self, batch: StepBatch, rows: Tensor) -> Tensor:
-        """Logits [len(rows), W], float32, of those rows of the batch; fills the KV cache.
+    def logits(self, inputs: StepInputs, rows: Tensor) -> Tensor:
+        """[len(rows), W], of those rows of a step; fills the KV cache.
 
         W is V, the base's vocabulary, unless an adapter in one of them has added tokens to it: then
         those of its rows that have fewer end in columns that mean nothing.
         """
-        self._rows.set(batch.token_segments, batch.sampled_segments)
-        self._attention.begin(batch.attention, batch.slot_mapping)
+        self._rows.set(inputs.token_segments, inputs.sampled_segments)
+        self._attention.begin(inputs.attention, inputs.slot_mapping)
         output = self._base.model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
+            input_ids=inputs.input_ids,
+            position_ids=inputs.position_ids,
             use_cache=False,
             logits_to_keep=rows,
         )
         logits: Tensor = output.logits[0]
-        return logits.float()
+        return logits

@@ -140,8 +140,8 @@ def _read_logits(
     batch = runner.batch(scheduled)
     # Not the last row of a prompt alone reaches the head here, but every one.
     batch = replace(batch, sampled_segments=batch.token_segments)
-    count = batch.input_ids.shape[1]
-    logits = runner.forward(batch, torch.arange(count, device=batch.input_ids.device))
+    count, device = len(batch.input_ids), batch.token_segments.device
+    logits = runner.forward(batch, torch.arange(count, device=device))
     # The order of the rows is the runner's own; their places in the cache tell them apart.
     row_at = dict(zip(batch.slot_mapping.tolist(), logits.cpu(), strict=True))
     for item in scheduled:

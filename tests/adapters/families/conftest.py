@@ -183,7 +183,7 @@ class Paged:
     def _compute(self, scheduled: list[Scheduled], logits: dict[Request, Logits]) -> None:
         """Item by item in one batch: the runner's order of rows is its own."""
         batch = self.runner.batch(scheduled)
-        rows = self.runner.forward(batch, torch.arange(batch.input_ids.shape[1]))
+        rows = self.runner.forward(batch, torch.arange(len(batch.input_ids)))
         by_place = dict(zip(batch.slot_mapping.tolist(), rows, strict=True))
         for item in scheduled:
             request = item.sequence
