@@ -117,9 +117,11 @@ class Shares:
         # The adapter computes the tokens firsts <= number < behind of its share.
         firsts, behind = np.maximum(firsts, 0), np.minimum(behind, self.lengths)
         slots = np.where(firsts < behind, self.slots, _BASE)
-        last = np.where(behind == self.lengths, slots, _BASE)[self.samples]
-        rows = np.arange(len(last))
         tokens = _segments(slots, self.starts + firsts, self.starts + behind, device)
+        rows = np.arange(len(self.samples))
+        if len(rows) == self.ends[-1]:
+            return tokens, tokens  # all sample their only row
+        last = np.where(behind == self.lengths, slots, _BASE)[self.samples]
         return tokens, _segments(last, rows, rows + 1, device)
 
 
