@@ -17,6 +17,7 @@ from deltamux_kernels.rms_norm import rms_norm
 from deltamux_kernels.rotary import rotary
 from deltamux_kernels.row_affine import row_affine
 from deltamux_kernels.row_bias import row_bias
+from deltamux_kernels.row_norm import NormForm, row_norm
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.shrink import Shrunk, shrink
 from deltamux_kernels.sign_delta import SignMatrices, sign_delta
@@ -32,6 +33,7 @@ __all__ = [
     "CapturedAttention",
     "CapturedSegments",
     "Columns",
+    "NormForm",
     "PackedMatrices",
     "PairFactors",
     "Segments",
@@ -55,6 +57,7 @@ __all__ = [
     "rotary",
     "row_affine",
     "row_bias",
+    "row_norm",
     "shrink",
     "sign_delta",
     "sparse_delta",

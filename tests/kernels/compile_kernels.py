@@ -45,6 +45,7 @@ from deltamux_kernels.rms_norm import rms_norm_triton
 from deltamux_kernels.rotary import rotary_triton
 from deltamux_kernels.row_affine import row_affine_triton
 from deltamux_kernels.row_bias import row_bias_triton
+from deltamux_kernels.row_norm import NormForm, row_norm_triton
 from deltamux_kernels.scoring import Scoring
 from deltamux_kernels.shrink import shrink_triton
 from deltamux_kernels.sign_delta import sign_delta_triton
@@ -193,8 +194,18 @@ def layer(dtype: torch.dtype, width: int, dim: int) -> None:
     rms_norm_triton(rows, rows[0, 0], 1e-6)
     rms_norm_triton(heads, heads[0, 0, 0], 1e-6)
     gated_silu_triton(rows, rows)
+    for centred in (False, True):
+        row_norms(dtype, rows[0], NormForm(1e-6, centred))
+        row_norms(dtype, heads[0], NormForm(1e-6, centred))
     query, key = heads.transpose(1, 2), heads[:, :, :8].transpose(1, 2)
     rotary_triton(query, key, heads[:, :, 0], heads[:, :, 1])
+
+
+def row_norms(dtype: torch.dtype, x: torch.Tensor, form: NormForm) -> None:
+    """One slot's own norm of rows or heads."""
+    parameters = PackedMatrices(torch.zeros(2 * x.shape[-1], dtype=dtype), 1, x.shape[-1])
+    parameters.write(0, 0, torch.zeros(1 + form.centred, x.shape[-1]))
+    row_norm_triton(x, x, parameters, form, Segments.build([(0, 0, len(x))], CPU))
 
 
 def compile_all(target: str, number: int) -> None:

@@ -49,6 +49,7 @@ LIMITS = {
     "pair_rotate_kernel": Limit(56, 0),
     "write_kv_kernel": Limit(16, 0),
     "paged_attention_kernel": Limit(280, 82_720),
+    "row_norm_kernel": Limit(64, 1_024),
     "rms_norm_kernel": Limit(64, 1_024),
     "gated_silu_kernel": Limit(32, 0),
     "rotary_kernel": Limit(40, 512),

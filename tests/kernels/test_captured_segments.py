@@ -10,6 +10,7 @@ from deltamux_kernels import (
     ALIGNMENT,
     CapturedSegments,
     Columns,
+    NormForm,
     PackedMatrices,
     Segments,
     SignMatrices,
@@ -26,6 +27,7 @@ from deltamux_kernels.packed import as_elements
 from deltamux_kernels.pair_rotate import PairFactors, distance_elements, pair_rotate_triton
 from deltamux_kernels.row_affine import row_affine_triton
 from deltamux_kernels.row_bias import row_bias_triton
+from deltamux_kernels.row_norm import row_norm_triton
 from deltamux_kernels.shrink import shrink_triton
 from deltamux_kernels.sign_delta import pack_signs, sign_delta_triton
 from deltamux_kernels.sparse_delta import sparse_delta_triton
@@ -43,13 +45,14 @@ EVERY_KERNEL = {
     "grouped_dense_kernel",
     "row_affine_kernel",
     "row_bias_kernel",
+    "row_norm_kernel",
     "pair_rotate_kernel",
     "block_rotate_kernel",
     "token_rows_kernel",
     "token_columns_kernel",
 }
 # Of ops in `Site.act`: one launch each, and nothing beside them.
-CALLS = 17
+CALLS = 19
 # The parameters by which a kernel knows whether a slot has something for it.
 HAS_A_MATRIX = {"rows", "ranks", "weight_rows", "word_counts", "non_zeros", "counts"}
 Spans = list[tuple[int, int, int]]
@@ -74,6 +77,7 @@ class Site:
         self.ids = torch.randint(WIDTH, (ROWS,), device=device)
         self.a, self.b = self.stored(RANKS), self.stored(RANKS)
         self.scale = self.stored({1: 1, 2: 1})
+        self.norms = self.stored({3: 2, 0: 1})
         self.dense = self.stored({2: WIDTH, 4: WIDTH})
         self.blocks = self.stored({1: 8, 3: 4})
         self.columns = Columns(SLOTS, device)
@@ -148,6 +152,8 @@ class Site:
         dense_delta_triton(y, x, self.dense, segments)
         row_affine_triton(y, None, self.scale, segments)
         row_bias_triton(y, self.scale, segments)
+        for centred in (False, True):
+            row_norm_triton(y, x, self.norms, NormForm(1e-5, centred), segments)
         pair_rotate_triton(y, self.factors, segments)
         token_columns_triton(y, x, self.tokens, segments)
         block_rotate_triton(self.z, y, self.blocks, segments)

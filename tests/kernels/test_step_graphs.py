@@ -190,8 +190,9 @@ def low_rank(rank: int, out: int = HIDDEN) -> LowRank:
     return LowRank(normal(rank, HIDDEN), normal(rank, out))
 
 
-def bottleneck(norm: Tensor | None = None) -> OutputBottleneck:
-    return OutputBottleneck(normal(3, HIDDEN), normal(3), "gelu", normal(4, HIDDEN), norm)
+def bottleneck(before: Tensor | None = None, after: Tensor | None = None) -> OutputBottleneck:
+    down, bias, up = normal(3, HIDDEN), normal(3), normal(4, HIDDEN)
+    return OutputBottleneck(down, bias, "gelu", up, before, after)
 
 
 Payloads = dict[str, tuple[Payload, ...]]
@@ -226,15 +227,14 @@ KINDS: dict[str, Callable[[], Payloads]] = {
     },
     "bottleneck, biases and head": lambda: {
         QUERY: (low_rank(40), RowBias(normal(HIDDEN))),
-        DOWN: (bottleneck(),),
-        NORM: (RowBias(normal(HIDDEN)),),
+        DOWN: (bottleneck(before=normal(2, HIDDEN)),),
+        NORM: (NormParameters(normal(HIDDEN)), RowBias(normal(HIDDEN))),
         HEAD: (Dense(normal(VOCABULARY, HIDDEN)), RowBias(normal(VOCABULARY))),
     },
 }
 # What the host has a part in.
 EAGER: dict[str, Callable[[], Payloads]] = {
-    "norm": lambda: {NORM: (NormParameters(normal(HIDDEN)),)},
-    "bottleneck with a norm": lambda: {DOWN: (bottleneck(normal(2, HIDDEN)),)},
+    "norm of what is added": lambda: {DOWN: (bottleneck(after=normal(2, HIDDEN)),)},
     "embeddings": lambda: {EMBEDDING: (DenseEmbedding(normal(VOCABULARY, HIDDEN)),)},
 }
 

@@ -40,7 +40,11 @@ from deltamux.adapters.primitives.embedding_low_rank import EmbeddingLowRank, Em
 from deltamux.adapters.primitives.expert_low_rank import ExpertLowRankBank
 from deltamux.adapters.primitives.input_scale import InputScale, InputScaleBank
 from deltamux.adapters.primitives.low_rank import LowRank, LowRankBank, SharedInput
-from deltamux.adapters.primitives.norm_parameters import NormParameters, NormParametersBank
+from deltamux.adapters.primitives.norm_parameters import (
+    CopiedNormBank,
+    NormParameters,
+    NormParametersBank,
+)
 from deltamux.adapters.primitives.pair_rotation import PairRotation, PairRotationBank
 from deltamux.adapters.primitives.payload import Bank, InputBank, OutputBank, Payload
 from deltamux.adapters.primitives.row_bias import RowBias, RowBiasBank
@@ -56,6 +60,7 @@ from deltamux.adapters.primitives.virtual_tokens import (
     VirtualTokensBank,
 )
 from deltamux.base.experts import Experts
+from deltamux.base.norm_form import find_norm_form
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux_kernels.expand import Columns
 from deltamux_kernels.packed import PackedMatrices
@@ -116,13 +121,18 @@ class BankFactory:
         return TaskHeadBank(self._store(self._structure.task_heads.width), self._store(1))
 
     def _norm(self, spec: SiteSpec) -> SiteBanks:
-        norm = self._structure.module(spec.name)
-        parameters = self._host_store(spec.out_features)
         banks: dict[type[Payload], OutputBank] = {
-            NormParameters: NormParametersBank(norm, spec, parameters),
+            NormParameters: self._norm_parameters(spec),
             RowBias: RowBiasBank(self._store(spec.out_features)),
         }
         return SiteBanks(banks)
+
+    def _norm_parameters(self, spec: SiteSpec) -> NormParametersBank | CopiedNormBank:
+        norm = self._structure.module(spec.name)
+        form = find_norm_form(norm)
+        if form is None:
+            return CopiedNormBank(norm, spec, self._host_store(spec.out_features))
+        return NormParametersBank(form, spec, self._store(spec.out_features))
 
     def _embedding(self, spec: SiteSpec) -> SiteBanks:
         a, b = self._store(spec.in_features), self._store(spec.out_features)

@@ -21,15 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
+from deltamux.base.agreement import agree, random_rows
+from deltamux.base.norm_form import epsilon_name
 from deltamux_kernels import gated_silu, rms_norm, rotary
 
 _log = structlog.get_logger(__name__)
 
 _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _ROTARY = "apply_rotary_pos_emb"
-# The largest error of a row, relative to the row, in units of its dtype's precision. Float32 may be
-# summed in another order; of 16 bits only few numbers may round to the neighbour of what they were.
-_TOLERANCE = {torch.float32: 8.0, torch.float16: 0.25, torch.bfloat16: 0.25}
 
 
 def fuse(model: PreTrainedModel) -> Counter[str]:
@@ -49,10 +48,10 @@ def _fuse_norm(norm: Any, like: Tensor) -> bool:
     if not own.__name__.endswith("RMSNorm") or not _reads_one_tensor(norm):
         return False
     weight = getattr(norm, "weight", None)
-    epsilons = [e for e in ("variance_epsilon", "eps") if isinstance(getattr(norm, e, None), float)]
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or not epsilons:
+    epsilon = epsilon_name(norm)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or epsilon is None:
         return False
-    return _put(norm, _normed(own, epsilons[0]), _random(weight, 3, weight.shape[0]))
+    return _put(norm, _normed(own, epsilon), random_rows(weight, 3, weight.shape[0]))
 
 
 def _fuse_gated(mlp: Any, like: Tensor) -> bool:
@@ -62,7 +61,7 @@ def _fuse_gated(mlp: Any, like: Tensor) -> bool:
         return False
     if not isinstance(mlp.act_fn, nn.SiLU | SiLUActivation):
         return False
-    return _put(mlp, _gated(own), _random(like, 1, 3, mlp.gate_proj.in_features))
+    return _put(mlp, _gated(own), random_rows(like, 1, 3, mlp.gate_proj.in_features))
 
 
 def _fuse_rotary(attention: Any, like: Tensor) -> bool:
@@ -98,23 +97,9 @@ def _put(module: Any, fused: Any, given: Tensor) -> bool:
     """Makes a module one of the class `fused`, if that agrees with its own on `given`."""
     own, expected = type(module), module(given)
     module.__class__ = fused
-    if not _agree(module(given), expected):
+    if not agree(module(given), expected):
         module.__class__ = own
     return type(module) is fused
-
-
-def _agree(rows: Tensor, expected: Tensor) -> bool:
-    if rows.shape != expected.shape or rows.dtype != expected.dtype:
-        return False
-    errors = (rows.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
-    return bool((errors <= _TOLERANCE.get(rows.dtype, 0.0) * torch.finfo(rows.dtype).eps).all())
-
-
-def _random(like: Tensor, *shape: int) -> Tensor:
-    """Numbers whose first row is small enough for a norm's epsilon to count in it."""
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    numbers[..., 0, :] *= 1e-3
-    return numbers.to(like.device, like.dtype)
 
 
 @cache
@@ -176,9 +161,9 @@ def _is_rotary(own: Callable[..., Any], like: Tensor, dim: int) -> bool:
     parameters = inspect.signature(own).parameters.values()
     if sum(parameter.default is parameter.empty for parameter in parameters) != 4:
         return False
-    heads = (_random(like, 1, 5, heads, dim).transpose(1, 2) for heads in (4, 2))
+    heads = (random_rows(like, 1, 5, heads, dim).transpose(1, 2) for heads in (4, 2))
     # The second factor differs from the first, as cos from sin.
-    given = (*heads, _random(like, 1, 5, dim), _random(like, 1, 5, dim).flip(-1))
+    given = (*heads, random_rows(like, 1, 5, dim), random_rows(like, 1, 5, dim).flip(-1))
     try:
         expected = own(*given)
     except Exception:  # it reads tensors of other shapes

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
 
 from deltamux_kernels.activate import Activations, activate
 from deltamux_kernels.expand import Columns, expand
 from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.row_norm import NormForm, row_norm
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.shrink import shrink
 
@@ -49,6 +49,8 @@ class SumBottleneck(Bottleneck):
     """It reads what the layer goes on with: the sum of both, normed where layers norm last."""
 
 
+# Of a bottleneck's own LayerNorms.
+_LAYER_NORM = NormForm(epsilon=1e-5, centred=True)
 # y and the residual, [rows, hidden] each -> what a bottleneck reads; neither may be changed.
 Read = Callable[[Tensor, Tensor], Tensor]
 
@@ -90,7 +92,7 @@ class Residual:
 class BottleneckBank:
     """The bottlenecks that read one thing, of all slots, at the end of one sublayer.
 
-    LayerNorms of an adapter's own are rare and run slot by slot.
+    LayerNorms of what is added are rare and run slot by slot.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class BottleneckBank:
         self._read = read
         self._down = PackedMatrices(arena, slots, hidden)
         self._up = PackedMatrices(arena, slots, hidden)
-        self._norms_before = PackedMatrices(arena, slots, hidden, host_read=True)
+        self._norms_before = PackedMatrices(arena, slots, hidden)
         self._norms_after = PackedMatrices(arena, slots, hidden, host_read=True)
         self._activations = Activations(arena, slots)
         self._columns = Columns(slots, arena.device)
@@ -125,10 +127,9 @@ class BottleneckBank:
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         z = self._read(y, self._residual.rows(y))
-        if owners := segments.owners(self._norms_before):
-            z = z.clone()
-            for _, span, norm in owners:
-                z[span] = _normed(z[span], norm)
+        if segments.most_rows(self._norms_before):
+            given, z = z, z.clone()
+            row_norm(z, given, self._norms_before, _LAYER_NORM, segments)
         a = activate(shrink(z, self._down, segments), self._activations, segments)
         # What is normed before it is added is made in place of y's rows, which are kept meanwhile.
         owners = segments.owners(self._norms_after)
@@ -137,8 +138,4 @@ class BottleneckBank:
             y[span] = 0
         expand(y, a, self._up, self._columns, segments)
         for (_, span, norm), rows in zip(owners, kept, strict=True):
-            y[span] = _normed(y[span], norm) + rows
-
-
-def _normed(rows: Tensor, norm: Tensor) -> Tensor:
-    return layer_norm(rows, rows.shape[1:], norm[0], norm[1])
+            y[span] = _LAYER_NORM.norm(y[span], *norm) + rows

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from deltamux.base.norm_form import with_parameters
 from deltamux.base.structure import SiteSpec
 from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.row_norm import NormForm, row_norm
 from deltamux_kernels.segments import Segments
 
 
@@ -26,7 +27,26 @@ class NormParameters:
 
 
 class NormParametersBank:
-    """A copy of the norm a slot, which shares all but its parameters with the base's own.
+    """A row of `width` numbers for each parameter of a slot, of a norm whose form is known."""
+
+    def __init__(self, form: NormForm, spec: SiteSpec, parameters: PackedMatrices) -> None:
+        self.slots: set[int] = set()
+        self._form = form
+        self._spec = spec
+        self._parameters = parameters
+
+    def pieces(self, payload: NormParameters) -> Sequence[tuple[PackedMatrices, Tensor]]:
+        return tuple((self._parameters, tensor[None]) for tensor in payload.tensors)
+
+    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
+        """Nothing to keep: the parameters are alone in their store."""
+
+    def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        row_norm(y, self._spec.rows(x), self._parameters, self._form, segments)
+
+
+class CopiedNormBank:
+    """The same for a norm that computes something else: a copy of it a slot, on the host.
 
     So whatever a norm computes (Gemma adds 1 to its weight) is computed by its own code.
     """
@@ -44,9 +64,7 @@ class NormParametersBank:
     def placed(self, slot: int, first_rows: Sequence[int]) -> None:
         rows = self._parameters.views[slot]
         assert rows is not None
-        norm = copy.copy(self._norm)
-        norm._parameters = dict(zip(("weight", "bias"), rows, strict=False))
-        self._norms[slot] = norm
+        self._norms[slot] = with_parameters(self._norm, rows)
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         given = self._spec.rows(x)
