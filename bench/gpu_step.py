@@ -81,7 +81,7 @@ def capture(steps: Steps) -> None:
     base = steps.base
     buffers = StepBuffers(PREFILL, BATCHES[-1], steps.blocks, base.vocab_size, base.device)
     graphs = StepGraphs(
-        shapes, steps.runner.forward, buffers, steps.sites, GraphCapture(base.device)
+        shapes, steps.runner.logits, buffers, steps.sites, GraphCapture(base.device)
     )
     assert graphs.capture_base()
     assert replays_agree(graphs, steps.runner, base, PROMPT)
