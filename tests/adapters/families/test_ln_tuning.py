@@ -44,6 +44,23 @@ def test_norms_of_queries_and_keys_by_head(tune: Make, save: Make, as_in_peft: M
     as_in_peft("qwen3", [tune("qwen3", config), save("qwen3", target_modules=["q_proj"])])
 
 
+@pytest.mark.parametrize(
+    ("name", "targets", "eager"),
+    [
+        ("llama", LLAMA, False),
+        ("qwen3", ["q_norm", "k_norm"], False),
+        ("gpt2", ["ln_1"], False),
+        ("gemma2", LLAMA, True),
+    ],
+)
+def test_captured_steps_stand_for_norms_of_a_known_form(
+    name: str, targets: list[str], eager: bool, tune: Make, serve: Make
+) -> None:
+    served = serve(name)
+    served.load(0, tune(name, peft.LNTuningConfig(target_modules=targets)))
+    assert (0 in served.sites.eager_slots) == eager
+
+
 def test_norms_that_see_heads_before_tokens(
     tune: Make, serve: Make, reference: Make, ids: Tensor
 ) -> None:
