@@ -39,9 +39,10 @@ def row_norm(
     """y[t, n] = P_s[0, n] c[n] / sqrt(mean over m of c[m]² + epsilon) + P_s[1, n].
 
     s is the slot of row t, c is x[t], less its mean where the form is centred. x and y [T, N], or
-    [T, heads, N] where every head is a row of its own; P_s [1, N] or, of a centred form with a
-    bias, [2, N]. Computed in float32 and rounded once; without centring the quotient is rounded to
-    the dtype of x before, as in `rms_norm`. Rows of y whose slot has no P keep their bits.
+    [T, heads, N] where every head is a row of its own; y may be x itself. P_s [1, N] or, of a
+    centred form with a bias, [2, N]. Computed in float32 and rounded once; without centring the
+    quotient is rounded to the dtype of x before, as in `rms_norm`. Rows of y whose slot has no P
+    keep their bits.
     """
     if y.device.type == "cuda":
         row_norm_triton(y, x, p, form, segments)

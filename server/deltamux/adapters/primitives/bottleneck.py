@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from deltamux_kernels.activate import Activations, activate
@@ -92,7 +93,7 @@ class Residual:
 class BottleneckBank:
     """The bottlenecks that read one thing, of all slots, at the end of one sublayer.
 
-    LayerNorms of what is added are rare and run slot by slot.
+    Those with a LayerNorm of what is added are rare, and have a store of their own for `up`.
     """
 
     def __init__(
@@ -104,7 +105,8 @@ class BottleneckBank:
         self._down = PackedMatrices(arena, slots, hidden)
         self._up = PackedMatrices(arena, slots, hidden)
         self._norms_before = PackedMatrices(arena, slots, hidden)
-        self._norms_after = PackedMatrices(arena, slots, hidden, host_read=True)
+        self._normed_up = PackedMatrices(arena, slots, hidden)
+        self._norms_after = PackedMatrices(arena, slots, hidden)
         self._activations = Activations(arena, slots)
         self._columns = Columns(slots, arena.device)
 
@@ -117,7 +119,7 @@ class BottleneckBank:
         return (
             (self._down, payload.down),
             (self._activations.packed, column),
-            (self._up, payload.up),
+            (self._up if payload.norm_after is None else self._normed_up, payload.up),
             *((store, norm) for store, norm in norms if norm is not None),
         )
 
@@ -131,11 +133,9 @@ class BottleneckBank:
             given, z = z, z.clone()
             row_norm(z, given, self._norms_before, _LAYER_NORM, segments)
         a = activate(shrink(z, self._down, segments), self._activations, segments)
-        # What is normed before it is added is made in place of y's rows, which are kept meanwhile.
-        owners = segments.owners(self._norms_after)
-        kept = [y[span].clone() for _, span, _ in owners]
-        for _, span, _ in owners:
-            y[span] = 0
         expand(y, a, self._up, self._columns, segments)
-        for (_, span, norm), rows in zip(owners, kept, strict=True):
-            y[span] = _LAYER_NORM.norm(y[span], *norm) + rows
+        if segments.most_rows(self._normed_up):
+            added = torch.zeros_like(y)
+            expand(added, a, self._normed_up, self._columns, segments)
+            row_norm(added, added, self._norms_after, _LAYER_NORM, segments)
+            y += added
