@@ -59,6 +59,7 @@ def main() -> None:
     }
     if device == "cuda":
         capture(steps)
+    steps.prefill([None] * BATCHES[-1], PREFILL)  # from now on they decode
     result["decode"] = [
         {"batch": batch, "base": decode(steps, [None] * batch, speed)}
         | {"distinct": decode(steps, list(range(batch)), speed)}
