@@ -56,12 +56,18 @@ def test_tokens_and_latencies(metrics):
     metrics.tokens(prompt=0, generated=2)
     metrics.queue(0.01)
     metrics.first_token(0.02)
-    metrics.inter_token(0.003)
+    metrics.inter_token(0.003, tokens=2)
+    metrics.inter_token(0.025, tokens=1)
+    metrics.inter_token(1000.0, tokens=1)
     assert value(metrics, "prompt_tokens_total") == 5
     assert value(metrics, "generation_tokens_total") == 5
     assert value(metrics, "request_queue_seconds_sum") == pytest.approx(0.01)
     assert value(metrics, "time_to_first_token_seconds_sum") == pytest.approx(0.02)
-    assert value(metrics, "inter_token_latency_seconds_sum") == pytest.approx(0.003)
+    assert value(metrics, "inter_token_latency_seconds_sum") == pytest.approx(1000.031)
+    assert value(metrics, "inter_token_latency_seconds_count") == 4
+    filled = {"0.0025": 0, "0.005": 2, "0.01": 2, "0.025": 3, "300.0": 3, "+Inf": 4}
+    for bound, count in filled.items():
+        assert value(metrics, "inter_token_latency_seconds_bucket", le=bound) == count
 
 
 def test_a_step_sets_gauges_and_fills_histograms(metrics):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from deltamux.wire.messages import AdapterMoved, Stats
 
@@ -83,9 +87,8 @@ class Metrics:
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "From the call to its first token.", _LATENCY
         )
-        self._inter_token = self._histogram(
-            "inter_token_latency_seconds", "Between two tokens of one choice.", _LATENCY
-        )
+        self._inter_token = _InterToken(self._model_name)
+        self.registry.register(self._inter_token)
         self._end_to_end = self._histogram(
             "e2e_request_latency_seconds", "From the call to its end.", _LATENCY
         )
@@ -143,8 +146,9 @@ class Metrics:
     def first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds)
 
-    def inter_token(self, seconds: float) -> None:
-        self._inter_token.observe(seconds)
+    def inter_token(self, seconds: float, tokens: int) -> None:
+        """As many tokens, each of them so long after the one before."""
+        self._inter_token.observe(seconds, tokens)
 
     def queue(self, seconds: float) -> None:
         self._queue.observe(seconds)
@@ -213,6 +217,34 @@ class Metrics:
         registry = self.registry
         histogram = Histogram(f"deltamux_{name}", text, names, registry=registry, buckets=buckets)
         return histogram if labels else histogram.labels(self._model_name)
+
+
+class _InterToken(Collector):
+    """The histogram that every token enters: those of a message at once, and without a lock.
+
+    One thread fills it, the exporter's reads it.
+    """
+
+    _NAME = "deltamux_inter_token_latency_seconds"
+    _BOUNDS = (*_LATENCY, math.inf)
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self._counts = [0] * len(self._BOUNDS)
+        self._sum = 0.0
+
+    def observe(self, seconds: float, tokens: int) -> None:
+        self._counts[bisect_left(self._BOUNDS, seconds)] += tokens
+        self._sum += seconds * tokens
+
+    def collect(self) -> Iterator[Metric]:
+        histogram = HistogramMetricFamily(
+            self._NAME, "Between two tokens of one choice.", labels=["model_name"]
+        )
+        bounds = map(floatToGoString, self._BOUNDS)
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        histogram.add_metric([self._model_name], buckets, self._sum)
+        yield histogram
 
 
 class _Residency(Collector):

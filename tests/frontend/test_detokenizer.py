@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamux.frontend.detokenizer import Detokenizer, StopStrings
+from deltamux.frontend.detokenizer import CONTEXT, LONGEST, Detokenizer, StopStrings
 from deltamux.frontend.tokenizer import Tokenizer
 
 
@@ -45,6 +46,21 @@ def test_bytes_that_never_make_a_character_do_not_wait_for_ever(tokenizer, refer
     detokenizer = Detokenizer(tokenizer, [], skip_special_tokens=True)
     shown = "".join(detokenizer.push(bad) for _ in range(100))
     assert len(shown) >= 97
+
+
+def test_a_token_is_decoded_once_and_seldom_twice(tokenizer, reference, monkeypatch) -> None:
+    decode, decoded = tokenizer.decode, []
+
+    def counted(token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        decoded.append(len(token_ids))
+        return decode(token_ids, skip_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    ids = reference.encode("abcdefgh" * 50, add_special_tokens=False)
+    assert "".join(streamed(tokenizer, ids[:3], ids)) == "abcdefgh" * 50
+    before_and_after = 2
+    assert len(decoded) <= len(ids) * (1 + 1 / (LONGEST - CONTEXT)) + before_and_after
+    assert max(decoded) <= LONGEST + 1
 
 
 def test_a_word_keeps_the_space_that_the_prompt_asks_for() -> None:

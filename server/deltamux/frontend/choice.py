@@ -28,17 +28,17 @@ class Choice:
 
     def take(self, progress: Progress) -> v1.GenerateResponse:
         """What these tokens add for the client; after a stop string, the rest is dropped."""
-        response = v1.GenerateResponse(index=self.index)
-        for position, token_id in enumerate(progress.token_ids):
-            self._record(response, progress, position)
-            ended = progress.finish == "stop" and position == len(progress.token_ids) - 1
-            shown = not ended or self._include_stop
-            text, stop = self._text(self._detokenizer.push(token_id) if shown else "")
-            response.text += text
-            if stop is not None:
-                self._finish(response, v1.Finish(reason=v1.Finish.REASON_STOP, stop=stop))
-                return response
-        if progress.finish:
+        before = self.tokens
+        text, stop = self._read(progress)
+        taken = slice(self.tokens - before)
+        response = v1.GenerateResponse(index=self.index, text=text)
+        if self._return_token_ids:
+            response.token_ids.extend(progress.token_ids[taken])
+        if progress.logprobs:
+            response.logprobs.extend(map(self._logprobs, progress.logprobs[taken]))
+        if stop is not None:
+            self._finish(response, v1.Finish(reason=v1.Finish.REASON_STOP, stop=stop))
+        elif progress.finish:
             self._end(response, progress)
         return response
 
@@ -49,16 +49,23 @@ class Choice:
         self._finish(response, v1.Finish(reason=v1.Finish.REASON_CANCELLED))
         return response
 
-    def _record(self, response: v1.GenerateResponse, progress: Progress, position: int) -> None:
-        self.tokens += 1
-        if self._return_token_ids:
-            response.token_ids.append(progress.token_ids[position])
-        if progress.logprobs:
-            response.logprobs.append(self._logprobs(progress.logprobs[position]))
-
-    def _text(self, text: str) -> tuple[str, str | None]:
-        """Stop strings are looked for behind the first `min_tokens` tokens."""
-        return (text, None) if self.tokens < self._min_tokens else self._stops.push(text)
+    def _read(self, progress: Progress) -> tuple[str, str | None]:
+        """The text up to the first stop string, and that string; counts the tokens up to there."""
+        shown = len(progress.token_ids)
+        if progress.finish == "stop" and not self._include_stop:
+            shown -= 1
+        pieces = []
+        for position, token_id in enumerate(progress.token_ids):
+            self.tokens += 1
+            text = self._detokenizer.push(token_id) if position < shown else ""
+            # Stop strings are looked for behind the first `min_tokens` tokens.
+            stop = None
+            if self.tokens >= self._min_tokens:
+                text, stop = self._stops.push(text)
+            pieces.append(text)
+            if stop is not None:
+                return "".join(pieces), stop
+        return "".join(pieces), None
 
     def _end(self, response: v1.GenerateResponse, progress: Progress) -> None:
         """The engine has ended the choice: nothing is held back any longer."""

@@ -8,6 +8,8 @@ from deltamux.frontend.tokenizer import Tokenizer
 
 # Tokens that the next one is decoded behind: enough to know its spacing.
 CONTEXT = 6
+# Tokens that may become context before it is cut: then a token costs one decoding, seldom two.
+LONGEST = 12
 # A character has at most 4 bytes and a token at least one: what is incomplete, three more
 # tokens may complete. Older bytes never will make a character.
 PATIENCE = 3
@@ -22,29 +24,34 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        # The window that is decoded; its first `_shown` ids are text already.
+        # The window that is decoded; its first `_shown` ids are `_text`, which is out already.
         self._window = list(prompt[-CONTEXT:])
         self._shown = len(self._window)
+        self._text = self._decode(self._window)
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty in the middle of a character."""
         self._window.append(token_id)
-        incomplete = self._decode(self._window).endswith(INCOMPLETE)
-        return self._show(len(self._window) - (PATIENCE if incomplete else 0))
+        end, text = len(self._window), self._decode(self._window)
+        if text.endswith(INCOMPLETE):
+            end -= PATIENCE
+            if end <= self._shown:
+                return ""
+            text = self._decode(self._window[:end])
+        return self._show(end, text)
 
     def flush(self) -> str:
         """What the model left incomplete, with replacement characters."""
-        return self._show(len(self._window))
+        return self._show(len(self._window), self._decode(self._window))
 
-    def _show(self, end: int) -> str:
-        if end <= self._shown:
-            return ""
-        before = self._decode(self._window[: self._shown])
-        text = self._decode(self._window[:end])[len(before) :]
-        surplus = max(0, end - CONTEXT)
-        del self._window[:surplus]
-        self._shown = end - surplus
-        return text
+    def _show(self, end: int, text: str) -> str:
+        """What is new in `text`, that of the first `end` ids."""
+        new = text[len(self._text) :]
+        if end > LONGEST:
+            del self._window[: end - CONTEXT]
+            end, text = CONTEXT, self._decode(self._window[:CONTEXT])
+        self._shown, self._text = end, text
+        return new
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, self._skip_special_tokens)
@@ -61,6 +68,8 @@ class StopStrings:
 
     def push(self, text: str) -> tuple[str, str | None]:
         """The text that can be shown, and the stop string that was found, which ends it."""
+        if not self._stops:
+            return text, None
         self._held += text
         found = [(self._held.find(stop), stop) for stop in self._stops]
         # The one that ends first, so that the answer does not depend on how the text is cut.

@@ -42,6 +42,7 @@ class Reply:
         self._choices = [
             Choice(index, request, prompt, tokenizer) for index in range(request.sampling.n or 1)
         ]
+        self._unfinished = len(self._choices)
         # When each choice's last token came.
         self._latest = [started] * len(self._choices)
         self._first: FirstToken | None = None
@@ -54,7 +55,7 @@ class Reply:
 
     @property
     def finished(self) -> bool:
-        return all(choice.finished for choice in self._choices)
+        return not self._unfinished
 
     def take(self, progress: Progress) -> v1.GenerateResponse | None:
         """The next message; None when there is nothing to say yet."""
@@ -85,6 +86,8 @@ class Reply:
         if self._echo and response.index == 0:
             response.text = self._echo + response.text
             self._echo = ""
+        if response.HasField("finish"):
+            self._unfinished -= 1
         if self.finished:
             response.usage.CopyFrom(self._usage())
             response.timing.CopyFrom(self._timing())
@@ -96,8 +99,7 @@ class Reply:
             self._begin(progress.first, now - self._started)
         elif progress.first is None and progress.token_ids:
             gap = (now - self._latest[progress.index]) / len(progress.token_ids)
-            for _ in progress.token_ids:
-                self._metrics.inter_token(gap)
+            self._metrics.inter_token(gap, len(progress.token_ids))
         self._latest[progress.index] = now
 
     def _begin(self, first: FirstToken, seconds: float) -> None:
