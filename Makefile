@@ -33,7 +33,8 @@ check: install  ## lint, types, import floors, protos, layout, counts of a step
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/test_protos.py tests/test_layout.py tests/counts
+	$(BIN)/python -m pytest tests/test_protos.py tests/test_layout.py tests/counts \
+	    tests/frontend/test_step_counts.py
 
 bench: install  ## load a running server (ARGS='--target host:port ...')
 	$(BIN)/deltamux bench $(ARGS)

@@ -142,18 +142,16 @@ class ScriptedEngine:
         logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
         """One step that made these tokens for one choice."""
-        self.send(
-            StepDone(
-                (Progress(submit.request_id, index, tuple(token_ids), logprobs, finish, first),),
-                STATS,
-            )
-        )
+        self.step(Progress(submit.request_id, index, tuple(token_ids), logprobs, finish, first))
+
+    def step(self, *progress: Progress) -> None:
+        """One step that did all of this."""
+        self.send(StepDone(progress, STATS))
 
     def pool(self, submit: Submit, pooled: Pooled, tier: str = "") -> None:
         """The one step of a request that wants no tokens."""
         first = FirstToken(0.25, 0.0, tier)
-        progress = Progress(submit.request_id, 0, finish="stop", first=first, pooled=pooled)
-        self.send(StepDone((progress,), STATS))
+        self.step(Progress(submit.request_id, 0, finish="stop", first=first, pooled=pooled))
 
     async def receive(self, kind: type[Message]) -> Message:
         """The next message of this kind; those before it stay."""
