@@ -3,7 +3,6 @@
 import asyncio
 import shutil
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from deltamux.config import EngineConfig
 from deltamux.demo.tasks import weights_path
 from deltamux.errors import StartupError
 from deltamux.frontend.engine_client import EngineClient
-from deltamux.launch import supervisor
+from deltamux.launch import engine_process, supervisor
 from deltamux.launch.engine_process import EngineProcess
 from deltamux.launch.supervisor import Supervisor
 from deltamux.metrics import Metrics
@@ -88,7 +87,7 @@ async def test_engine_says_why_it_cannot_start(tmp_path):
 
 async def test_engine_that_dies_unheard_is_an_error_too(tmp_path, monkeypatch):
     """No last words: the interpreter itself does not start."""
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setattr(engine_process, "PROGRAM", ("/bin/false",))
     supervisor, _ = make_supervisor(EngineConfig(MODEL), tmp_path)
     with pytest.raises(StartupError, match="the engine exited with code 1 before it was ready"):
         await supervisor.start()

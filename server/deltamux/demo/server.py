@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 from urllib.request import urlopen
 
 from prometheus_client import Metric
@@ -31,6 +31,8 @@ class Server:
     it listens, so that no port is guessed.
     """
 
+    program: ClassVar[tuple[str, ...]] = (sys.executable, "-m", "deltamux")
+
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         self._arguments = arguments
         self._environment = environment
@@ -39,7 +41,7 @@ class Server:
         self._ready_or_ended = threading.Event()
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "deltamux", "serve", "--log-format", "json"]
+        command = [*self.program, "serve", "--log-format", "json"]
         command += ["--port", "0", "--metrics-port", "0", *self._arguments]
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env=self._environment

@@ -11,6 +11,9 @@ from dataclasses import asdict
 
 from deltamux.config import EngineConfig
 
+# What is started: another one can stand in for it that speaks its language.
+PROGRAM: tuple[str, ...] = (sys.executable, "-m", "deltamux.engine")
+
 
 class EngineProcess:
     """One life of the engine.
@@ -25,9 +28,7 @@ class EngineProcess:
     @classmethod
     async def start(cls, config: EngineConfig, address: str) -> EngineProcess:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "deltamux.engine",
+            *PROGRAM,
             "--socket",
             address,
             stdin=asyncio.subprocess.PIPE,
