@@ -138,7 +138,4 @@ def _build(spans: tuple[Span, ...], device: torch.device) -> Segments:
         else:
             merged.append((slot, start, end))
         end_of_previous = end
-    segments = Segments(tuple(merged), device)
-    if device.type == "cuda" and merged:
-        _ = segments.tiles, segments.counters  # now: a captured graph must not make them inside
-    return segments
+    return Segments(tuple(merged), device)
