@@ -50,19 +50,20 @@ def main() -> None:
     shape = replace(TINY if arguments.dry_run else LLAMA_8B, ranks=(16,), adapters=(BATCHES[-1],))
     folder = arguments.folder or Path(tempfile.gettempdir()) / f"deltamux-step-{shape.name}"
     make(folder, shape, device)
-    speed = Machine(1e10, 1e12) if arguments.dry_run else machine()
     steps = Steps(folder, BATCHES[-1], device)
-    result: dict[str, Any] = {
-        "conditions": {} if arguments.dry_run else conditions({}),
-        "machine": vars(speed),
-        "prompt": PROMPT,
-    }
+    result: dict[str, Any] = {"prompt": PROMPT}
+    speed = None
     if device == "cuda":
+        speed = machine()
+        result |= {"conditions": conditions({}), "machine": vars(speed)}
         capture(steps)
     steps.prefill([None] * BATCHES[-1], PREFILL)  # from now on they decode
     result["decode"] = [
-        {"batch": batch, "base": decode(steps, [None] * batch, speed)}
-        | {"distinct": decode(steps, list(range(batch)), speed)}
+        {
+            "batch": batch,
+            "base": decode(steps, [None] * batch, speed),
+            "distinct": decode(steps, list(range(batch)), speed),
+        }
         for batch in BATCHES
     ]
     result["prefill"] = {
@@ -89,16 +90,14 @@ def capture(steps: Steps) -> None:
     steps.runner.use(graphs)
 
 
-def decode(steps: Steps, slots: Slots, speed: Machine) -> dict[str, float]:
+def decode(steps: Steps, slots: Slots, speed: Machine | None) -> dict[str, float]:
     """Milliseconds of a step of as many sequences, each with the adapter in its slot."""
     scheduled = steps.decoding(slots)
-    adapters = steps.sites.used_bytes * sum(slot is not None for slot in slots) // BATCHES[-1]
-    found = {
-        "step_ms": median_ms(lambda: steps.runner.run(scheduled)),
-        "floor_ms": 1e3 * (base_bytes(steps) + adapters) / speed.bytes_per_second,
-    }
-    if steps.base.device.type == "cuda":
+    found = {"step_ms": median_ms(lambda: steps.runner.run(scheduled))}
+    if speed is not None:
+        adapters = steps.sites.used_bytes * sum(slot is not None for slot in slots) // BATCHES[-1]
         found["device_ms"] = device_ms(lambda: steps.runner.launch(scheduled))
+        found["floor_ms"] = 1e3 * (base_bytes(steps) + adapters) / speed.bytes_per_second
     return found
 
 
