@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from deltamux.config import FrontendConfig
 from deltamux.errors import Unavailable
 from deltamux.frontend import limits
 from deltamux.v1 import adapters_pb2, control_pb2
@@ -15,6 +16,12 @@ from deltamux.wire.messages import Submit
 NAN, INFINITY = float("nan"), float("inf")
 # The harness's engine: 259 token ids, 2048 tokens of context.
 VOCABULARY, CONTEXT = 259, 2048
+
+
+@pytest.fixture
+def config() -> FrontendConfig:
+    """With room for all requests of this file at once: none is refused for want of a place."""
+    return FrontendConfig(model="tiny", port=0, metrics_port=None, max_waiting_requests=256)
 
 
 def generate(**fields: object) -> v1.GenerateRequest:
