@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from deltamux_kernels.native import Task, Tasks
+from deltamux_kernels.native.low_rank import Task, Tasks
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import Segments
 

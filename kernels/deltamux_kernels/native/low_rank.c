@@ -1,27 +1,21 @@
-/* shrink and expand on a CPU, in float32: see native.py. What a row's numbers go through, and in
+/* shrink and expand on a CPU, in float32: see low_rank.py. What a row's numbers go through, and in
  * which order, is the same whatever stands beside the row and whichever thread computes it. */
 
 #include <omp.h>
-#include <stdint.h>
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 4")
+#include "vectors.h"
 
 /* A tile is ROWS rows of the step by TILE rows of A, or by TILE vectors of y: its sums fill the
  * registers. */
 #ifdef __AVX512F__
-#define LANES 16
 #define TILE 4
 #else
-#define LANES 8
 #define TILE 2
 #endif
 #define ROWS 4
 #define PANEL (TILE * LANES)
 /* Rows of an adapter that one thread takes at a time. */
 #define CHUNK 64
-
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* Rows start .. start + rows - 1 of the step meet the matrix [rank, width] at arena + matrix; their
  * products with A are at h + first, one row every `stride`. */
