@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import no_type_check
 
 import torch
 from torch.nn import functional
 
+from deltamux_kernels import native
 from deltamux_kernels._triton import tl, triton
+from deltamux_kernels.native.library import INTEGER, POINTER, function
 
 BLOCK_N = 1024
 
@@ -18,8 +22,31 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate and up [..., N] of one dtype; their rows may be columns of a wider product -> contiguous.
     In half types the quotient is rounded before it is multiplied, as torch does.
     """
-    form = gated_silu_triton if gate.device.type == "cuda" else gated_silu_torch
-    return form(gate, up)
+    if gate.device.type == "cuda":
+        return gated_silu_triton(gate, up)
+    if gate.dtype == torch.float32 and native.available():
+        return gated_silu_native(gate, up)
+    return gated_silu_torch(gate, up)
+
+
+def gated_silu_native(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`gated_silu` in C, in float32."""
+    gates, ups = _rows(gate), _rows(up)
+    y = torch.empty(gate.shape)
+    _native()(
+        gates.data_ptr(),
+        gates.stride(0),
+        ups.data_ptr(),
+        ups.stride(0),
+        y.data_ptr(),
+        *gates.shape,
+    )
+    return y
+
+
+@cache
+def _native() -> Callable[..., None]:
+    return function("gated_silu", POINTER, INTEGER, POINTER, INTEGER, POINTER, INTEGER, INTEGER)
 
 
 def gated_silu_torch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

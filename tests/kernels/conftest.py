@@ -15,7 +15,7 @@ if not GPU:
     # Read when a kernel is defined: it acts here only if no other test imported the kernels first.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from deltamux_kernels import ALIGNMENT, PackedMatrices  # noqa: E402
+from deltamux_kernels import ALIGNMENT, PackedMatrices, native  # noqa: E402
 from deltamux_kernels.shrink import _shrink_kernel  # noqa: E402
 
 JITFunction: Any = type(_shrink_kernel)
@@ -34,9 +34,11 @@ def triton_runs() -> bool:
 
 @pytest.fixture(params=["torch", "triton"])
 def form(request: pytest.FixtureRequest) -> str:
-    """Which implementation of the op a test runs."""
+    """Which implementation of the op a test runs; "native" where a test asks for it."""
     if request.param == "triton" and not TRITON_RUNS:
         pytest.skip("run in a process of its own by test_interpreter.py")
+    if request.param == "native" and not native.available():
+        pytest.skip("there is no C compiler")
     return request.param
 
 
@@ -49,6 +51,8 @@ def device(form: str) -> torch.device:
 def dtype(request: pytest.FixtureRequest, form: str) -> torch.dtype:
     if request.param == "bfloat16" and form == "triton" and not GPU:
         pytest.skip("the interpreter's bfloat16 arithmetic is wrong")
+    if request.param != "float32" and form == "native":
+        pytest.skip("the C form is of float32")
     return getattr(torch, request.param)
 
 

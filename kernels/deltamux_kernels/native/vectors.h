@@ -14,3 +14,32 @@
 #endif
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+
+/* a where the lane of `where` is -1, b where it is 0. */
+INLINE Vector select(Integers where, Vector a, Vector b)
+{
+    return (Vector)((where & (Integers)a) | (~where & (Integers)b));
+}
+
+/* e to the x, lane by lane, within 1 unit of the last place, subnormal results too; NaN of NaN.
+ * x = n ln 2 + r, where the products of n and the first part of ln 2 are exact. */
+INLINE Vector exponential(Vector x)
+{
+    const Vector zero = {0};
+    const float round = 0x1.8p23f;
+    x = select(x < -104.0f, zero - 104.0f, x);
+    x = select(x > 89.0f, zero + 89.0f, x);
+    Vector shifted = x * 0x1.715476p0f + round;
+    Vector n = shifted - round;
+    Vector r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
+    Vector sum = r * (1.0f / 5040) + 1.0f / 720;
+    sum = sum * r + 1.0f / 120;
+    sum = sum * r + 1.0f / 24;
+    sum = sum * r + 1.0f / 6;
+    sum = sum * r + 0.5f;
+    sum = sum * (r * r) + r + 1.0f;
+    /* 2 to the n in two factors, since n reaches beyond the exponents of a float. */
+    Integers power = (Integers)shifted - (Integers)(zero + round), half = power >> 1;
+    return sum * (Vector)((half + 127) << 23) * (Vector)((power - half + 127) << 23);
+}
