@@ -12,32 +12,41 @@ from deltamux_kernels._triton import tl, triton
 _PROGRAM = 1024
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """y[..., n] = weight[n] x[..., n] / sqrt(mean over m of x[..., m]² + epsilon).
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float = 0.0, once: bool = False
+) -> torch.Tensor:
+    """y[..., n] = (weight[n] + offset) x[..., n] / sqrt(mean over m of x[..., m]² + epsilon).
 
-    x [..., R, N], of any strides; weight [N] -> like x. The quotient is computed in float32 and
-    rounded to the dtype of x, then the product to that of both, as most of transformers' norms do.
+    x [..., R, N], of any strides; weight [N] -> like x. The quotient is computed in float32. As
+    most of transformers' norms do, it is rounded to the dtype of x, then the product to that of
+    both; `once`, as Gemma's do, the product is rounded alone, to the dtype of x.
     """
     form = rms_norm_triton if x.device.type == "cuda" else rms_norm_torch
-    return form(x, weight, epsilon)
+    return form(x, weight, epsilon, offset, once)
 
 
-def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+def rms_norm_torch(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float = 0.0, once: bool = False
+) -> torch.Tensor:
     """`rms_norm` in plain torch."""
     wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight * (wide * scale).to(x.dtype)
+    quotient = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    if not once:
+        quotient = quotient.to(x.dtype)
+    scale = weight.float() + offset if offset else weight
+    return (scale * quotient).to(_result_dtype(x, weight, once))
 
 
-def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+def rms_norm_triton(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float = 0.0, once: bool = False
+) -> torch.Tensor:
     """`rms_norm` in one launch: a program per row, or per few short ones."""
     rows = x.flatten(0, -3) if x.dim() > 2 else x[None]
     rows = rows if rows.stride(2) == 1 else rows.contiguous()
-    y = torch.empty_like(rows, dtype=torch.promote_types(x.dtype, weight.dtype))
+    y = torch.empty_like(rows, dtype=_result_dtype(x, weight, once))
     outer, inner, width = rows.shape
-    block = triton.next_power_of_2(width)
-    rows_a_program = max(1, _PROGRAM // block)
-    _rms_norm_kernel[(outer, -(-inner // rows_a_program))](
+    blocks = norm_blocks(width)
+    _rms_norm_kernel[(outer, -(-inner // blocks["BLOCK_R"]))](
         rows,
         weight,
         y,
@@ -48,12 +57,26 @@ def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> to
         y.stride(0),
         y.stride(1),
         WIDTH=width,
-        BLOCK_R=rows_a_program,
-        BLOCK_N=block,
-        num_warps=min(16, max(4, block // 512)),
+        OFFSET=offset,
+        ONCE=once,
+        **blocks,
         enable_fp_fusion=True,
     )
     return y.view(x.shape)
+
+
+def _result_dtype(x: torch.Tensor, weight: torch.Tensor, once: bool) -> torch.dtype:
+    return x.dtype if once else torch.promote_types(x.dtype, weight.dtype)
+
+
+def norm_blocks(width: int) -> dict[str, int]:
+    """What a program norms, and with how many warps: a row of so many numbers, or short ones."""
+    block = triton.next_power_of_2(width)
+    return {
+        "BLOCK_R": max(1, _PROGRAM // block),
+        "BLOCK_N": block,
+        "num_warps": min(16, max(4, block // 512)),
+    }
 
 
 @triton.jit(do_not_specialize=["inner"])
@@ -69,6 +92,8 @@ def _rms_norm_kernel(
     y_outer,
     y_inner,
     WIDTH: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ONCE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -79,7 +104,11 @@ def _rms_norm_kernel(
     source = x + o * x_outer + i[:, None] * x_inner + n[None, :]
     value = tl.load(source, mask=live, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + epsilon)
-    normed = (value * scale[:, None]).to(x.dtype.element_ty).to(tl.float32)
+    normed = value * scale[:, None]
+    if not ONCE:
+        normed = normed.to(x.dtype.element_ty).to(tl.float32)
     w = tl.load(weight + n, mask=n < WIDTH, other=0.0).to(tl.float32)
+    if OFFSET != 0:
+        w += OFFSET
     target = y + o * y_outer + i[:, None] * y_inner + n[None, :]
     tl.store(target, (w[None, :] * normed).to(y.dtype.element_ty), mask=live)

@@ -10,19 +10,21 @@ from torch.nn.functional import layer_norm
 
 from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices
-from deltamux_kernels.rms_norm import rms_norm_torch
+from deltamux_kernels.rms_norm import norm_blocks, rms_norm_torch
 from deltamux_kernels.segments import TILE_ROWS, Segments
-
-# Elements of the short rows that one program norms together.
-_PROGRAM = 1024
 
 
 @dataclass(frozen=True)
 class NormForm:
-    """A layer norm where `centred`, else a root mean square norm, which has no bias."""
+    """A layer norm where `centred`, else a root mean square norm, which has no bias.
+
+    Only the latter may add an `offset` to its weight, or round just `once`: see `rms_norm`.
+    """
 
     epsilon: float
-    centred: bool
+    centred: bool = False
+    offset: float = 0.0
+    once: bool = False
 
     def norm(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
@@ -30,19 +32,19 @@ class NormForm:
         """x [..., N] with weight [N] and bias [N], in plain torch."""
         if self.centred:
             return layer_norm(x, weight.shape, weight, bias, self.epsilon)
-        return rms_norm_torch(x, weight, self.epsilon)
+        return rms_norm_torch(x, weight, self.epsilon, self.offset, self.once)
 
 
 def row_norm(
     y: torch.Tensor, x: torch.Tensor, p: PackedMatrices, form: NormForm, segments: Segments
 ) -> None:
-    """y[t, n] = P_s[0, n] c[n] / sqrt(mean over m of c[m]² + epsilon) + P_s[1, n].
+    """y[t, n] = (P_s[0, n] + offset) c[n] / sqrt(mean over m of c[m]² + epsilon) + P_s[1, n].
 
     s is the slot of row t, c is x[t], less its mean where the form is centred. x and y [T, N], or
     [T, heads, N] where every head is a row of its own; y may be x itself. P_s [1, N] or, of a
     centred form with a bias, [2, N]. Computed in float32 and rounded once; without centring the
-    quotient is rounded to the dtype of x before, as in `rms_norm`. Rows of y whose slot has no P
-    keep their bits.
+    quotient is rounded to the dtype of x before, unless `once`, as in `rms_norm`. Rows of y whose
+    slot has no P keep their bits.
     """
     if y.device.type == "cuda":
         row_norm_triton(y, x, p, form, segments)
@@ -66,9 +68,8 @@ def row_norm_triton(
         return
     x, y = (rows if rows.dim() == 3 else rows[:, None] for rows in (x, y))
     heads = y.shape[1]
-    block = triton.next_power_of_2(p.width)
-    rows_a_program = max(1, _PROGRAM // block)
-    _row_norm_kernel[(segments.tiles.shape[0], -(-TILE_ROWS * heads // rows_a_program))](
+    blocks = norm_blocks(p.width)
+    _row_norm_kernel[(segments.tiles.shape[0], -(-TILE_ROWS * heads // blocks["BLOCK_R"]))](
         y,
         x,
         p.arena,
@@ -81,9 +82,9 @@ def row_norm_triton(
         *x.stride(),
         WIDTH=p.width,
         CENTRED=form.centred,
-        BLOCK_R=rows_a_program,
-        BLOCK_N=block,
-        num_warps=min(16, max(4, block // 512)),
+        OFFSET=form.offset,
+        ONCE=form.once,
+        **blocks,
         enable_fp_fusion=True,
     )
 
@@ -107,6 +108,8 @@ def _row_norm_kernel(
     x_column,
     WIDTH: tl.constexpr,
     CENTRED: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ONCE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -134,6 +137,10 @@ def _row_norm_kernel(
         bias = tl.load(parameters + WIDTH + n, mask=in_bias, other=0.0).to(tl.float32)[None, :]
         normed = weight * normed + bias
     else:
-        normed = weight * normed.to(x.dtype.element_ty).to(tl.float32)
+        if not ONCE:
+            normed = normed.to(x.dtype.element_ty).to(tl.float32)
+        if OFFSET != 0:
+            weight += OFFSET
+        normed = weight * normed
     target = y + row * y_row + head * y_head + n[None, :] * y_column
     tl.store(target, normed.to(y.dtype.element_ty), mask=live)

@@ -33,14 +33,15 @@ class UnnamedEpsilon(nn.Module):
         return nn.functional.rms_norm(x, (64,), self.weight, 1e-5)
 
 
-RMS, LAYER = NormForm(1e-5, centred=False), NormForm(1e-5, centred=True)
+RMS, LAYER = NormForm(1e-5), NormForm(1e-5, centred=True)
+GEMMA = NormForm(1e-5, offset=1.0, once=True)
 NORMS: dict[str, tuple[Callable[[], nn.Module], NormForm | None]] = {
     "Llama": (lambda: LlamaRMSNorm(64, eps=1e-5), RMS),
     "Qwen3": (lambda: Qwen3RMSNorm(64, eps=1e-5), RMS),
     "torch, with a bias": (lambda: nn.LayerNorm(64), LAYER),
     "torch, without": (lambda: nn.LayerNorm(64, bias=False), LAYER),
     "Cohere": (lambda: CohereLayerNorm(64, eps=1e-5), LAYER),
-    "Gemma": (lambda: GemmaRMSNorm(64, eps=1e-5), None),
+    "Gemma": (lambda: GemmaRMSNorm(64, eps=1e-5), GEMMA),
     "weight squared": (lambda: SquaredWeight(64, eps=1e-5), None),
     "no epsilon": (UnnamedEpsilon, None),
 }
@@ -57,5 +58,5 @@ def test_another_order_of_rounding_is_another_form_in_16_bits() -> None:
     """OLMo 2 rounds after the product with the weight, others before."""
     norm = Olmo2RMSNorm(64, eps=1e-5).requires_grad_(False)
     assert find_norm_form(norm) == RMS
-    assert find_norm_form(norm.to(torch.bfloat16)) is None
-    assert find_norm_form(norm.to(torch.float16)) is None
+    for dtype in (torch.bfloat16, torch.float16):
+        assert find_norm_form(norm.to(dtype)) == NormForm(1e-5, once=True)

@@ -191,12 +191,12 @@ def layer(dtype: torch.dtype, width: int, dim: int) -> None:
     """What a layer of the model computes between its products, of `width` features."""
     rows = torch.zeros(1, 32, width, dtype=dtype)
     heads = rows.view(1, 32, -1, dim)
-    rms_norm_triton(rows, rows[0, 0], 1e-6)
-    rms_norm_triton(heads, heads[0, 0, 0], 1e-6)
     gated_silu_triton(rows, rows)
-    for centred in (False, True):
-        row_norms(dtype, rows[0], NormForm(1e-6, centred))
-        row_norms(dtype, heads[0], NormForm(1e-6, centred))
+    for x in (rows, heads):
+        rms_norm_triton(x, x.flatten(0, -2)[0], 1e-6)
+        rms_norm_triton(x, x.flatten(0, -2)[0], 1e-6, offset=1.0, once=True)
+        for fields in ({}, {"offset": 1.0, "once": True}, {"centred": True}):
+            row_norms(dtype, x[0], NormForm(1e-6, **fields))
     query, key = heads.transpose(1, 2), heads[:, :, :8].transpose(1, 2)
     rotary_triton(query, key, heads[:, :, 0], heads[:, :, 1])
 

@@ -152,8 +152,8 @@ class Site:
         dense_delta_triton(y, x, self.dense, segments)
         row_affine_triton(y, None, self.scale, segments)
         row_bias_triton(y, self.scale, segments)
-        for centred in (False, True):
-            row_norm_triton(y, x, self.norms, NormForm(1e-5, centred), segments)
+        for norm in (NormForm(1e-5), NormForm(1e-5, centred=True)):
+            row_norm_triton(y, x, self.norms, norm, segments)
         pair_rotate_triton(y, self.factors, segments)
         token_columns_triton(y, x, self.tokens, segments)
         block_rotate_triton(self.z, y, self.blocks, segments)

@@ -21,21 +21,29 @@ LAYOUTS = {
 }
 
 
+FORMS = {
+    "root mean square": NormForm(1e-5),
+    "OLMo's": NormForm(1e-5, once=True),
+    "Gemma's": NormForm(1e-5, offset=1.0, once=True),
+    "layer": NormForm(1e-5, centred=True),
+}
+
+
 def formula(x: torch.Tensor, p: torch.Tensor, form: NormForm) -> torch.Tensor:
     c, p = x.double(), p.double().to(x.device)
     if form.centred:
         c = c - c.mean(-1, keepdim=True)
-    scaled = p[0] * c / (c.pow(2).mean(-1, keepdim=True) + form.epsilon).sqrt()
+    scaled = (p[0] + form.offset) * c / (c.pow(2).mean(-1, keepdim=True) + form.epsilon).sqrt()
     return scaled if p.shape[0] == 1 else scaled + p[1]
 
 
-@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("width", [7, 300, 1100])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_are_normed_with_the_parameters_of_their_slot_and_the_others_keep_their_bits(
     layout: str,
     width: int,
-    centred: bool,
+    norm: NormForm,
     form: str,
     dtype: torch.dtype,
     device: torch.device,
@@ -43,11 +51,10 @@ def test_rows_are_normed_with_the_parameters_of_their_slot_and_the_others_keep_t
     as_columns: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     torch.manual_seed(width)
-    norm = NormForm(1e-5, centred)
     x = LAYOUTS[layout](width).to(device, dtype)
     # So that epsilon counts in some rows.
     x[2:4] *= 1e-3
-    p = [torch.randn(1 + centred, width), None, torch.randn(1, width)]
+    p = [torch.randn(1 + norm.centred, width), None, torch.randn(1, width)]
     p = [None if matrix is None else matrix.to(dtype) for matrix in p]
     before = torch.randn(x.shape).to(device, dtype)
     y = as_columns(before.flatten(1)).unflatten(1, x.shape[1:])
@@ -62,22 +69,21 @@ def test_rows_are_normed_with_the_parameters_of_their_slot_and_the_others_keep_t
     assert ((y - expected).abs() <= 4 * torch.finfo(dtype).eps * (1 + expected.abs())).all()
 
 
-@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("norm", FORMS.values(), ids=FORMS)
 def test_both_forms_round_where_torch_and_transformers_do(
-    centred: bool, form: str, dtype: torch.dtype, device: torch.device, pack: Pack
+    norm: NormForm, form: str, dtype: torch.dtype, device: torch.device, pack: Pack
 ) -> None:
     torch.manual_seed(0)
-    norm, x = NormForm(1e-5, centred), torch.randn(ROWS, 200).to(device, dtype)
-    p = torch.randn(1 + centred, 200).to(dtype)
+    x = torch.randn(ROWS, 200).to(device, dtype)
+    p = torch.randn(1 + norm.centred, 200).to(dtype)
     y = torch.zeros_like(x)
     segments = Segments.build([(0, 0, ROWS)], device)
     (row_norm_torch if form == "torch" else row_norm_triton)(y, x, pack([p], 200), norm, segments)
-    quotient = formula(x, torch.ones(1, 200), norm)
+    quotient = formula(x, torch.full((1, 200), 1 - norm.offset), norm)
     weight, bias = p[0].to(device), p[1:].sum(0).to(device).double()
-    if centred:
-        rounded = (weight.double() * quotient + bias).to(dtype)
-    else:
-        rounded = weight * quotient.to(dtype)
+    if not (norm.centred or norm.once):
+        quotient = quotient.to(dtype).double()
+    rounded = ((weight.double() + norm.offset) * quotient + bias).to(dtype)
     if dtype == torch.float32:
         torch.testing.assert_close(y, rounded, rtol=1e-5, atol=1e-6)
     else:

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from deltamux.base.agreement import agree, random_rows
-from deltamux.base.norm_form import epsilon_name
-from deltamux_kernels import gated_silu, rms_norm, rotary
+from deltamux.base.norm_form import find_norm_form
+from deltamux_kernels import NormForm, gated_silu, rms_norm, rotary
 
 _log = structlog.get_logger(__name__)
 
@@ -43,15 +43,17 @@ def fuse(model: PreTrainedModel) -> Counter[str]:
 
 
 def _fuse_norm(norm: Any, like: Tensor) -> bool:
-    """A norm of the form of `rms_norm`; Gemma's, which adds 1 to its weight, has another."""
+    """A norm of one of the forms of `rms_norm`."""
     own: Any = type(norm)
     if not own.__name__.endswith("RMSNorm") or not _reads_one_tensor(norm):
         return False
     weight = getattr(norm, "weight", None)
-    epsilon = epsilon_name(norm)
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or epsilon is None:
+    if not isinstance(weight, Tensor) or weight.dim() != 1:
         return False
-    return _put(norm, _normed(own, epsilon), random_rows(weight, 3, weight.shape[0]))
+    form = find_norm_form(norm)
+    if form is None or form.centred:
+        return False
+    return _put(norm, _normed(own, form), random_rows(weight, 3, weight.shape[0]))
 
 
 def _fuse_gated(mlp: Any, like: Tensor) -> bool:
@@ -103,9 +105,9 @@ def _put(module: Any, fused: Any, given: Tensor) -> bool:
 
 
 @cache
-def _normed(own: Any, epsilon: str) -> Any:
+def _normed(own: Any, form: NormForm) -> Any:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states, self.weight, getattr(self, epsilon))
+        return rms_norm(hidden_states, self.weight, form.epsilon, form.offset, form.once)
 
     return _subclass(own, forward)
 

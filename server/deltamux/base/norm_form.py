@@ -12,15 +12,22 @@ from torch import Tensor, nn
 from deltamux.base.agreement import agree, random_rows
 from deltamux_kernels.row_norm import NormForm
 
+# Root mean square norms as most models have them, then OLMo's and Gemma's; layer norms last.
+_FORMS: tuple[dict[str, Any], ...] = (
+    {},
+    {"once": True},
+    {"once": True, "offset": 1.0},
+    {"centred": True},
+)
+
 
 def find_norm_form(norm: nn.Module) -> NormForm | None:
     """The form that agrees with the module's own code on random input, to its dtype's precision.
 
-    None for any other norm, such as Gemma's, which adds 1 to its weight, or OLMo's, which rounds
-    elsewhere in 16 bits. `norm` has a weight [width] and may have a bias.
+    None for any other norm. `norm` has a weight [width] and may have a bias.
     """
-    name = epsilon_name(norm)
-    if name is None:
+    epsilon = _epsilon(norm)
+    if epsilon is None:
         return None
     weight, bias = norm.weight, getattr(norm, "bias", None)
     assert isinstance(weight, Tensor)
@@ -29,17 +36,17 @@ def find_norm_form(norm: nn.Module) -> NormForm | None:
     x, parameters = numbers[:4], numbers[4:5] if bias is None else numbers[4:]
     with torch.inference_mode():
         expected = with_parameters(norm, parameters)(x)
-        for centred in (False, True) if bias is None else (True,):
-            form = NormForm(getattr(norm, name), centred)
+        for fields in _FORMS if bias is None else _FORMS[-1:]:
+            form = NormForm(epsilon, **fields)
             if agree(form.norm(x, *parameters), expected):
                 return form
     return None
 
 
-def epsilon_name(norm: nn.Module) -> str | None:
-    """The attribute in which a norm has its epsilon; None if in no known one."""
-    names = (n for n in ("variance_epsilon", "eps") if isinstance(getattr(norm, n, None), float))
-    return next(names, None)
+def _epsilon(norm: nn.Module) -> float | None:
+    """None if it is in no known attribute."""
+    values = (getattr(norm, name, None) for name in ("variance_epsilon", "eps"))
+    return next((value for value in values if isinstance(value, float)), None)
 
 
 def with_parameters(norm: nn.Module, parameters: Iterable[Tensor]) -> nn.Module:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn.functional import layer_norm, rms_norm
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from deltamux.adapters.primitives.norm_parameters import (
     CopiedNormBank,
@@ -18,6 +18,13 @@ from deltamux.base.structure import SiteSpec
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.row_norm import NormForm
 from deltamux_kernels.segments import Segments
+
+
+class SquaredWeight(LlamaRMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = super().forward(x) * self.weight
+        return normed
+
 
 SPEC = SiteSpec("norm", "norm", 9, 9)
 Normed = Callable[[torch.Tensor, NormParameters], torch.Tensor]
@@ -42,14 +49,14 @@ def check(
 
 def test_rows_of_a_layer_norm(arena: torch.Tensor, segments: Segments) -> None:
     torch.manual_seed(0)
-    bank = NormParametersBank(NormForm(1e-5, True), SPEC, PackedMatrices(arena, 4, 9))
+    bank = NormParametersBank(NormForm(1e-5, centred=True), SPEC, PackedMatrices(arena, 4, 9))
     payload = NormParameters(torch.randn(9), torch.randn(9))
     check(bank, payload, lambda x, p: layer_norm(x, (9,), p.weight, p.bias), segments)
 
 
 def test_rows_of_a_root_mean_square_norm(arena: torch.Tensor, segments: Segments) -> None:
     torch.manual_seed(0)
-    bank = NormParametersBank(NormForm(1e-5, False), SPEC, PackedMatrices(arena, 4, 9))
+    bank = NormParametersBank(NormForm(1e-5), SPEC, PackedMatrices(arena, 4, 9))
     payload = NormParameters(torch.randn(9))
     check(bank, payload, lambda x, p: rms_norm(x, (9,), p.weight, 1e-5), segments)
 
@@ -58,8 +65,8 @@ def test_rows_of_a_norm_that_computes_something_else(
     arena: torch.Tensor, segments: Segments
 ) -> None:
     torch.manual_seed(0)
-    norm: nn.Module = GemmaRMSNorm(9, eps=1e-5).requires_grad_(False)
+    norm: nn.Module = SquaredWeight(9, eps=1e-5).requires_grad_(False)
     bank = CopiedNormBank(norm, SPEC, PackedMatrices(arena, 4, 9, host_read=True))
     payload = NormParameters(torch.randn(9))
-    check(bank, payload, lambda x, p: rms_norm(x, (9,), 1 + p.weight, 1e-5), segments)
-    assert norm.weight.eq(0).all()
+    check(bank, payload, lambda x, p: rms_norm(x, (9,), p.weight**2, 1e-5), segments)
+    assert norm.weight.eq(1).all()
