@@ -1,17 +1,9 @@
-"""Captured steps of a tiny model, recorded once and replayed for other steps, bit for bit.
-
-A recording is what a CUDA graph is: every operation with the memory and the numbers that it was
-called with. Whatever the host has decided in it stays decided.
-"""
+"""Captured steps of a tiny model, recorded once and replayed for other steps and adapters."""
 
 from __future__ import annotations
 
-import copy
-import importlib
-import pkgutil
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +11,8 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import deltamux_kernels
 from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.primitives.block_rotation import InputRotation, OutputRotation
 from deltamux.adapters.primitives.bottleneck import OutputBottleneck
@@ -38,29 +28,17 @@ from deltamux.adapters.primitives.row_scale import RowScale
 from deltamux.adapters.primitives.sign_delta import SignDelta
 from deltamux.adapters.primitives.sparse_delta import SparseDelta
 from deltamux.adapters.primitives.token_rows import TokenRows
-from deltamux.adapters.primitives.virtual_tokens import Virtual, VirtualTokens
-from deltamux.adapters.rows import Rows
-from deltamux.adapters.sites import DeviceSites
-from deltamux.adapters.traits import Traits
-from deltamux.base.load import Base, adopt
+from deltamux.adapters.primitives.virtual_tokens import VirtualTokens
 from deltamux.engine.batch import Pooling
-from deltamux.engine.cuda_graphs import Step, StepGraphs
-from deltamux.engine.kv_cache import KVCache
-from deltamux.engine.rehearsal import replays_agree, trial_sequence
-from deltamux.engine.runner import ModelRunner
-from deltamux.engine.sequence import Scheduled, Sequence
-from deltamux.engine.step_buffers import StepBuffers, StepShape
-from deltamux.wire.messages import Sampling
-from deltamux_kernels import native
-from deltamux_kernels.shrink import _shrink_kernel
+from deltamux.engine.cuda_graphs import Step
+from deltamux.engine.rehearsal import replays_agree
+from deltamux.engine.sequence import Scheduled
+from deltamux.engine.step_buffers import StepShape
 from deltamux_kernels.sign_delta import pack_signs
 
-JITFunction: Any = type(_shrink_kernel)
+# What the conftest makes.
+Pair = Any
 
-TritonForms = Callable[[], AbstractContextManager[None]]
-
-CPU = torch.device("cpu")
-BLOCK, BLOCKS, SLOTS = 4, 64, 5
 DECODING = (StepShape(1, 1, decodes=True), StepShape(4, 4, decodes=True))
 MIXED = StepShape(12, 4)
 SHAPES = (DECODING[1], MIXED)
@@ -75,96 +53,6 @@ pytestmark = [
     pytest.mark.parametrize("form", ["triton"], indirect=True),
     pytest.mark.skipif(torch.cuda.is_available(), reason="records the operations of a CPU"),
 ]
-
-
-class Recording(TorchDispatchMode):
-    """Records the operations of a step; `replay` repeats them in the memory that they used."""
-
-    # What needs the host to know the device's numbers, or brings the host's own along.
-    REFUSED = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "lift_fresh", "equal")
-
-    def __init__(self, kernels: list[Any]) -> None:
-        super().__init__()
-        self._kernels = kernels
-        self._done: list[Callable[[], object]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._take_launches()
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        assert name not in self.REFUSED, f"{name} cannot be captured"
-        out = func(*args, **kwargs)
-        given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
-        made = [t for t in tensors(out) if t.untyped_storage().data_ptr() not in given]
-
-        def repeat() -> None:
-            again = tensors(func(*args, **kwargs))
-            for kept, value in zip(tensors(out), again, strict=True):
-                if any(kept is t for t in made):
-                    kept.copy_(value)
-
-        self._done.append(repeat)
-        return out
-
-    def _take_launches(self) -> None:
-        self._done += [launch.replay for launch in self._kernels]
-        self._kernels.clear()
-
-    def replay(self) -> None:
-        self._take_launches()
-        for repeat in self._done:
-            repeat()
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    """Those in memory that others can see."""
-    leaves = torch.utils._pytree.tree_leaves(tree)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
-
-
-@pytest.fixture
-def record(traced: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[Step], Step]:
-    def record(step: Step) -> Step:
-        step()
-        with traced() as launches, monkeypatch.context() as patch:
-            run = JITFunction.run
-
-            def unseen(*args: Any, **options: Any) -> Any:
-                """What the interpreter does with torch is no operation of the step."""
-                with _disable_current_modes():
-                    return run(*args, **options)
-
-            patch.setattr(JITFunction, "run", unseen)
-            with Recording(launches) as recording:
-                step()
-        return recording.replay
-
-    return record
-
-
-@pytest.fixture
-def triton_forms(monkeypatch: pytest.MonkeyPatch) -> TritonForms:
-    """`with triton_forms():` every op takes its Triton form, as on a GPU."""
-
-    @contextmanager
-    def triton_forms() -> Iterator[None]:
-        with monkeypatch.context() as patch:
-            patch.setattr(native, "available", lambda: False)
-            for info in pkgutil.iter_modules(deltamux_kernels.__path__):
-                module = importlib.import_module(f"deltamux_kernels.{info.name}")
-                for name in vars(module).copy():
-                    form = getattr(module, name.replace("_torch", "_triton"), None)
-                    if name.endswith("_torch") and callable(form):
-                        patch.setattr(module, name, with_its_own_arguments(form))
-            yield
-
-    return triton_forms
-
-
-def with_its_own_arguments(form: Callable[..., Any]) -> Callable[..., Any]:
-    """The torch form of attention is given the step's own keys and values too."""
-    count = form.__code__.co_argcount
-    return lambda *args: form(*args[:count])
 
 
 @pytest.fixture(scope="module")
@@ -240,119 +128,21 @@ def own_embeddings() -> Payloads:
     return {EMBEDDING: (DenseEmbedding(normal(VOCABULARY, HIDDEN)),)}
 
 
-def adapter(payloads: Payloads) -> Adapter:
-    return Adapter("", "", 0, 0, "", payloads)
-
-
-class Engine:
-    """A base with slots for adapters, and a runner."""
-
-    def __init__(self, model: Any) -> None:
-        self.base: Base = adopt(copy.deepcopy(model))
-        rows = Rows(CPU)
-        self.sites = DeviceSites(
-            self.base.model, self.base.structure, rows, SLOTS, 4 << 20, torch.float32, CPU
-        )
-        cache = KVCache(self.base.layers, BLOCKS, BLOCK, torch.float32, CPU)
-        self.runner = ModelRunner(self.base, cache, rows)
-
-        self._loaded: set[int] = set()
-
-    def load(self, slot: int, adapter: Adapter) -> None:
-        """In place of what the slot has."""
-        if slot in self._loaded:
-            self.sites.release(slot)
-        self._loaded.add(slot)
-        assert self.sites.reserve(slot, adapter)
-        self.sites.write(slot, adapter)
-
-
-class Pair:
-    """Two engines with the same adapters: one takes the torch forms, the other has graphs."""
-
-    def __init__(
-        self,
-        model: Any,
-        shapes: tuple[StepShape, ...],
-        record: Callable[[Step], Step],
-        triton_forms: TritonForms,
-    ) -> None:
-        self.eager, self.captured = Engine(model), Engine(model)
-        self.triton_forms = triton_forms
-        self.captures = 0
-
-        def counted(step: Step) -> Step:
-            self.captures += 1
-            return record(step)
-
-        self.graphs = step_graphs(self.captured, shapes, counted)
-        with triton_forms():
-            assert self.graphs.capture_base()
-        self._blocks = iter(range(1, BLOCKS))
-
-    def load(self, slot: int, payloads: Payloads) -> None:
-        for engine in (self.eager, self.captured):
-            engine.load(slot, adapter(payloads))
-
-    def sequence(self, slot: int | None, *tokens: int, virtual: int = 0) -> Sequence:
-        """A prompt, with blocks for 12 tokens."""
-        blocks = [next(self._blocks) for _ in range(3)]
-        sequence = trial_sequence(0, tokens, blocks, Sampling())
-        sequence.slot = slot
-        sequence.begin_with(Traits(virtual=Virtual(virtual)))
-        return sequence
-
-    def decoding(self, slot: int | None, first: int) -> Sequence:
-        """One whose prompt is computed."""
-        sequence = self.sequence(slot, first, 5, 7)
-        self.step(sequence)
-        return sequence
-
-    def step(self, *parts: Sequence | Scheduled) -> bool:
-        """Of a sequence everything uncomputed, on both engines alike; whether it was replayed."""
-        return self.run(
-            [s if isinstance(s, Scheduled) else Scheduled(s, s.num_uncomputed) for s in parts]
-        )
-
-    @torch.inference_mode()
-    def run(self, scheduled: list[Scheduled]) -> bool:
-        expected, batch = (e.runner.batch(scheduled) for e in (self.eager, self.captured))
-        logits = self.eager.runner.forward(expected)
-        with self.triton_forms():
-            replayed = self.graphs.run(batch)
-            given = replayed
-            if given is None:
-                given = self.captured.runner.forward(batch)
-        torch.testing.assert_close(given, logits, atol=1e-5, rtol=1e-5)
-        for item in scheduled:
-            item.sequence.num_computed += item.num_tokens
-        for row, sequence in enumerate(batch.sampled):
-            sequence.tokens.append(int(logits[row].argmax()))
-        return replayed is not None
-
-
-def step_graphs(
-    engine: Engine, shapes: tuple[StepShape, ...], capture: Callable[[Step], Step]
-) -> StepGraphs:
-    buffers = StepBuffers(MIXED.rows, MIXED.sequences, 8, VOCABULARY, CPU)
-    return StepGraphs(shapes, engine.runner.logits, buffers, engine.sites, capture)
-
-
 @pytest.fixture
-def pair(form: str, model: Any, record: Callable[[Step], Step], triton_forms: TritonForms) -> Pair:
+def pair(pair_of: Callable[..., Pair]) -> Pair:
     """Captured are steps that decode."""
-    torch.manual_seed(1)
-    return Pair(model, DECODING, record, triton_forms)
+    return pair_of(DECODING)
 
 
 @pytest.fixture
-def mixed(form: str, model: Any, record: Callable[[Step], Step], triton_forms: TritonForms) -> Pair:
+def mixed(pair_of: Callable[..., Pair]) -> Pair:
     """Captured are a shape of steps that decode, and one of any."""
-    torch.manual_seed(1)
-    return Pair(model, SHAPES, record, triton_forms)
+    return pair_of(SHAPES)
 
 
-def test_what_a_replay_reads_stays(form: str, model: Any, triton_forms: TritonForms) -> None:
+def test_what_a_replay_reads_stays(
+    form: str, graphs_of: Callable[..., Any], triton_forms: Callable[[], Any]
+) -> None:
     captured: list[weakref.ref[Step]] = []
 
     def forgetting(step: Step) -> Step:
@@ -361,7 +151,7 @@ def test_what_a_replay_reads_stays(form: str, model: Any, triton_forms: TritonFo
         captured.append(weakref.ref(step))
         return lambda: None
 
-    graphs = step_graphs(Engine(model), SHAPES, forgetting)
+    _, graphs = graphs_of(SHAPES, forgetting)
     with triton_forms():
         assert graphs.capture_base()
     assert len(captured) == len(SHAPES)
@@ -424,19 +214,18 @@ def test_a_step_of_which_hidden_states_are_wanted_is_eager(form: str, mixed: Pai
 @pytest.mark.parametrize("stale", [None, *SHAPES])
 def test_replays_are_held_to_their_steps(
     form: str,
-    model: Any,
+    graphs_of: Callable[..., Any],
     record: Callable[[Step], Step],
-    triton_forms: TritonForms,
+    triton_forms: Callable[[], Any],
     stale: StepShape | None,
 ) -> None:
-    engine = Engine(model)
     order = iter(sorted(SHAPES, key=lambda shape: -shape.rows))
 
     def capture(step: Step) -> Step:
         replay = record(step)
         return (lambda: None) if next(order) == stale else replay
 
-    graphs = step_graphs(engine, SHAPES, capture)
+    engine, graphs = graphs_of(SHAPES, capture)
     with triton_forms(), capture_logs() as logs:
         assert graphs.capture_base()
         assert replays_agree(graphs, engine.runner, engine.base, 10) == (stale is None)
@@ -480,7 +269,7 @@ def test_an_adapter_that_is_written_after_a_capture(form: str, pair: Pair) -> No
     pair.load(0, low_ranks(4))
     running = pair.decoding(0, 5)
     assert pair.step(running)
-    late = adapter({OUT: (low_rank(24),)})
+    late = Adapter("", "", 0, 0, "", {OUT: (low_rank(24),)})
     pair.eager.load(1, late)
     assert pair.captured.sites.reserve(1, late)
     # Captured again at once, with no eager step before.

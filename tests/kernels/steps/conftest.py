@@ -1,0 +1,251 @@
+"""Steps of a tiny model, recorded once and replayed for others, beside an engine that runs them.
+
+A recording is what a CUDA graph is: every operation with the memory and the numbers that it was
+called with. Whatever the host has decided in it stays decided.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import deltamux_kernels
+from deltamux.adapters.adapter import Adapter
+from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.virtual_tokens import Virtual
+from deltamux.adapters.rows import Rows
+from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.traits import Traits
+from deltamux.base.load import Base, adopt
+from deltamux.engine.cuda_graphs import Step, StepGraphs
+from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.rehearsal import trial_sequence
+from deltamux.engine.runner import ModelRunner
+from deltamux.engine.sequence import Scheduled, Sequence
+from deltamux.engine.step_buffers import StepBuffers, StepShape
+from deltamux.wire.messages import Sampling
+from deltamux_kernels import native
+from deltamux_kernels.shrink import _shrink_kernel
+
+JITFunction: Any = type(_shrink_kernel)
+
+TritonForms = Callable[[], AbstractContextManager[None]]
+Capture = Callable[[Step], Step]
+Payloads = dict[str, tuple[Payload, ...]]
+
+CPU = torch.device("cpu")
+BLOCK, BLOCKS, SLOTS = 4, 64, 5
+
+
+class Recording(TorchDispatchMode):
+    """Records the operations of a step; `replay` repeats them in the memory that they used."""
+
+    # What needs the host to know the device's numbers, or brings the host's own along.
+    REFUSED = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "lift_fresh", "equal")
+
+    def __init__(self, kernels: list[Any]) -> None:
+        super().__init__()
+        self._kernels = kernels
+        self._done: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._take_launches()
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        assert name not in self.REFUSED, f"{name} cannot be captured"
+        out = func(*args, **kwargs)
+        given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
+        made = [t for t in tensors(out) if t.untyped_storage().data_ptr() not in given]
+
+        def repeat() -> None:
+            again = tensors(func(*args, **kwargs))
+            for kept, value in zip(tensors(out), again, strict=True):
+                if any(kept is t for t in made):
+                    kept.copy_(value)
+
+        self._done.append(repeat)
+        return out
+
+    def _take_launches(self) -> None:
+        self._done += [launch.replay for launch in self._kernels]
+        self._kernels.clear()
+
+    def replay(self) -> None:
+        self._take_launches()
+        for repeat in self._done:
+            repeat()
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Those in memory that others can see."""
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
+
+
+@pytest.fixture
+def record(traced: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Capture:
+    def record(step: Step) -> Step:
+        step()
+        with traced() as launches, monkeypatch.context() as patch:
+            run = JITFunction.run
+
+            def unseen(*args: Any, **options: Any) -> Any:
+                """What the interpreter does with torch is no operation of the step."""
+                with _disable_current_modes():
+                    return run(*args, **options)
+
+            patch.setattr(JITFunction, "run", unseen)
+            with Recording(launches) as recording:
+                step()
+        return recording.replay
+
+    return record
+
+
+@pytest.fixture
+def triton_forms(monkeypatch: pytest.MonkeyPatch) -> TritonForms:
+    """`with triton_forms():` every op takes its Triton form, as on a GPU."""
+
+    @contextmanager
+    def triton_forms() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "available", lambda: False)
+            for info in pkgutil.iter_modules(deltamux_kernels.__path__):
+                module = importlib.import_module(f"deltamux_kernels.{info.name}")
+                for name in vars(module).copy():
+                    form = getattr(module, name.replace("_torch", "_triton"), None)
+                    if name.endswith("_torch") and callable(form):
+                        patch.setattr(module, name, with_its_own_arguments(form))
+            yield
+
+    return triton_forms
+
+
+def with_its_own_arguments(form: Callable[..., Any]) -> Callable[..., Any]:
+    """The torch form of attention is given the step's own keys and values too."""
+    count = form.__code__.co_argcount
+    return lambda *args: form(*args[:count])
+
+
+class Engine:
+    """A base with slots for adapters, and a runner."""
+
+    def __init__(self, model: Any) -> None:
+        self.base: Base = adopt(copy.deepcopy(model))
+        rows = Rows(CPU)
+        self.sites = DeviceSites(
+            self.base.model, self.base.structure, rows, SLOTS, 4 << 20, torch.float32, CPU
+        )
+        cache = KVCache(self.base.layers, BLOCKS, BLOCK, torch.float32, CPU)
+        self.runner = ModelRunner(self.base, cache, rows)
+
+        self._loaded: set[int] = set()
+
+    def load(self, slot: int, adapter: Adapter) -> None:
+        """In place of what the slot has."""
+        if slot in self._loaded:
+            self.sites.release(slot)
+        self._loaded.add(slot)
+        assert self.sites.reserve(slot, adapter)
+        self.sites.write(slot, adapter)
+
+
+class Pair:
+    """Two engines with the same adapters: one takes the torch forms, the other has graphs."""
+
+    def __init__(
+        self,
+        model: Any,
+        shapes: tuple[StepShape, ...],
+        record: Capture,
+        triton_forms: TritonForms,
+    ) -> None:
+        self.eager, self.captured = Engine(model), Engine(model)
+        self.triton_forms = triton_forms
+        self.captures = 0
+
+        def counted(step: Step) -> Step:
+            self.captures += 1
+            return record(step)
+
+        self.graphs = step_graphs(self.captured, shapes, counted)
+        with triton_forms():
+            assert self.graphs.capture_base()
+        self._blocks = iter(range(1, BLOCKS))
+
+    def load(self, slot: int, payloads: Payloads) -> None:
+        for engine in (self.eager, self.captured):
+            engine.load(slot, Adapter("", "", 0, 0, "", payloads))
+
+    def sequence(self, slot: int | None, *tokens: int, virtual: int = 0) -> Sequence:
+        """A prompt, with blocks for 12 tokens."""
+        blocks = [next(self._blocks) for _ in range(3)]
+        sequence = trial_sequence(0, tokens, blocks, Sampling())
+        sequence.slot = slot
+        sequence.begin_with(Traits(virtual=Virtual(virtual)))
+        return sequence
+
+    def decoding(self, slot: int | None, first: int) -> Sequence:
+        """One whose prompt is computed."""
+        sequence = self.sequence(slot, first, 5, 7)
+        self.step(sequence)
+        return sequence
+
+    def step(self, *parts: Sequence | Scheduled) -> bool:
+        """Of a sequence everything uncomputed, on both engines alike; whether it was replayed."""
+        return self.run(
+            [s if isinstance(s, Scheduled) else Scheduled(s, s.num_uncomputed) for s in parts]
+        )
+
+    @torch.inference_mode()
+    def run(self, scheduled: list[Scheduled]) -> bool:
+        expected, batch = (e.runner.batch(scheduled) for e in (self.eager, self.captured))
+        logits = self.eager.runner.forward(expected)
+        with self.triton_forms():
+            replayed = self.graphs.run(batch)
+            given = replayed
+            if given is None:
+                given = self.captured.runner.forward(batch)
+        torch.testing.assert_close(given, logits, atol=1e-5, rtol=1e-5)
+        for item in scheduled:
+            item.sequence.num_computed += item.num_tokens
+        for row, sequence in enumerate(batch.sampled):
+            sequence.tokens.append(int(logits[row].argmax()))
+        return replayed is not None
+
+
+def step_graphs(engine: Engine, shapes: tuple[StepShape, ...], capture: Capture) -> StepGraphs:
+    rows, sequences = (max(getattr(s, n) for s in shapes) for n in ("rows", "sequences"))
+    buffers = StepBuffers(rows, sequences, 8, engine.base.vocab_size, CPU)
+    return StepGraphs(shapes, engine.runner.logits, buffers, engine.sites, capture)
+
+
+@pytest.fixture
+def pair_of(
+    form: str, model: Any, record: Capture, triton_forms: TritonForms
+) -> Callable[[tuple[StepShape, ...]], Pair]:
+    """Of the `model` of the test's file, with captured steps of the given shapes."""
+    torch.manual_seed(1)
+    return lambda shapes: Pair(model, shapes, record, triton_forms)
+
+
+@pytest.fixture
+def graphs_of(
+    model: Any,
+) -> Callable[[tuple[StepShape, ...], Capture], tuple[Engine, StepGraphs]]:
+    """An engine of its own, and its graphs."""
+
+    def made(shapes: tuple[StepShape, ...], capture: Capture) -> tuple[Engine, StepGraphs]:
+        engine = Engine(model)
+        return engine, step_graphs(engine, shapes, capture)
+
+    return made
