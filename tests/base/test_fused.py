@@ -18,8 +18,10 @@ from deltamux.base.structure import find_structure
 from deltamux_kernels import gated_silu, rms_norm, rotary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# On a CPU the fused forms are torch's own operations.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2} if DEVICE.type == "cuda" else {}
+# On a CPU the fused forms are torch's own operations, but for SiLU of float32, which is C.
+TOLERANCE = (
+    {torch.float32: 1e-4, torch.bfloat16: 5e-2} if DEVICE.type == "cuda" else {torch.float32: 1e-6}
+)
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
