@@ -47,6 +47,10 @@ class _Server:
     """Comes up, serves, drains and goes down, in this order."""
 
     def __init__(self, frontend: FrontendConfig, engine: EngineConfig, store: StoreConfig) -> None:
+        # First of all: an end by default would leave what is made here behind.
+        self._asked_to_stop = asyncio.Event()
+        self._ordered_to_stop = False
+        self._heed_signals()
         self._frontend = frontend
         self._metrics = Metrics(frontend.model)
         self._engine = EngineClient(frontend.max_waiting_requests, self._metrics)
@@ -58,14 +62,8 @@ class _Server:
         self._servers: Servers | None = None
         self._exporter: Exporter | None = None
         self._watch: asyncio.Task[None] | None = None
-        self._asked_to_stop = asyncio.Event()
-        self._ordered_to_stop = False
 
     async def live(self) -> None:
-        life = asyncio.current_task()
-        assert life is not None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, life)
         try:
             await self._until_asked_to_stop(self._come_up())
             if self._watch is not None:
@@ -181,6 +179,12 @@ class _Server:
             working.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await working
+
+    def _heed_signals(self) -> None:
+        life = asyncio.current_task()
+        assert life is not None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, life)
 
     def _on_signal(self, life: asyncio.Task[None]) -> None:
         """The first signal asks, the second one orders."""
