@@ -59,6 +59,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
 INFO = AdapterInfo("lora", 4, 100, 1000, 2000, "a note")
+# Seconds after which what does not come is a failure.
+PATIENCE = 60.0
 STATS = Stats(1, 0, 1, 100, 0, 0, 0, 1, 1, 0.001, 0, 0, 0, 0, 0)
 
 Message = TypeVar("Message", bound=ToEngine)
@@ -155,7 +157,7 @@ class ScriptedEngine:
 
     async def receive(self, kind: type[Message]) -> Message:
         """The next message of this kind; those before it stay."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 self._inbox += self._end.receive()
                 for message in self._inbox:
@@ -267,7 +269,12 @@ class Harness:
         self.adapters = adapters_pb2_grpc.AdapterServiceStub(self.channel)
 
     async def collect(self, request: v1.GenerateRequest) -> list[v1.GenerateResponse]:
-        return [response async for response in self.inference.Generate(request, timeout=20)]
+        return [response async for response in self.inference.Generate(request, timeout=PATIENCE)]
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while not condition():
+                await asyncio.sleep(0.001)
 
     async def restart_engine(self, **overrides: object) -> None:
         """A new engine takes the place of one that has died."""

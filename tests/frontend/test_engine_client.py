@@ -31,9 +31,7 @@ async def test_moves_and_failures_are_passed_on(harness) -> None:
     harness.engine.loaded(DIGEST)
     failed = AdapterFailed(DIGEST, "DATA_LOSS", "DATA_LOSS", "damaged")
     harness.engine.send(failed)
-    async with asyncio.timeout(10):
-        while not failures:
-            await asyncio.sleep(0.001)
+    await harness.until(lambda: failures)
     assert [(move.digest, move.tier) for move in moves] == [(DIGEST, "device")]
     assert isinstance(moves[0], AdapterMoved) and failures == [failed]
 

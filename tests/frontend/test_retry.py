@@ -90,9 +90,7 @@ async def test_the_queue_and_the_steps_of_the_engine_decide(harness, refusal, ex
     # A step without rows tells nothing of how long one takes.
     for stats in (BUSY, IDLE):
         harness.engine.send(StepDone((), stats))
-    async with asyncio.timeout(10):
-        while harness.client.stats != IDLE:
-            await asyncio.sleep(0.001)
+    await harness.until(lambda: harness.client.stats == IDLE)
     got = await refusal(harness.collect(v1.GenerateRequest(text="x")))
     assert (got.reason, got.retry_after) == ("QUEUE_FULL", pytest.approx(8 * 0.2))
     for call in calls:

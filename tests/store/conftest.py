@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import select
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -40,6 +41,8 @@ from deltamux_kernels.segments import Segments
 
 IN, OUT = 8, 6
 CPU = torch.device("cpu")
+# Seconds after which what does not come is a failure.
+PATIENCE = 60.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class AdapterFiles:
         }
         (folder / "adapter_config.json").write_text(json.dumps(config))
         save_file(self.tensors(seed, rank), folder / "adapter_model.safetensors")
+        # The clock of a file system may stand still for longer than a test takes.
+        for file in folder.iterdir():
+            os.utime(file, (seed, seed))
         return folder
 
     def tensors(self, seed: int, rank: int = 2) -> dict[str, torch.Tensor]:
@@ -192,7 +198,7 @@ class Store:
     async def served(self, lease: Lease) -> torch.Tensor:
         """What the leased adapter adds, computed on the device as a request would."""
         cache = self.engine.cache
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while (slot := cache.acquire(lease.version, lease.path)) is None:
                 await asyncio.sleep(0)
                 self.engine.poll()
@@ -201,7 +207,7 @@ class Store:
         return delta
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while not condition():
                 await asyncio.sleep(0.001)
 

@@ -15,6 +15,9 @@ from deltamux.errors import FailedPrecondition
 from deltamux.store.content import content_digest
 from deltamux.store.loader import Completed, Loader
 
+# Seconds after which what does not come is a failure.
+WAIT = 60.0
+
 
 @pytest.fixture
 def read(files) -> Iterator[Callable[..., Completed]]:
@@ -26,7 +29,7 @@ def read(files) -> Iterator[Callable[..., Completed]]:
         loader = Loader(parse, lambda slot, adapter: None)
         loaders.append(loader)
         loader.read(digest or content_digest(folder), str(folder))
-        assert select.select([loader.fileno()], [], [], 10)[0]
+        assert select.select([loader.fileno()], [], [], WAIT)[0]
         (completed,) = loader.completed()
         assert loader.completed() == []
         return completed
@@ -85,7 +88,7 @@ def test_a_job_without_a_thread_of_its_own_waits_for_another(files, monkeypatch)
 
     def parse(folder, digest):
         entered.set()
-        assert leave.wait(10)
+        assert leave.wait(WAIT)
         return "parsed"
 
     def start(thread):
@@ -93,14 +96,14 @@ def test_a_job_without_a_thread_of_its_own_waits_for_another(files, monkeypatch)
 
     loader = Loader(parse, lambda slot, adapter: None)
     loader.read(digest, str(folder))
-    assert entered.wait(10)
+    assert entered.wait(WAIT)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
         loader.read(digest, str(folder))
     leave.set()
     done = []
     while len(done) < 2:
-        assert select.select([loader.fileno()], [], [], 10)[0]
+        assert select.select([loader.fileno()], [], [], WAIT)[0]
         done += loader.completed()
     assert [completed.adapter for completed in done] == ["parsed", "parsed"]
     loader.close()
@@ -115,7 +118,7 @@ def test_threads_that_stay_alone_leave_the_others_their_workers(files, alone):
         lambda folder, digest: torch.get_num_threads(), lambda slot, adapter: None, alone=alone
     )
     loader.read(content_digest(folder), str(folder))
-    assert select.select([loader.fileno()], [], [], 10)[0]
+    assert select.select([loader.fileno()], [], [], WAIT)[0]
     assert loader.completed()[0].adapter == (1 if alone else 2)
     assert torch.get_num_threads() == 2
     loader.close()
@@ -148,6 +151,6 @@ def test_a_fifo_among_the_copies_never_blocks(files):
     os.mkfifo(folder / "adapter_config.json")
     loader = Loader(raising(AssertionError("parsed")), lambda slot, adapter: None)
     loader.read(digest, str(folder))
-    assert select.select([loader.fileno()], [], [], 10)[0]
+    assert select.select([loader.fileno()], [], [], WAIT)[0]
     assert loader.completed()[0].error.code == "DATA_LOSS"
     loader.close()

@@ -19,7 +19,8 @@ from deltamux.wire.messages import AdapterDropped, AdapterFailed, AdapterLoaded,
 
 Drive = Callable[[AdapterCache, Loader], list[Any]]
 
-WAIT = 3.0
+# Seconds after which what does not come is a failure.
+WAIT = 60.0
 
 
 @pytest.fixture
