@@ -63,18 +63,6 @@ class PackedMatrices:
         self.rows[slot] = rows
         self._point(slot, offset, rows)
 
-    def divide(self, first: int, count: int, source: PackedMatrices, slot: int) -> None:
-        """Gives `count` slots from `first` on equal parts of what `source` has in `slot`.
-
-        Nothing is copied. Every part must hold a multiple of ALIGNMENT elements.
-        """
-        rows, offset = source.rows_of(slot) // count, source._offset_on_host[slot]
-        offsets = [offset + part * rows * self.width for part in range(count)]
-        self.offsets[first : first + count] = torch.tensor(offsets)
-        self.rows[first : first + count] = rows
-        for part, offset in enumerate(offsets):
-            self._point(first + part, offset, rows)
-
     def _point(self, slot: int, offset: int, rows: int) -> None:
         view = self.arena[offset : offset + rows * self.width].view(rows, self.width)
         self._offset_on_host[slot] = offset
@@ -111,3 +99,35 @@ class PackedMatrices:
     def most_rows(self, slots: Iterable[int]) -> int:
         """Rows of the tallest matrix among `slots`; 0 when none has one."""
         return max((self._rows_on_host[slot] for slot in slots), default=0)
+
+
+class DividedMatrices(PackedMatrices):
+    """Matrices of which `parts` has equal parts, as of slots of their own: slot * count + part.
+
+    Every part must hold a multiple of ALIGNMENT elements.
+    """
+
+    def __init__(self, arena: torch.Tensor, slots: int, width: int, count: int) -> None:
+        super().__init__(arena, slots, width)
+        self.parts = PackedMatrices(arena, slots * count, width)
+        self._count = count
+
+    def write(self, slot: int, offset: int, matrix: torch.Tensor) -> None:
+        super().write(slot, offset, matrix)
+        rows = matrix.shape[0] // self._count
+        self._divide(slot, [offset + part * rows * self.width for part in range(self._count)], rows)
+
+    def clear(self, slot: int) -> None:
+        super().clear(slot)
+        self._divide(slot, [0] * self._count, 0)
+
+    def extend(self, rows: int) -> bool:
+        return self.parts.extend(rows // self._count)
+
+    def _divide(self, slot: int, offsets: list[int], rows: int) -> None:
+        first = slot * self._count
+        own = slice(first, first + self._count)
+        self.parts.offsets[own] = torch.tensor(offsets)
+        self.parts.rows[own] = rows
+        for part, offset in enumerate(offsets, start=first):
+            self.parts._point(part, offset, rows)

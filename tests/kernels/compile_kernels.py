@@ -37,6 +37,7 @@ from deltamux_kernels.block_rotate import block_rotate_triton
 from deltamux_kernels.embedding_shrink import embedding_shrink_triton
 from deltamux_kernels.expand import expand_triton
 from deltamux_kernels.expand_slices import Slice, expand_slices_triton
+from deltamux_kernels.expert_pairs import expert_pairs_triton
 from deltamux_kernels.gated_silu import gated_silu_triton
 from deltamux_kernels.grouped_dense import dense_delta_triton, grouped_dense_triton
 from deltamux_kernels.paged_attention_triton import paged_attention_triton
@@ -148,6 +149,7 @@ def low_rank(dtype: torch.dtype, rows: int) -> None:
     slices = [Slice(x, packed, Columns(2, CPU))] * 3
     expand_slices_triton(slices, h, segments)
     embedding_shrink_triton(torch.zeros(rows, dtype=torch.int64), packed, segments)
+    expert_pairs_triton(torch.zeros(rows, 8, dtype=torch.int64), segments, 64, 128)
     row_affine_triton(x, x[0], scale, segments)
     row_affine_triton(x, None, scale, segments)
     row_bias_triton(x, scale, segments)

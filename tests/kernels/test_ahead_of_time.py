@@ -38,6 +38,8 @@ LIMITS = {
     "activate_kernel": Limit(32, 0),
     "expand_slices_kernel": Limit(72, 5_120),
     "embedding_shrink_kernel": Limit(16, 0),
+    "pair_keys_kernel": Limit(48, 512),
+    "pair_tiles_kernel": Limit(40, 1_024),
     "row_affine_kernel": Limit(40, 512),
     "row_bias_kernel": Limit(40, 512),
     "sparse_delta_kernel": Limit(96, 8),

@@ -63,7 +63,7 @@ from deltamux.base.experts import Experts
 from deltamux.base.norm_form import find_norm_form
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux_kernels.expand import Columns
-from deltamux_kernels.packed import PackedMatrices
+from deltamux_kernels.packed import DividedMatrices, PackedMatrices
 from deltamux_kernels.pair_rotate import PairFactors
 from deltamux_kernels.sign_delta import SignMatrices
 from deltamux_kernels.sparse_delta import SparseMatrices
@@ -113,8 +113,11 @@ class BankFactory:
         """The empty bank of one layer of a mixture of experts."""
         out_features, in_features = experts.weight(projection).shape[1:]
         columns = Columns(self._slots * experts.count, self._arena.device)
-        a, b = self._host_store(in_features), self._host_store(out_features)
-        return ExpertLowRankBank(a, b, experts.count, columns)
+        a, b = (
+            DividedMatrices(self._arena, self._slots, width, experts.count)
+            for width in (in_features, out_features)
+        )
+        return ExpertLowRankBank(a, b, columns)
 
     def task_heads(self) -> TaskHeadBank:
         """The empty bank of what adapters put in place of the language head."""

@@ -92,7 +92,7 @@ class DeviceSites:
         }
         self._experts: dict[str, ExpertsLayer] = {}
         for mixture in structure.experts.values():
-            self._experts |= _install_experts(model, mixture, factory, rows)
+            self._experts |= _install_experts(model, mixture, factory, rows, slots)
         self._sublayers = structure.sublayers
         self.task_heads = factory.task_heads()
         self._groups: defaultdict[int | None, list[Site]] = defaultdict(list)
@@ -228,11 +228,11 @@ def _install(model: nn.Module, spec: SiteSpec, banks: SiteBanks, rows: Rows) -> 
 
 
 def _install_experts(
-    model: nn.Module, experts: Experts, factory: BankFactory, rows: Rows
+    model: nn.Module, experts: Experts, factory: BankFactory, rows: Rows, slots: int
 ) -> dict[str, ExpertsLayer]:
     experts = Experts(experts.name, model.get_submodule(experts.name))
     banks = [factory.experts(experts, projection) for projection in PROJECTIONS]
-    layers = [ExpertsLayer(bank, experts.count) for bank in banks]
-    model.set_submodule(experts.name, ExpertsSite(experts, layers, rows))
+    layers = [ExpertsLayer(bank) for bank in banks]
+    model.set_submodule(experts.name, ExpertsSite(experts, layers, rows, slots))
     names = [f"{experts.name}.{projection}" for projection in PROJECTIONS]
     return dict(zip(names, layers, strict=True))

@@ -9,18 +9,17 @@ import torch
 
 from deltamux.adapters.primitives.expert_low_rank import ExpertLowRank, ExpertLowRankBank
 from deltamux_kernels.expand import Columns
-from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
+from deltamux_kernels.packed import ALIGNMENT, DividedMatrices
 from deltamux_kernels.segments import Segments
 
 EXPERTS, SLOTS = 3, 4
 CPU = torch.device("cpu")
 
 
-def test_rows_by_slot_and_expert(
-    store: Callable[[int], PackedMatrices], place: Callable[..., None]
-) -> None:
+def test_rows_by_slot_and_expert(arena: torch.Tensor, place: Callable[..., None]) -> None:
     torch.manual_seed(0)
-    bank = ExpertLowRankBank(store(8), store(16), EXPERTS, Columns(SLOTS * EXPERTS, CPU))
+    stores = (DividedMatrices(arena, SLOTS, width, EXPERTS) for width in (8, 16))
+    bank = ExpertLowRankBank(*stores, Columns(SLOTS * EXPERTS, CPU))
     a = {slot: torch.randn(EXPERTS, rank, 8) for slot, rank in ((0, 8), (3, 16))}
     b = {slot: torch.randn(EXPERTS, matrix.shape[1], 16) for slot, matrix in a.items()}
     place(bank, {slot: ExpertLowRank.of(a[slot], b[slot]) for slot in a})

@@ -113,7 +113,7 @@ def record(traced: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Captur
 
 @pytest.fixture
 def triton_forms(monkeypatch: pytest.MonkeyPatch) -> TritonForms:
-    """`with triton_forms():` every op takes its Triton form, as on a GPU."""
+    """`with triton_forms():` every op takes the form that it has on a GPU."""
 
     @contextmanager
     def triton_forms() -> Iterator[None]:
@@ -122,8 +122,9 @@ def triton_forms(monkeypatch: pytest.MonkeyPatch) -> TritonForms:
             for info in pkgutil.iter_modules(deltamux_kernels.__path__):
                 module = importlib.import_module(f"deltamux_kernels.{info.name}")
                 for name in vars(module).copy():
-                    form = getattr(module, name.replace("_torch", "_triton"), None)
-                    if name.endswith("_torch") and callable(form):
+                    op = name.removesuffix("_torch")
+                    form = vars(module).get(f"{op}_triton") or vars(module).get(f"{op}_cuda")
+                    if op != name and form:
                         patch.setattr(module, name, with_its_own_arguments(form))
             yield
 

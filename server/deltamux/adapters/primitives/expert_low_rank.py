@@ -9,7 +9,7 @@ from math import gcd
 from torch import Tensor, nn
 
 from deltamux_kernels.expand import Columns, expand
-from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
+from deltamux_kernels.packed import ALIGNMENT, DividedMatrices, PackedMatrices
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.shrink import shrink
 
@@ -41,23 +41,18 @@ class ExpertLowRank:
 class ExpertLowRankBank:
     """A and B of one layer; to the kernels each expert of each slot is a slot of its own."""
 
-    def __init__(
-        self, a: PackedMatrices, b: PackedMatrices, experts: int, columns: Columns
-    ) -> None:
+    def __init__(self, a: DividedMatrices, b: DividedMatrices, columns: Columns) -> None:
         self.slots: set[int] = set()
-        self._stacks = (a, b)
-        self._experts = experts
-        slots = experts * len(a.views)
-        self._a, self._b = (PackedMatrices(s.arena, slots, s.width) for s in self._stacks)
+        self._a, self._b = a, b
         self._columns = columns
 
     def pieces(self, payload: ExpertLowRank) -> Sequence[tuple[PackedMatrices, Tensor]]:
-        return tuple(zip(self._stacks, payload.tensors, strict=True))
+        return ((self._a, payload.a), (self._b, payload.b))
 
     def placed(self, slot: int, first_rows: Sequence[int]) -> None:
-        for stack, each in zip(self._stacks, (self._a, self._b), strict=True):
-            each.divide(slot * self._experts, self._experts, stack, slot)
+        """Nothing to keep: A and B are alone in their stores."""
 
     def add(self, y: Tensor, x: Tensor, segments: Segments) -> None:
-        """`segments` of slot * experts + expert; rows without an adapter here are in none."""
-        expand(y, shrink(x, self._a, segments), self._b, self._columns, segments)
+        """`segments` of slot * experts + expert; rows without an adapter here may be in one."""
+        h = shrink(x, self._a.parts, segments)
+        expand(y, h, self._b.parts, self._columns, segments)
