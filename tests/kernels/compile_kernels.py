@@ -34,6 +34,7 @@ from deltamux_kernels import (
 )
 from deltamux_kernels.activate import Activations, activate_triton
 from deltamux_kernels.block_rotate import block_rotate_triton
+from deltamux_kernels.embedding_rows import embedding_rows_triton
 from deltamux_kernels.embedding_shrink import embedding_shrink_triton
 from deltamux_kernels.expand import expand_triton
 from deltamux_kernels.expand_slices import Slice, expand_slices_triton
@@ -149,6 +150,7 @@ def low_rank(dtype: torch.dtype, rows: int) -> None:
     slices = [Slice(x, packed, Columns(2, CPU))] * 3
     expand_slices_triton(slices, h, segments)
     embedding_shrink_triton(torch.zeros(rows, dtype=torch.int64), packed, segments)
+    embedding_rows_triton(x, torch.zeros(rows, dtype=torch.int64), packed, segments)
     expert_pairs_triton(torch.zeros(rows, 8, dtype=torch.int64), segments, 64, 128)
     row_affine_triton(x, x[0], scale, segments)
     row_affine_triton(x, None, scale, segments)

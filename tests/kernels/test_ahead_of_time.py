@@ -38,6 +38,7 @@ LIMITS = {
     "activate_kernel": Limit(32, 0),
     "expand_slices_kernel": Limit(72, 5_120),
     "embedding_shrink_kernel": Limit(16, 0),
+    "embedding_rows_kernel": Limit(24, 0),
     "pair_keys_kernel": Limit(48, 512),
     "pair_tiles_kernel": Limit(40, 1_024),
     "row_affine_kernel": Limit(40, 512),

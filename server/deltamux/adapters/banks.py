@@ -140,7 +140,7 @@ class BankFactory:
     def _embedding(self, spec: SiteSpec) -> SiteBanks:
         a, b = self._store(spec.in_features), self._store(spec.out_features)
         banks: dict[type[Payload], OutputBank] = {
-            DenseEmbedding: DenseEmbeddingBank(self._host_store(spec.out_features)),
+            DenseEmbedding: DenseEmbeddingBank(self._store(spec.out_features)),
             TokenRows: EmbeddingTokenBank(self._tokens(spec.out_features)),
             EmbeddingLowRank: EmbeddingLowRankBank(a, b, self._columns()),
             RowScale: RowScaleBank(self._store(spec.out_features), None),

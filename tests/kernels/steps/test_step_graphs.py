@@ -12,6 +12,7 @@ import torch
 from structlog.testing import capture_logs
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.primitives.block_rotation import InputRotation, OutputRotation
@@ -46,13 +47,21 @@ VOCABULARY, HIDDEN = 48, 32
 LAYER = "model.layers.0"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 QUERY, VALUE = f"{LAYER}.self_attn.q_proj", f"{LAYER}.self_attn.v_proj"
-NORM = f"{LAYER}.input_layernorm"
+NORM, UNUSUAL = f"{LAYER}.input_layernorm", f"{LAYER}.post_attention_layernorm"
 OUT, DOWN = f"{LAYER}.self_attn.o_proj", f"{LAYER}.mlp.down_proj"
 
 pytestmark = [
     pytest.mark.parametrize("form", ["triton"], indirect=True),
     pytest.mark.skipif(torch.cuda.is_available(), reason="records the operations of a CPU"),
 ]
+
+
+class SquaredWeight(LlamaRMSNorm):
+    """A norm of no form that a kernel has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = super().forward(x) * self.weight
+        return normed
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +76,9 @@ def model() -> Any:
         num_key_value_heads=1,
         max_position_embeddings=32,
     )
-    return AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)
+    model.set_submodule(UNUSUAL, SquaredWeight(HIDDEN))
+    return model
 
 
 def normal(*shape: int) -> Tensor:
@@ -112,7 +123,7 @@ KINDS: dict[str, Callable[[], Payloads]] = {
         VALUE: (DenseDelta(normal(HIDDEN // 2, HIDDEN)),),
         DOWN: (bottleneck(after=normal(2, HIDDEN)),),
         OUT: (SignDelta(pack_signs(normal(HIDDEN, HIDDEN) > 0), torch.tensor([0.1])),),
-        EMBEDDING: (OutputRotation(normal(8, HIDDEN)),),
+        EMBEDDING: (DenseEmbedding(normal(VOCABULARY, HIDDEN)), OutputRotation(normal(8, HIDDEN))),
     },
     "bottleneck, biases and head": lambda: {
         QUERY: (low_rank(40), RowBias(normal(HIDDEN))),
@@ -123,9 +134,9 @@ KINDS: dict[str, Callable[[], Payloads]] = {
 }
 
 
-def own_embeddings() -> Payloads:
+def own_norm() -> Payloads:
     """What the host has a part in."""
-    return {EMBEDDING: (DenseEmbedding(normal(VOCABULARY, HIDDEN)),)}
+    return {UNUSUAL: (NormParameters(normal(HIDDEN)),)}
 
 
 @pytest.fixture
@@ -281,7 +292,7 @@ def test_an_adapter_that_is_written_after_a_capture(form: str, pair: Pair) -> No
 
 def test_steps_in_which_the_host_has_a_part_are_eager(form: str, pair: Pair) -> None:
     pair.load(0, low_ranks(4))
-    pair.load(1, own_embeddings())
+    pair.load(1, own_norm())
     other, eager = pair.decoding(0, 7), pair.decoding(1, 5)
     assert not pair.step(eager)
     assert not pair.step(eager, other)
@@ -302,10 +313,10 @@ def test_steps_without_a_shape_are_eager(form: str, pair: Pair) -> None:
 
 def test_what_cannot_be_captured_is_eager(form: str, pair: Pair) -> None:
     """Here a bank that the host has a part in, and that does not say so."""
-    payloads = own_embeddings()
+    payloads = own_norm()
     for engine in (pair.eager, pair.captured):
-        bank = engine.base.model.get_submodule(EMBEDDING).banks[DenseEmbedding]
-        for store, _ in bank.pieces(payloads[EMBEDDING][0]):
+        bank = engine.base.model.get_submodule(UNUSUAL).banks[NormParameters]
+        for store, _ in bank.pieces(payloads[UNUSUAL][0]):
             store.host_read = False
     pair.load(0, payloads)
     with capture_logs() as logs:

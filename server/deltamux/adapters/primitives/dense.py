@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deltamux_kernels.embedding_rows import embedding_rows
 from deltamux_kernels.grouped_dense import dense_delta, grouped_dense
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import Segments
@@ -96,7 +97,5 @@ class DenseEmbeddingBank:
         """Nothing to keep: a table is alone in its store."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        ids = x.reshape(-1)
-        for _, rows, table in segments.owners(self._tables):
-            # An added token has its row elsewhere.
-            y[rows] = table.index_select(0, ids[rows].clamp(max=len(table) - 1))
+        # An added token has its row elsewhere.
+        embedding_rows(y, x.reshape(-1), self._tables, segments)
