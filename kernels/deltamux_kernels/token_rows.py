@@ -20,12 +20,9 @@ class TokenTable:
     The ids ascend. They lie in the arena as the bits of int32 (`as_elements`), beside the rows.
     """
 
-    def __init__(
-        self, arena: torch.Tensor, slots: int, width: int, host_read: bool = False
-    ) -> None:
-        """`host_read`: see PackedMatrices."""
+    def __init__(self, arena: torch.Tensor, slots: int, width: int) -> None:
         self.ids = PackedMatrices(arena, slots, 1)
-        self.rows = PackedMatrices(arena, slots, width, host_read=host_read)
+        self.rows = PackedMatrices(arena, slots, width)
         self._ids: dict[int, torch.Tensor] = {}
 
     def placed(self, slot: int) -> None:

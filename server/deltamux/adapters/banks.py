@@ -181,9 +181,7 @@ class BankFactory:
     def _added(self, spec: SiteSpec) -> AddedColumnsBank | None:
         if spec.kind != "head":
             return None
-        # How many columns there are is looked up on the host.
-        table = TokenTable(self._arena, self._slots, spec.in_features, host_read=True)
-        return AddedColumnsBank(table)
+        return AddedColumnsBank(self._tokens(spec.in_features))
 
     def _bottlenecks(self, spec: SiteSpec) -> dict[type[Payload], OutputBank]:
         """Those at the end of a sublayer; elsewhere there are none."""

@@ -14,6 +14,7 @@ from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.arena import ArenaAllocator
 from deltamux.adapters.banks import BankFactory, SiteBanks
 from deltamux.adapters.experts_site import ExpertsLayer, ExpertsSite
+from deltamux.adapters.primitives.added_tokens import AddedColumnsBank, AddedTokens
 from deltamux.adapters.primitives.bottleneck import BottleneckBank
 from deltamux.adapters.primitives.low_rank import LowRankBank
 from deltamux.adapters.primitives.payload import Bank, Payload
@@ -23,6 +24,7 @@ from deltamux.base.experts import PROJECTIONS, Experts
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux_kernels import native
 from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
+from deltamux_kernels.segments import Segments
 
 
 @dataclass(eq=False)
@@ -94,6 +96,11 @@ class DeviceSites:
         for mixture in structure.experts.values():
             self._experts |= _install_experts(model, mixture, factory, rows, slots)
         self._sublayers = structure.sublayers
+        self._added = [
+            bank
+            for site in self._sites.values()
+            if isinstance(bank := site.banks.get(AddedTokens), AddedColumnsBank)
+        ]
         self.task_heads = factory.task_heads()
         self._groups: defaultdict[int | None, list[Site]] = defaultdict(list)
         for site in self._sites.values():
@@ -171,6 +178,10 @@ class DeviceSites:
         for store in layout.stacks:
             store.clear(slot)
         self._free(layout.stacks.values())
+
+    def added_columns(self, sampled: Segments) -> int:
+        """How many columns the logits of these rows have behind the base's."""
+        return max((bank.columns(sampled) for bank in self._added), default=0)
 
     def _layout(self, adapter: Adapter) -> _Layout:
         layout = _Layout()

@@ -84,6 +84,8 @@ class _Captured:
     step: Step
     # Of the sites, when it was captured.
     growth: int
+    # Logits of tokens that adapters add, behind those of the base's, [sequences, A].
+    added: Tensor
 
 
 class StepGraphs:
@@ -130,7 +132,7 @@ class StepGraphs:
         return bool(shapes)
 
     def run(self, step: StepBatch) -> Tensor | None:
-        """Logits [S, V], float32, until the next call; None for a step that is not replayed."""
+        """Logits [S, W], float32, until the next call; None for a step that is not replayed."""
         if step.pooled or not step.token_segments.slots.isdisjoint(self._sites.eager_slots):
             return None
         adapted = bool(step.token_segments)
@@ -142,7 +144,11 @@ class StepGraphs:
         if captured is None:
             return None
         captured.replay()
-        return shaped.logits[: len(step.sampled)]
+        logits, rows = shaped.logits, len(step.sampled)
+        columns = self._sites.added_columns(step.sampled_segments)
+        if not columns:
+            return logits[:rows]
+        return torch.cat((logits[:rows], captured.added[:rows, :columns]), dim=1)
 
     def _find(self, shape: StepShape, adapted: bool) -> _Captured | None:
         captured = self._captured.get((shape, adapted))
@@ -156,8 +162,8 @@ class StepGraphs:
         self._captured.pop((shape, adapted), None)
         started, growth = monotonic(), self._sites.growth
         try:
-            step = self._step(shape, adapted)
-            captured = _Captured(self._capture(step), step, growth)
+            step, added = self._step(shape, adapted)
+            captured = _Captured(self._capture(step), step, growth, added)
         except Exception as error:
             self._give_up(shape, adapted, error)
             return None
@@ -188,14 +194,19 @@ class StepGraphs:
             error=f"{type(error).__name__}: {error}",
         )
 
-    def _step(self, shape: StepShape, adapted: bool) -> Step:
+    def _step(self, shape: StepShape, adapted: bool) -> tuple[Step, Tensor]:
+        """And where it puts the logits of added tokens."""
         shaped = self._steps[shape]
         inputs, logits = shaped.inputs(adapted), shaped.logits
+        columns = self._sites.added_columns(inputs.sampled_segments)
+        known, added = logits.shape[1], logits.new_zeros(shape.sequences, columns)
 
         def step() -> None:
-            logits.copy_(self._forward(inputs, inputs.sampled_rows))
+            given = self._forward(inputs, inputs.sampled_rows)
+            logits.copy_(given[:, :known])
+            added.copy_(given[:, known:])
 
-        return step
+        return step, added
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

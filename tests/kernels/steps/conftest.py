@@ -220,7 +220,8 @@ class Pair:
         for item in scheduled:
             item.sequence.num_computed += item.num_tokens
         for row, sequence in enumerate(batch.sampled):
-            sequence.tokens.append(int(logits[row].argmax()))
+            # One that everybody knows.
+            sequence.tokens.append(int(logits[row, : self.eager.base.vocab_size].argmax()))
         return replayed is not None
 
 

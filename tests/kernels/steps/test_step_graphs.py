@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from deltamux.adapters.adapter import Adapter
+from deltamux.adapters.primitives.added_tokens import AddedTokens
 from deltamux.adapters.primitives.block_rotation import InputRotation, OutputRotation
 from deltamux.adapters.primitives.bottleneck import OutputBottleneck
 from deltamux.adapters.primitives.dense import Dense, DenseDelta, DenseEmbedding
@@ -134,6 +135,12 @@ KINDS: dict[str, Callable[[], Payloads]] = {
 }
 
 
+def added(tokens: int) -> Payloads:
+    """Tokens of its own behind the base's."""
+    ids = range(VOCABULARY, VOCABULARY + tokens)
+    return {site: (AddedTokens.of(ids, normal(tokens, HIDDEN)),) for site in (EMBEDDING, HEAD)}
+
+
 def own_norm() -> Payloads:
     """What the host has a part in."""
     return {UNUSUAL: (NormParameters(normal(HIDDEN)),)}
@@ -211,6 +218,27 @@ def test_any_division_of_the_rows_among_adapters(form: str, mixed: Pair) -> None
     # No id of a virtual token is left to it.
     assert mixed.step(plain, mixed.sequence(None, 7, 8))
     assert mixed.captures == len(SHAPES) + 1
+
+
+def test_rows_with_more_columns_than_the_base(form: str, mixed: Pair) -> None:
+    mixed.load(0, added(3))
+    mixed.load(1, added(5))
+    mixed.load(2, low_ranks(2))
+    a, b = mixed.sequence(0, 50, 7, 48), mixed.sequence(1, 52, 3)
+    c, plain = mixed.sequence(2, 5, 7), mixed.sequence(None, 7, 3)
+    assert mixed.step(Scheduled(a, 2), b, c)
+    captures = mixed.captures
+    assert mixed.step(a, plain)
+    # No row of this step has more.
+    assert mixed.step(mixed.sequence(2, 7, 8), mixed.sequence(None, 3, 4))
+    assert mixed.step(mixed.sequence(None, 3, 4))
+    assert mixed.captures == captures
+    assert mixed.step(a, b, plain)
+    assert mixed.step(c, plain)
+    assert mixed.captures == captures + 1
+    # More than those that were captured have room for.
+    mixed.load(2, added(20))
+    assert mixed.step(mixed.sequence(2, 67, 3), b) and mixed.captures == captures + 2
 
 
 def test_a_step_of_which_hidden_states_are_wanted_is_eager(form: str, mixed: Pair) -> None:

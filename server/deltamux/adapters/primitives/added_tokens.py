@@ -32,12 +32,16 @@ class AddedEmbeddingBank(EmbeddingTokenBank):
 class AddedColumnsBank(HeadTokenBank):
     """Gives them logits behind those of the base's tokens."""
 
+    def columns(self, segments: Segments) -> int:
+        """How many the logits of these rows have more than the base's."""
+        return segments.most_rows(self._table.rows)
+
     def widen(self, x: Tensor, y: Tensor, segments: Segments) -> Tensor:
         """`y` [..., V] with as many columns more as any row of the step has added tokens.
 
         Behind those of a row that has fewer stand zeros, which nobody may read.
         """
-        most = segments.most_rows(self._table.rows)
-        wide = torch.cat((y, y.new_zeros(*y.shape[:-1], most)), dim=-1)
+        added = y.new_zeros(*y.shape[:-1], self.columns(segments))
+        wide = torch.cat((y, added), dim=-1)
         self.after(x, wide.view(-1, wide.shape[-1]), segments)
         return wide
