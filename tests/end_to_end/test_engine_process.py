@@ -109,7 +109,8 @@ def _is_cancelled_while_its_adapter_loads(engine, submit):
 
 
 def _is_cancelled_in_the_queue(engine, submit):
-    engine.send(*(submit(f"busy-{n}", PROMPT, "large", max_tokens=40) for n in range(8)))
+    # None is over before the last of them runs.
+    engine.send(*(submit(f"busy-{n}", PROMPT, "large", max_tokens=200) for n in range(8)))
     engine.until(lambda: engine.stats.running == 8)
     engine.send(submit("life", PROMPT, "plain"))
     engine.until(lambda: engine.stats.waiting)

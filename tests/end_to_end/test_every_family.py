@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import random
 import shutil
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -227,10 +229,24 @@ async def ask(stub: inference_pb2_grpc.InferenceServiceStub, case: Case) -> list
     return [token async for response in responses for token in response.logprobs]
 
 
-async def ask_all(target: str, cases: list[Case]) -> list[list[v1.TokenLogprobs]]:
-    async with grpc.aio.insecure_channel(target) as channel:
+async def ask_all(server: Server, cases: list[Case]) -> list[list[v1.TokenLogprobs]]:
+    """The engine is stopped until all have been asked, so that they meet in its steps."""
+    engine = server.events("engine ready")[-1]["pid"]
+    async with grpc.aio.insecure_channel(server.target) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        return await asyncio.gather(*(ask(stub, case) for case in cases))
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            answers = asyncio.gather(*(ask(stub, case) for case in cases))
+            while await asyncio.to_thread(in_flight, server) < len(cases):
+                await asyncio.sleep(0.01)
+        finally:
+            os.kill(engine, signal.SIGCONT)
+        return await answers
+
+
+def in_flight(server: Server) -> float:
+    calls: float = server.metrics()["deltamux_requests_in_flight"].samples[0].value
+    return calls
 
 
 def check(case: Case, tokens: list[v1.TokenLogprobs]) -> None:
@@ -251,7 +267,7 @@ def test_every_family_shares_a_batch_and_answers_as_alone(world: World, server: 
     # The first round brings all adapters to the device; in the second they meet.
     for seed in range(2):
         random.Random(seed).shuffle(cases)
-        answers = asyncio.run(ask_all(server.target, cases))
+        answers = asyncio.run(ask_all(server, cases))
         for case, tokens in zip(cases, answers, strict=True):
             check(case, tokens)
     steps = server.metrics()["deltamux_adapters_per_step"].samples
