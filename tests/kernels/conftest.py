@@ -1,10 +1,13 @@
 """Triton's interpreter, packed matrices with poisoned surroundings, and the forms of an op."""
 
 import os
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,9 @@ from deltamux_kernels.shrink import _shrink_kernel  # noqa: E402
 JITFunction: Any = type(_shrink_kernel)
 TRITON_RUNS = GPU or type(_shrink_kernel).__name__ == "InterpretedFunction"
 
+ROOT = Path(__file__).parents[2]
+PROCESSORS = len(os.sched_getaffinity(0))
+
 Matrices = Sequence[torch.Tensor | None]
 Pack = Callable[[Matrices, int], PackedMatrices]
 PackInOne = Callable[..., list[PackedMatrices]]
@@ -30,6 +36,33 @@ PackInOne = Callable[..., list[PackedMatrices]]
 def triton_runs() -> bool:
     """Whether this process can run the Triton forms, on a GPU or in the interpreter."""
     return TRITON_RUNS
+
+
+@pytest.fixture(scope="session")
+def run_in_parts() -> Callable[..., list[str]]:
+    """run(command, arguments, parts, environment) -> what each part has printed.
+
+    Deals the arguments out to so many processes of one thread, one at a time for each processor.
+    """
+
+    def run(
+        command: Sequence[str], arguments: Sequence[str], parts: int, environment: dict[str, str]
+    ) -> list[str]:
+        def run_one(part: int) -> str:
+            ran = subprocess.run(
+                [*command, *arguments[part::parts]],
+                env=environment | {"OMP_NUM_THREADS": "1"},
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+            )
+            assert ran.returncode == 0, ran.stdout + ran.stderr
+            return ran.stdout
+
+        with ThreadPoolExecutor(PROCESSORS) as pool:
+            return list(pool.map(run_one, range(min(parts, len(arguments)))))
+
+    return run
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -2,13 +2,16 @@
 
 import json
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+# The first test waits for all the compilations, which on a busy machine take minutes.
+pytestmark = pytest.mark.timeout(1800)
 
 TARGETS = (
     "sm_80:bfloat16",
@@ -69,20 +72,14 @@ Report = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def reports(pytestconfig: pytest.Config) -> list[Report]:
-    """In a process of its own, since Triton compiles nothing where its interpreter is on."""
+def reports(pytestconfig: pytest.Config, run_in_parts: Callable[..., list[str]]) -> list[Report]:
+    """In processes of their own, since Triton compiles nothing where its interpreter is on."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("TRITON_INTERPRET", None)
-    cache = pytestconfig.cache.mkdir("ahead_of_time")
+    environment["TRITON_CACHE_DIR"] = str(pytestconfig.cache.mkdir("ahead_of_time"))
     script = Path(__file__).with_name("compile_kernels.py")
-    run = subprocess.run(
-        [sys.executable, str(script), *TARGETS],
-        env=environment | {"TRITON_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    printed = run_in_parts([sys.executable, str(script)], TARGETS, 2, environment)
+    return [json.loads(line) for line in "".join(printed).splitlines()]
 
 
 @pytest.mark.parametrize("target", TARGETS)
