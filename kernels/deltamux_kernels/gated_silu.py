@@ -19,8 +19,8 @@ BLOCK_N = 1024
 def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """y[t, n] = up[t, n] · gate[t, n] / (1 + exp(-gate[t, n])).
 
-    gate and up [..., N] of one dtype; their rows may be columns of a wider product -> contiguous.
-    In half types the quotient is rounded before it is multiplied, as torch does.
+    gate and up [..., T, N] of one dtype; their rows may be columns of a wider product. The result
+    is contiguous. In half types the quotient is rounded before it is multiplied, as torch does.
     """
     if gate.device.type == "cuda":
         return gated_silu_triton(gate, up)
@@ -31,15 +31,13 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 def gated_silu_native(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`gated_silu` in C, in float32."""
-    gates, ups = _rows(gate), _rows(up)
-    y = torch.empty(gate.shape)
+    if not (_in_rows(gate) and _in_rows(up)):
+        gate, up = _rows(gate).view(gate.shape), _rows(up).view(up.shape)
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    width = gate.shape[-1]
+    rows = gate.numel() // width
     _native()(
-        gates.data_ptr(),
-        gates.stride(0),
-        ups.data_ptr(),
-        ups.stride(0),
-        y.data_ptr(),
-        *gates.shape,
+        gate.data_ptr(), gate.stride(-2), up.data_ptr(), up.stride(-2), y.data_ptr(), rows, width
     )
     return y
 
@@ -71,6 +69,11 @@ def gated_silu_triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         enable_fp_fusion=True,
     )
     return y
+
+
+def _in_rows(x: torch.Tensor) -> bool:
+    """Whether the rows of x [..., T, N] lie in one piece each, and evenly apart."""
+    return x.stride(-1) == 1 and x.shape[-2] * x.shape[-1] == x.numel()
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

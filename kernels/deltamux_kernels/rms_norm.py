@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import no_type_check
 
 import torch
 
+from deltamux_kernels import native
 from deltamux_kernels._triton import tl, triton
+from deltamux_kernels.native.library import INTEGER, NUMBER, POINTER, function
 
 # Elements of the short rows that one program norms together.
 _PROGRAM = 1024
@@ -21,8 +25,37 @@ def rms_norm(
     most of transformers' norms do, it is rounded to the dtype of x, then the product to that of
     both; `once`, as Gemma's do, the product is rounded alone, to the dtype of x.
     """
-    form = rms_norm_triton if x.device.type == "cuda" else rms_norm_torch
-    return form(x, weight, epsilon, offset, once)
+    if x.device.type == "cuda":
+        return rms_norm_triton(x, weight, epsilon, offset, once)
+    if x.dtype == weight.dtype == torch.float32 and native.available():
+        return rms_norm_native(x, weight, epsilon, offset, once)
+    return rms_norm_torch(x, weight, epsilon, offset, once)
+
+
+def rms_norm_native(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float = 0.0, once: bool = False
+) -> torch.Tensor:
+    """`rms_norm` in C, in float32, which is rounded to no other type, at `once` or not."""
+    rows, weight = _rows(x), weight.contiguous()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _native()(
+        rows.data_ptr(),
+        rows.stride(0),
+        rows.stride(1),
+        weight.data_ptr(),
+        y.data_ptr(),
+        *rows.shape,
+        epsilon,
+        offset,
+    )
+    return y
+
+
+@cache
+def _native() -> Callable[..., None]:
+    return function(
+        "rms_norm", POINTER, *[INTEGER] * 2, *[POINTER] * 2, *[INTEGER] * 3, NUMBER, NUMBER
+    )
 
 
 def rms_norm_torch(
@@ -41,8 +74,7 @@ def rms_norm_triton(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float = 0.0, once: bool = False
 ) -> torch.Tensor:
     """`rms_norm` in one launch: a program per row, or per few short ones."""
-    rows = x.flatten(0, -3) if x.dim() > 2 else x[None]
-    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    rows = _rows(x)
     y = torch.empty_like(rows, dtype=_result_dtype(x, weight, once))
     outer, inner, width = rows.shape
     blocks = norm_blocks(width)
@@ -77,6 +109,12 @@ def norm_blocks(width: int) -> dict[str, int]:
         "BLOCK_N": block,
         "num_warps": min(16, max(4, block // 512)),
     }
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x [..., R, N] as [O, R, N] whose rows lie in one piece; a view where that is possible."""
+    rows = x if x.dim() == 3 else x.flatten(0, -3) if x.dim() > 3 else x[None]
+    return rows if rows.stride(2) == 1 else rows.contiguous()
 
 
 @triton.jit(do_not_specialize=["inner"])

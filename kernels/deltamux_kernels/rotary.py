@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import no_type_check
 
 import torch
 
+from deltamux_kernels import native
 from deltamux_kernels._triton import tl, triton
+from deltamux_kernels.native.library import INTEGER, POINTER, function
 
 # Pairs of features that one program rotates.
 _PROGRAM = 512
@@ -20,10 +24,40 @@ def rotary(
     x' is x with the halves of D exchanged and the new first one negated. query [1, Hq, T, D] and
     key [1, Hkv, T, D] of any strides; cos and sin [1, T, D]; all of one dtype, D even. Products and
     sum are rounded one by one, as torch does: to the bit it is transformers' apply_rotary_pos_emb.
-    Where Triton computes it, all heads of a token lie side by side in the results.
+    Where Triton or C computes it, all heads of a token lie side by side in the results.
     """
-    form = rotary_triton if query.device.type == "cuda" else rotary_torch
-    return form(query, key, cos, sin)
+    if query.device.type == "cuda":
+        return rotary_triton(query, key, cos, sin)
+    if query.dtype == torch.float32 and native.available():
+        return rotary_native(query, key, cos, sin)
+    return rotary_torch(query, key, cos, sin)
+
+
+def rotary_native(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotary` in C, in float32."""
+    query, key, cos, sin = (_in_rows(x) for x in (query, key, cos, sin))
+    angles = cos.data_ptr(), cos.stride(1), sin.data_ptr(), sin.stride(1)
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        _, heads, tokens, dim = x.shape
+        y = x.new_empty(1, tokens, heads, dim)
+        place = x.data_ptr(), x.stride(2), x.stride(1)
+        _native()(*place, *angles, y.data_ptr(), tokens, heads, dim // 2)
+        return y.transpose(1, 2)
+
+    return rotated(query), rotated(key)
+
+
+@cache
+def _native() -> Callable[..., None]:
+    place, angles = (POINTER, INTEGER, INTEGER), (POINTER, INTEGER) * 2
+    return function("rotary", *place, *angles, POINTER, *[INTEGER] * 3)
+
+
+def _in_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def rotary_torch(
@@ -42,9 +76,7 @@ def rotary_triton(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`rotary` in one launch: a program per (token, block of query heads or of key heads)."""
-    query, key, cos, sin = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, cos, sin)
-    )
+    query, key, cos, sin = (_in_rows(x) for x in (query, key, cos, sin))
     (_, query_heads, tokens, dim), key_heads = query.shape, key.shape[1]
     rotated_query = query.new_empty(1, tokens, query_heads, dim)
     rotated_key = key.new_empty(1, tokens, key_heads, dim)

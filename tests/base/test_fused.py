@@ -10,18 +10,17 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from deltamux.base import fused
 from deltamux.base.fused import fuse
+from deltamux.base.load import adopt
 from deltamux.base.structure import find_structure
-from deltamux_kernels import gated_silu, rms_norm, rotary
+from deltamux_kernels import gated_silu, native, rms_norm, rotary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# On a CPU the fused forms are torch's own operations, but for SiLU of float32, which is C.
-TOLERANCE = (
-    {torch.float32: 1e-4, torch.bfloat16: 5e-2} if DEVICE.type == "cuda" else {torch.float32: 1e-6}
-)
+# On a CPU the fused forms of half types are torch's own operations.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2 if DEVICE.type == "cuda" else 0.0}
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -81,7 +80,21 @@ def test_a_fused_model_gives_the_logits_of_before(name: str, dtype: torch.dtype)
     counts = fuse(model)
     assert (counts["norms"], counts["gates"], counts["rotary"]) == MODELS[name][1]
     error = (logits(model).double() - before.double()).norm() / before.double().norm()
-    assert error <= TOLERANCE.get(dtype, 0.0)
+    assert error <= TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda" or not native.available(), reason="C on a CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_on_a_cpu_is_fused_where_there_is_c(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def was_fused() -> bool:
+        norm = adopt(build("llama", dtype)).model.model.norm
+        return type(norm) is not LlamaRMSNorm
+
+    assert was_fused() == (dtype == torch.float32)
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert not was_fused()
 
 
 def test_another_model_of_the_process_notices_nothing() -> None:

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from deltamux_kernels.rms_norm import rms_norm_torch, rms_norm_triton
+from deltamux_kernels.rms_norm import rms_norm_native, rms_norm_torch, rms_norm_triton
+
+FORMS = {"torch": rms_norm_torch, "native": rms_norm_native, "triton": rms_norm_triton}
+pytestmark = pytest.mark.parametrize("form", FORMS, indirect=True)
 
 LAYOUTS = {
     "rows": lambda width: torch.randn(5, width),
@@ -38,8 +41,7 @@ def test_each_row_is_divided_by_its_root_mean_square(
     # So that epsilon counts in some rows.
     x[..., 0, :] *= 1e-3
     weight = torch.randn(width).to(device, dtype)
-    norm = rms_norm_torch if form == "torch" else rms_norm_triton
-    y = norm(x, weight, 1e-6, offset, once)
+    y = FORMS[form](x, weight, 1e-6, offset, once)
     exact = x.double()
     exact = exact / (exact.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * (weight.double() + offset)
     info = torch.finfo(dtype)
@@ -53,8 +55,7 @@ def test_the_quotient_is_rounded_before_it_is_multiplied_or_not(
 ) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(64, 200).to(device, dtype), torch.randn(200).to(device, dtype)
-    norm = rms_norm_torch if form == "torch" else rms_norm_triton
-    y = norm(x, weight, 1e-5, offset, once)
+    y = FORMS[form](x, weight, 1e-5, offset, once)
     wide = x.double()
     quotient = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
     factor = weight.double() + offset
@@ -68,14 +69,16 @@ def test_the_quotient_is_rounded_before_it_is_multiplied_or_not(
 @pytest.mark.parametrize("shape", [(0, 40), (1, 0, 40), (1, 0, 3, 40)])
 def test_there_may_be_no_rows(shape: tuple[int, ...], form: str, device: torch.device) -> None:
     x, weight = torch.randn(shape).to(device), torch.randn(40).to(device)
-    assert (rms_norm_torch if form == "torch" else rms_norm_triton)(x, weight, 1e-5).shape == shape
+    assert FORMS[form](x, weight, 1e-5).shape == shape
 
 
 def test_a_wider_weight_widens_a_result_that_is_rounded_twice(
     form: str, device: torch.device
 ) -> None:
+    if form == "native":
+        pytest.skip("the C form is of float32")
     x, weight = torch.randn(3, 40).half().to(device), torch.randn(40).to(device)
-    y = (rms_norm_torch if form == "torch" else rms_norm_triton)(x, weight, 1e-5)
+    y = FORMS[form](x, weight, 1e-5)
     torch.testing.assert_close(y, rms_norm_torch(x.cpu(), weight.cpu(), 1e-5).to(device))
-    once = (rms_norm_torch if form == "torch" else rms_norm_triton)(x, weight, 1e-5, once=True)
+    once = FORMS[form](x, weight, 1e-5, once=True)
     assert once.dtype == torch.float16

@@ -4,7 +4,10 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from deltamux_kernels.rotary import rotary_torch, rotary_triton
+from deltamux_kernels.rotary import rotary_native, rotary_torch, rotary_triton
+
+FORMS = {"torch": rotary_torch, "native": rotary_native, "triton": rotary_triton}
+pytestmark = pytest.mark.parametrize("form", FORMS, indirect=True)
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -24,7 +27,7 @@ def test_queries_and_keys_are_rotated_to_the_bit(
     dim: int, heads: tuple[int, int], form: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     given = inputs(dim, heads, dtype, device)
-    rotated = (rotary_torch if form == "torch" else rotary_triton)(*given)
+    rotated = FORMS[form](*given)
     for ours, theirs in zip(rotated, apply_rotary_pos_emb(*given), strict=True):
         assert ours.dtype == dtype and torch.equal(ours, theirs)
 
@@ -35,7 +38,7 @@ def test_a_rotation_is_that_of_float64(
 ) -> None:
     given = inputs(dim, heads, dtype, device)
     cos, sin = (angles.double()[:, None] for angles in given[2:])
-    rotated = (rotary_torch if form == "torch" else rotary_triton)(*given)
+    rotated = FORMS[form](*given)
     for ours, x in zip(rotated, (part.double() for part in given[:2]), strict=True):
         exchanged = torch.cat((-x[..., dim // 2 :], x[..., : dim // 2]), dim=-1)
         summands = x * cos, exchanged * sin
@@ -47,5 +50,5 @@ def test_the_heads_of_a_token_lie_side_by_side(form: str, device: torch.device) 
     if form == "torch":
         pytest.skip("the torch form keeps the layout that it is given")
     query, key, cos, sin = inputs(6, (9, 4), torch.float32, device)
-    for rotated in rotary_triton(query.contiguous(), key.contiguous(), cos, sin):
+    for rotated in FORMS[form](query.contiguous(), key.contiguous(), cos, sin):
         assert rotated.transpose(1, 2).is_contiguous()

@@ -1,19 +1,12 @@
 /* gated_silu on a CPU, in float32: see gated_silu.py. */
 
-#include <string.h>
-
 #include "vectors.h"
 
-/* Numbers that one thread computes sooner than it wakes another. */
-#define ALONE 16384
-
-INLINE void gate_numbers(const float *gate, const float *up, float *y, size_t numbers)
+INLINE void gate_numbers(const float *gate, const float *up, float *y, int64_t numbers)
 {
-    Vector g = {0}, u = {0};
-    memcpy(&g, gate, numbers * sizeof(float));
-    memcpy(&u, up, numbers * sizeof(float));
-    Vector gated = g / (1.0f + exponential(-g)) * u;
-    memcpy(y, &gated, numbers * sizeof(float));
+    Vector g = load(gate, numbers);
+    Vector gated = g / (1.0f + exponential(-g)) * load(up, numbers);
+    store(y, gated, numbers);
 }
 
 /* y[t, n] = up[t, n] gate[t, n] / (1 + exp(-gate[t, n])); y's rows lie one after the other. */

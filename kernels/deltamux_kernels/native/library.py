@@ -23,7 +23,7 @@ _SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 _FLAGS = ("-O3", "-march=native", "-fno-tree-slp-vectorize", "-fPIC", "-fopenmp")
 _SECONDS = 60
 
-POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
+POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 _log = logging.getLogger(__name__)
 

@@ -43,12 +43,8 @@ INLINE void dot(const int rows, const int ranks, const float *x, int64_t x_row, 
             for (int j = 0; j < ranks; j++)
                 rests[t][j] += x[t * x_row + k] * a[j * width + k];
     for (int t = 0; t < rows; t++)
-        for (int j = 0; j < ranks; j++) {
-            for (int half = LANES / 2; half; half /= 2)
-                for (int lane = 0; lane < half; lane++)
-                    sums[t][j][lane] += sums[t][j][lane + half];
-            h[t * stride + j] = sums[t][j][0] + rests[t][j];
-        }
+        for (int j = 0; j < ranks; j++)
+            h[t * stride + j] = total(sums[t][j]) + rests[t][j];
 }
 
 static void shrink_chunk(const float *x, int64_t x_row, int64_t rows, const float *a,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 4")
@@ -13,8 +14,32 @@
 #define LANES 8
 #endif
 
+/* Numbers that one thread computes sooner than it wakes another. */
+#define ALONE 16384
+
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+
+/* The first `numbers` lanes from memory, and zeros behind them. */
+INLINE Vector load(const float *from, int64_t numbers)
+{
+    Vector lanes = {0};
+    memcpy(&lanes, from, numbers * sizeof(float));
+    return lanes;
+}
+
+INLINE void store(float *to, Vector lanes, int64_t numbers)
+{
+    memcpy(to, &lanes, numbers * sizeof(float));
+}
+
+INLINE float total(Vector lanes)
+{
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++)
+            lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
 
 /* a where the lane of `where` is -1, b where it is 0. */
 INLINE Vector select(Integers where, Vector a, Vector b)

@@ -1,8 +1,9 @@
-"""Puts one kernel in the place of many in a model's norms, gated MLPs and rotary embeddings.
+"""Puts one call in the place of many in a model's norms, gated MLPs and rotary embeddings.
 
-On a GPU transformers launches one for each operation on a tensor: eight for a root mean square norm
-in 16 bits, ten for a rotary embedding. Only the modules of one model change, and only their class,
-to a subclass: names, parameters and what a module is an instance of stay, and no other model of the
+For each operation on a tensor transformers calls torch: eight times for a root mean square norm in
+16 bits, ten times for a rotary embedding. On a GPU each is a kernel; on a CPU it takes longer to
+call than to compute for a few rows. Only the modules of one model change, and only their class, to
+a subclass: names, parameters and what a module is an instance of stay, and no other model of the
 process notices. A module is left alone where its own form computes something else on random input.
 """
 
@@ -23,12 +24,19 @@ from transformers.activations import SiLUActivation
 
 from deltamux.base.agreement import agree, random_rows
 from deltamux.base.norm_form import find_norm_form
-from deltamux_kernels import NormForm, gated_silu, rms_norm, rotary
+from deltamux_kernels import NormForm, gated_silu, native, rms_norm, rotary
 
 _log = structlog.get_logger(__name__)
 
 _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _ROTARY = "apply_rotary_pos_emb"
+
+
+def can_fuse(like: Tensor) -> bool:
+    """Whether the forms of such tensors are other than torch's operations one by one."""
+    if like.device.type == "cuda":
+        return True
+    return like.dtype == torch.float32 and native.available()
 
 
 def fuse(model: PreTrainedModel) -> Counter[str]:

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltamux.base.encoders import Encoder, encoder_of, heads_of, set_shared_apart
-from deltamux.base.fused import fuse
+from deltamux.base.fused import can_fuse, fuse
 from deltamux.base.last_hidden import LastHidden
 from deltamux.base.out_of_memory import is_out_of_memory
 from deltamux.base.packed_linear import pack_linears
@@ -99,8 +99,9 @@ def adopt(model: PreTrainedModel, missing: frozenset[str] = frozenset()) -> Base
     vocab_size = (embedding if head is None else head.weight).shape[0]
     pack_linears(model)
     structure = find_structure(model, layers)
-    if embedding.device.type == "cuda":
+    if can_fuse(embedding):
         fuse(model)
+    if embedding.device.type == "cuda":
         stack_linears(model, structure)
     return Base(
         model=model,
