@@ -17,6 +17,8 @@ from cpu.harness import command, medians_of
 from torch.nn.functional import scaled_dot_product_attention
 
 from deltamux_kernels import AttentionBatch, paged_attention
+from deltamux_kernels.paged_attention_torch import paged_attention_torch
+from deltamux_kernels.scoring import Scoring
 
 LAYERS, HEADS, KV_HEADS, DIM, BLOCK_SIZE = 12, 12, 4, 64, 16
 
@@ -31,28 +33,14 @@ class Layer:
     values: torch.Tensor
 
 
-def pages(batch: AttentionBatch) -> list[torch.Tensor]:
-    return [
-        table[: -(-context // BLOCK_SIZE)]
-        for table, context in zip(batch.block_tables, batch.context_lens, strict=True)
-    ]
-
-
 def deltamux(query: torch.Tensor, layer: Layer, batch: AttentionBatch) -> torch.Tensor:
     return paged_attention(query, layer.key_cache, layer.value_cache, batch, scale=DIM**-0.5)
 
 
-def one_by_one(query: torch.Tensor, layer: Layer, batch: AttentionBatch) -> torch.Tensor:
-    """A gather and an attention for each sequence."""
-    rows = []
-    for q, blocks, context in zip(query, pages(batch), batch.context_lens, strict=True):
-        keys, values = (
-            cache.index_select(0, blocks).flatten(0, 1)[:context].transpose(0, 1)[None]
-            for cache in (layer.key_cache, layer.value_cache)
-        )
-        grouped = q.view(1, KV_HEADS, -1, DIM)
-        rows.append(scaled_dot_product_attention(grouped, keys, values))
-    return torch.cat(rows).view(len(rows), HEADS, DIM)
+def in_torch(query: torch.Tensor, layer: Layer, batch: AttentionBatch) -> torch.Tensor:
+    """What serves half types, and machines without a compiler."""
+    scoring = Scoring(DIM**-0.5, None, None, None)
+    return paged_attention_torch(query, layer.key_cache, layer.value_cache, batch, scoring)
 
 
 def repeated_kv(query: torch.Tensor, layer: Layer, batch: AttentionBatch) -> torch.Tensor:
@@ -63,7 +51,7 @@ def repeated_kv(query: torch.Tensor, layer: Layer, batch: AttentionBatch) -> tor
 
 ARMS: dict[str, Callable[[torch.Tensor, Layer, AttentionBatch], torch.Tensor]] = {
     "deltamux": deltamux,
-    "one_by_one": one_by_one,
+    "in_torch": in_torch,
     "repeated_kv_without_pages": repeated_kv,
 }
 
@@ -114,6 +102,8 @@ def cases(repeats: int) -> list[dict[str, object]]:
         measure("16 sequences of 192", [192] * 16, repeats),
         measure("16 sequences of 16 to 376", list(range(16, 385, 24)), repeats),
         measure("1 sequence of 192", [192], repeats),
+        measure("16 sequences of 1000", [1000] * 16, repeats),
+        measure("1 sequence of 4000", [4000], repeats),
     ]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from deltamux_kernels import native
 from deltamux_kernels.attention_batch import AttentionBatch
+from deltamux_kernels.paged_attention_native import paged_attention_native
 from deltamux_kernels.paged_attention_torch import paged_attention_torch
 from deltamux_kernels.paged_attention_triton import paged_attention_triton
 from deltamux_kernels.scoring import Scoring
@@ -32,9 +34,11 @@ def paged_attention(
     query [T, Hq, Dk]; caches [num_blocks, block_size, Hkv, Dk or Dv], this step's keys and values
     already written; Hq a multiple of Hkv, head h reads KV head h // (Hq / Hkv). Returns
     [T, Hq, Dv]. `key`, `value` [T, Hkv, D], this step's own, are optional and never change the
-    result: they spare the CPU a gather in the first chunk of a prompt.
+    result: they spare the torch form a gather in the first chunk of a prompt.
     """
     scoring = Scoring(scale, window, softcap, sinks)
     if query.device.type == "cuda":
         return paged_attention_triton(query, key_cache, value_cache, batch, scoring)
+    if query.dtype == torch.float32 and native.available():
+        return paged_attention_native(query, key_cache, value_cache, batch, scoring)
     return paged_attention_torch(query, key_cache, value_cache, batch, scoring, key, value)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import no_type_check
+from collections.abc import Callable
+from functools import cache
+from typing import Any, no_type_check
 
 import torch
 
+from deltamux_kernels import native
 from deltamux_kernels._triton import tl, triton
+from deltamux_kernels.native.library import INTEGER, POINTER, function
 
 
 def write_kv(
@@ -20,11 +24,51 @@ def write_kv(
 
     key [T, Hkv, Dk]; value [T, Hkv, Dv]; caches [num_blocks, block_size, Hkv, D] of the same
     dtype, contiguous; slot_mapping int64 [T], block * block_size + offset. A negative slot marks a
-    row that is not stored. A slot beyond the cache is an error: IndexError from the torch form,
-    not stored by the Triton form.
+    row that is not stored. A slot beyond the cache is an error: IndexError on a CPU, not stored by
+    the Triton form.
     """
-    form = write_kv_triton if key.device.type == "cuda" else write_kv_torch
-    form(key, value, key_cache, value_cache, slot_mapping)
+    if key.device.type == "cuda":
+        write_kv_triton(key, value, key_cache, value_cache, slot_mapping)
+    elif key.dtype == torch.float32 and native.available():
+        write_kv_native(key, value, key_cache, value_cache, slot_mapping)
+    else:
+        write_kv_torch(key, value, key_cache, value_cache, slot_mapping)
+
+
+def write_kv_native(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """`write_kv` in C, in float32."""
+    key = key if key.stride(2) == 1 else key.contiguous()
+    value = value if value.stride(2) == 1 else value.contiguous()
+    count, heads, _ = key.shape
+    slots = key_cache.shape[0] * key_cache.shape[1]
+    written = _native()(
+        key.data_ptr(),
+        *key.stride()[:2],
+        key.shape[2],
+        key_cache.data_ptr(),
+        value.data_ptr(),
+        *value.stride()[:2],
+        value.shape[2],
+        value_cache.data_ptr(),
+        slot_mapping.data_ptr(),
+        count,
+        heads,
+        slots,
+    )
+    if not written:
+        raise IndexError(f"a slot is none of the cache's {slots}")
+
+
+@cache
+def _native() -> Callable[..., Any]:
+    rows = (POINTER, INTEGER, INTEGER, INTEGER, POINTER)
+    return function("write_kv", *rows, *rows, POINTER, *[INTEGER] * 3, result=INTEGER)
 
 
 def write_kv_torch(

@@ -39,10 +39,10 @@ OUTSIDE_THE_MODEL = 22
 # rows are as wide as the longest may ever need. These are eight, with views of what is in use. The
 # logits of its own rows (2), and what the sampler does with them as above (12).
 BESIDE_A_REPLAY, COPIES_BEFORE_A_REPLAY = 22, 2
-# Once, in the first layer: which blocks each sequence sees, how far, and a mask of it.
-ATTENTION_PLAN = 37
-# In every layer: new keys and values to their places, pages gathered, attention over them.
-ATTENTION = 29
+# Once, in the first layer: memory for what of a row's keys is not put together yet.
+ATTENTION_PLAN = 1
+# In every layer: views of queries, keys and values as C reads them (6), and the result.
+ATTENTION = 7
 
 # A product with A flattens and splits the input and multiplies. One with B flattens and splits the
 # output and multiplies; five of a layer's seven take their columns of a product that they share.

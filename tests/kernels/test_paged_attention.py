@@ -1,15 +1,24 @@
 """Paged attention against the formula in float64, over shuffled blocks in a poisoned cache."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from deltamux_kernels import AttentionBatch
+from deltamux_kernels.paged_attention_native import PART, ROWS, paged_attention_native
 from deltamux_kernels.paged_attention_torch import paged_attention_torch
 from deltamux_kernels.paged_attention_triton import paged_attention_triton
 from deltamux_kernels.scoring import Scoring
+
+FORMS = {
+    "torch": paged_attention_torch,
+    "native": paged_attention_native,
+    "triton": paged_attention_triton,
+}
+all_forms = pytest.mark.parametrize("form", FORMS, indirect=True)
+native_form = pytest.mark.parametrize("form", ["native"], indirect=True)
 
 
 @dataclass
@@ -29,15 +38,20 @@ class Step:
         return torch.cat([s[len(s) - n :] for s, n in zip(sequences, lengths, strict=True)])
 
 
+@dataclass(frozen=True)
+class Shape:
+    block_size: int
+    kv_heads: int
+    group: int
+    key_dim: int
+    value_dim: int
+
+
 def draw(seed: int, device: torch.device, dtype: torch.dtype, sequences: int = 0) -> Step:
-    pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype).to(device)
-
+    pick = random.Random(seed)
     block_size, kv_heads, group = pick.choice((16, 32)), pick.choice((1, 2)), pick.choice((1, 3, 4))
     key_dim = pick.choice((8, 20, 64))
-    value_dim = pick.choice((key_dim, 12))
+    shape = Shape(block_size, kv_heads, group, key_dim, pick.choice((key_dim, 12)))
     contexts = [
         pick.choice((1, 2, 15, 16, 17, 40, 70)) for _ in range(sequences or pick.randint(1, 4))
     ]
@@ -45,30 +59,49 @@ def draw(seed: int, device: torch.device, dtype: torch.dtype, sequences: int = 0
     if decoding:
         contexts[0] += 230  # keys of several parts
     lengths = [1 if decoding else pick.choice((1, n, pick.randint(1, n))) for n in contexts]
-    columns = -(-max(contexts) // block_size) + 1
+    return build(seed, shape, lengths, contexts, device, dtype)
+
+
+def build(
+    seed: int,
+    shape: Shape,
+    lengths: list[int],
+    contexts: list[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Step:
+    """Random numbers; where no sequence has a key, the cache is NaN and the table wrong."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+    columns = -(-max(contexts) // shape.block_size) + 1
     blocks = torch.randperm(len(contexts) * columns, generator=generator)
     table = blocks.view(len(contexts), columns).int()
     # 0 times NaN is NaN: whatever no sequence holds must not even be multiplied.
-    shape = (len(blocks), block_size, kv_heads)
-    key_cache = torch.full((*shape, key_dim), torch.nan, dtype=dtype, device=device)
-    value_cache = torch.full((*shape, value_dim), torch.nan, dtype=dtype, device=device)
-    keys = [normal(n, kv_heads, key_dim) for n in contexts]
-    values = [normal(n, kv_heads, value_dim) for n in contexts]
+    pages = (len(blocks), shape.block_size, shape.kv_heads)
+    key_cache = torch.full((*pages, shape.key_dim), torch.nan, dtype=dtype, device=device)
+    value_cache = torch.full((*pages, shape.value_dim), torch.nan, dtype=dtype, device=device)
+    keys = [normal(n, shape.kv_heads, shape.key_dim) for n in contexts]
+    values = [normal(n, shape.kv_heads, shape.value_dim) for n in contexts]
     for row, k, v in zip(table, keys, values, strict=True):
         for p in range(len(k)):
-            key_cache[row[p // block_size], p % block_size] = k[p]
-            value_cache[row[p // block_size], p % block_size] = v[p]
-        row[-(-len(k) // block_size) :] = pick.choice((-1, 10**6))
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    batch = AttentionBatch(
-        tuple(lengths),
-        tuple(contexts),
-        starts.int().to(device),
-        torch.tensor(contexts, dtype=torch.int32, device=device),
-        table.to(device),
-    )
-    query = normal(sum(lengths), kv_heads * group, key_dim)
+            key_cache[row[p // shape.block_size], p % shape.block_size] = k[p]
+            value_cache[row[p // shape.block_size], p % shape.block_size] = v[p]
+        row[-(-len(k) // shape.block_size) :] = (-1, 10**6)[seed % 2]
+    batch = attention_batch(lengths, contexts, table.to(device))
+    query = normal(sum(lengths), shape.kv_heads * shape.group, shape.key_dim)
     return Step(batch, query, key_cache, value_cache, keys, values)
+
+
+def attention_batch(lengths: list[int], contexts: list[int], table: torch.Tensor) -> AttentionBatch:
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    lens = torch.tensor(contexts, dtype=torch.int32)
+    device = table.device
+    return AttentionBatch(
+        tuple(lengths), tuple(contexts), starts.to(device), lens.to(device), table
+    )
 
 
 def formula(step: Step, scoring: Scoring) -> torch.Tensor:
@@ -93,10 +126,10 @@ def formula(step: Step, scoring: Scoring) -> torch.Tensor:
 
 
 def attend(step: Step, scoring: Scoring, form: str) -> torch.Tensor:
-    form_of_op = paged_attention_torch if form == "torch" else paged_attention_triton
-    return form_of_op(step.query, step.key_cache, step.value_cache, step.batch, scoring)
+    return FORMS[form](step.query, step.key_cache, step.value_cache, step.batch, scoring)
 
 
+@all_forms
 @pytest.mark.parametrize("seed", range(16))
 def test_random_steps_agree_with_the_formula(
     seed: int, form: str, dtype: torch.dtype, device: torch.device
@@ -140,6 +173,7 @@ def test_this_steps_own_keys_do_not_change_the_result(
     assert torch.allclose(out, expected, atol=4 * torch.finfo(dtype).eps)
 
 
+@all_forms
 def test_one_sequences_nan_stays_its_own(
     form: str, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -161,3 +195,77 @@ def test_a_block_beyond_the_cache_is_never_read(
     step.batch.block_tables[0, 0] = 10**6
     out = attend(step, Scoring(0.3, None, None, None), form)
     assert out.isfinite().all()
+
+
+# Contexts of several parts, on both sides of their borders; few rows and many.
+LENGTHS, CONTEXTS = [1, 1, 15, ROWS + 9, 3, 1], [2 * PART + 90, 30, PART + 9, PART + 20, 3, PART]
+LONG = [
+    Scoring(0.2, None, None, None),
+    Scoring(0.2, PART - 5, None, torch.arange(6.0)),
+    Scoring(0.2, 7, 3.0, None),
+]
+long_steps = pytest.mark.parametrize("scoring", LONG, ids=["plain", "window, sinks", "window, cap"])
+dims = pytest.mark.parametrize("dims", [(64, 64), (20, 12), (16, 144)])
+
+
+@native_form
+@pytest.mark.parametrize("dtype", ["float32"], indirect=True)
+@long_steps
+@dims
+def test_long_steps_agree_with_the_formula(
+    dims: tuple[int, int],
+    scoring: Scoring,
+    form: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    step = build(0, Shape(16, 2, 3, *dims), LENGTHS, CONTEXTS, device, dtype)
+    torch.testing.assert_close(
+        attend(step, scoring, form).double(), formula(step, scoring), atol=2e-6, rtol=0
+    )
+
+
+@native_form
+@pytest.mark.parametrize("dtype", ["float32"], indirect=True)
+@long_steps
+@dims
+def test_a_rows_bits_depend_on_neither_neighbours_nor_the_chunk_of_its_prompt(
+    dims: tuple[int, int],
+    scoring: Scoring,
+    form: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    step = build(0, Shape(16, 2, 3, *dims), LENGTHS, CONTEXTS, device, dtype)
+    together, row = attend(step, scoring, form), 0
+    for b, (length, context) in enumerate(zip(LENGTHS, CONTEXTS, strict=True)):
+        for seen in range(context - length + 1, context + 1):
+            batch = attention_batch([1], [seen], step.batch.block_tables[b : b + 1])
+            alone = replace(step, batch=batch, query=step.query[row : row + 1])
+            assert torch.equal(attend(alone, scoring, form)[0], together[row]), (b, seen)
+            row += 1
+
+
+@native_form
+@pytest.mark.parametrize("dtype", ["float32"], indirect=True)
+@long_steps
+def test_a_rows_bits_do_not_depend_on_the_threads(
+    scoring: Scoring, form: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    step = build(0, Shape(16, 2, 3, 64, 64), LENGTHS, CONTEXTS, device, dtype)
+    answers, threads = [], torch.get_num_threads()
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        answers.append(attend(step, scoring, form))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+@native_form
+@pytest.mark.parametrize("dtype", ["float32"], indirect=True)
+def test_a_query_whose_numbers_are_apart_is_attended_all_the_same(
+    form: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    step, scoring = draw(3, device, dtype), Scoring(0.3, None, None, None)
+    apart = replace(step, query=step.query.transpose(0, 2).contiguous().transpose(0, 2))
+    assert torch.equal(attend(apart, scoring, form), attend(step, scoring, form))

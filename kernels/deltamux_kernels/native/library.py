@@ -34,12 +34,12 @@ def available() -> bool:
 
 
 @cache
-def function(name: str, *arguments: Any) -> Callable[..., None]:
-    """A function of the C code that takes arguments of these ctypes and returns nothing."""
+def function(name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:
+    """A function of the C code that takes arguments of these ctypes; without a result, None."""
     code = _compiled()
     assert code is not None
     found = code[name]
-    found.argtypes, found.restype = arguments, None
+    found.argtypes, found.restype = arguments, result
     return found
 
 
