@@ -18,8 +18,9 @@ def expert_linear(
 
     x [P, K]; weight [experts, N, K], of any strides; bias [experts, N] -> [P, N].
     """
-    form = expert_linear_cuda if x.is_cuda else expert_linear_torch
-    return form(x, weight, bias, pairs)
+    # As transformers, which asks for a grouped product from sm_80 on only.
+    grouped = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return (expert_linear_cuda if grouped else expert_linear_torch)(x, weight, bias, pairs)
 
 
 def expert_linear_torch(
