@@ -13,6 +13,7 @@ from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.products import NativeProducts
 from deltamux_kernels.segments import TILE_ROWS, Segments
 from deltamux_kernels.shrink import Shrunk, new_products
+from deltamux_kernels.tiles import load_tile
 
 BLOCK_J = 32
 
@@ -121,9 +122,7 @@ def _activate_kernel(
     BLOCK_J: tl.constexpr,
 ):
     tile, block = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile * 3)
-    start = tl.load(tiles + tile * 3 + 1)
-    count = tl.load(tiles + tile * 3 + 2)
+    slot, start, count = load_tile(tiles, tile)
     width = tl.load(rows + slot) - 1
     if block * BLOCK_J > width:
         return

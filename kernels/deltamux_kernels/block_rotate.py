@@ -9,6 +9,7 @@ import torch
 from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import TILE_ROWS, Segments
+from deltamux_kernels.tiles import load_tile
 
 BLOCK_N = 128
 
@@ -87,9 +88,7 @@ def _block_rotate_kernel(
     BLOCK_N: tl.constexpr,
 ):
     tile, block = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile * 3)
-    start = tl.load(tiles + tile * 3 + 1)
-    count = tl.load(tiles + tile * 3 + 2)
+    slot, start, count = load_tile(tiles, tile)
     size = tl.load(rows + slot)
     if size == 0:
         return

@@ -9,6 +9,7 @@ import torch
 from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import TILE_ROWS, Segments
+from deltamux_kernels.tiles import load_tile
 
 BLOCK_N = 64
 
@@ -71,9 +72,7 @@ def _embedding_rows_kernel(
     BLOCK_N: tl.constexpr,
 ):
     tile, block = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile * 3)
-    start = tl.load(tiles + tile * 3 + 1)
-    count = tl.load(tiles + tile * 3 + 2)
+    slot, start, count = load_tile(tiles, tile)
     height = tl.load(rows + slot)
     if height == 0:
         return

@@ -10,6 +10,7 @@ from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import TILE_ROWS, Segments
 from deltamux_kernels.shrink import Shrunk, new_products
+from deltamux_kernels.tiles import load_tile
 
 BLOCK_J = 16
 
@@ -81,9 +82,7 @@ def _embedding_shrink_kernel(
     BLOCK_J: tl.constexpr,
 ):
     tile, block = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile * 3)
-    start = tl.load(tiles + tile * 3 + 1)
-    count = tl.load(tiles + tile * 3 + 2)
+    slot, start, count = load_tile(tiles, tile)
     rank = tl.load(rows + slot)
     if block * BLOCK_J >= rank:
         return

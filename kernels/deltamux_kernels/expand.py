@@ -11,6 +11,7 @@ from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.products import NativeProducts
 from deltamux_kernels.segments import TILE_ROWS, Segments
 from deltamux_kernels.shrink import Shrunk
+from deltamux_kernels.tiles import load_tile
 
 # The least depth of a matrix instruction on half types: a rank is rounded up to it in registers
 # only, never in memory.
@@ -133,9 +134,7 @@ def _expand_kernel(
     tile, block = tl.program_id(0), tl.program_id(1)
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    slot = tl.load(tiles + tile * 3)
-    start = tl.load(tiles + tile * 3 + 1)
-    count = tl.load(tiles + tile * 3 + 2)
+    slot, start, count = load_tile(tiles, tile)
     rank = tl.load(ranks + slot)
     offset = tl.load(offsets + slot)
     column = tl.load(columns + slot)

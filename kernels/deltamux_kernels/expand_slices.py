@@ -12,6 +12,7 @@ from deltamux_kernels.expand import BLOCK_J, BLOCK_N, Columns, expand, expand_ti
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import TILE_ROWS, Segments
 from deltamux_kernels.shrink import Shrunk
+from deltamux_kernels.tiles import load_tile
 
 
 class Slice(NamedTuple):
@@ -80,9 +81,7 @@ def _expand_slices_kernel(
     tile, block = tl.program_id(0), tl.program_id(1)
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    slot = tl.load(tiles + tile * 3)
-    start = tl.load(tiles + tile * 3 + 1)
-    count = tl.load(tiles + tile * 3 + 2)
+    slot, start, count = load_tile(tiles, tile)
     for part in tl.static_range(len(slices)):
         if (block >= firsts[part]) & (block < firsts[part + 1]):
             y, offsets, ranks, columns, width, y_row, y_column = slices[part]

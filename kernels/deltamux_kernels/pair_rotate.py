@@ -9,6 +9,7 @@ import torch
 from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices, as_elements
 from deltamux_kernels.segments import TILE_ROWS, Segments
+from deltamux_kernels.tiles import load_tile
 
 BLOCK_P = 64
 
@@ -103,9 +104,7 @@ def _pair_rotate_kernel(
     BLOCK_P: tl.constexpr,
 ):
     tile, block = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile * 3)
-    start = tl.load(tiles + tile * 3 + 1)
-    count = tl.load(tiles + tile * 3 + 2)
+    slot, start, count = load_tile(tiles, tile)
     if tl.load(rows + slot) == 0:
         return
     distance = tl.load((arena + tl.load(distance_offsets + slot)).to(tl.pointer_type(tl.int32)))

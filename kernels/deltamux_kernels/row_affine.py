@@ -9,6 +9,7 @@ import torch
 from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import TILE_ROWS, Segments
+from deltamux_kernels.tiles import load_tile
 
 BLOCK_N = 128
 
@@ -84,9 +85,7 @@ def _row_affine_kernel(
     BLOCK_N: tl.constexpr,
 ):
     tile, block = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile * 3)
-    start = tl.load(tiles + tile * 3 + 1)
-    count = tl.load(tiles + tile * 3 + 2)
+    slot, start, count = load_tile(tiles, tile)
     if tl.load(rows + slot) == 0:
         return
     i, n = tl.arange(0, BLOCK_T), block * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -12,6 +12,7 @@ from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.rms_norm import norm_blocks, rms_norm_torch
 from deltamux_kernels.segments import TILE_ROWS, Segments
+from deltamux_kernels.tiles import load_tile
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,8 @@ def _row_norm_kernel(
     BLOCK_N: tl.constexpr,
 ):
     tile, group = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile * 3)
-    start = tl.load(tiles + tile * 3 + 1)
-    count = tl.load(tiles + tile * 3 + 2) * heads
+    slot, start, count = load_tile(tiles, tile)
+    count *= heads
     vectors = tl.load(rows + slot)
     if (vectors == 0) | (group * BLOCK_R >= count):
         return

@@ -11,6 +11,7 @@ from deltamux_kernels._triton import overlap, tl, triton
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.products import Layout, NativeProducts
 from deltamux_kernels.segments import COUNTERS_A_TILE, TILE_ROWS, Segments
+from deltamux_kernels.tiles import load_tile
 
 # What `shrink` hands to `expand`, opaque in between. From the torch form one [rows, rank] per span
 # (None where the slot has no matrix); from the Triton form float32 [T, R], in which only the
@@ -139,9 +140,7 @@ def _shrink_kernel(
     tile, block, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    slot = tl.load(tiles + tile * 3)
-    start = tl.load(tiles + tile * 3 + 1)
-    count = tl.load(tiles + tile * 3 + 2)
+    slot, start, count = load_tile(tiles, tile)
     rank = tl.load(rows + slot)
     matrix = arena + tl.multiple_of(tl.load(offsets + slot), 64)
     if OVERLAP:

@@ -10,6 +10,7 @@ import torch
 from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices, as_elements
 from deltamux_kernels.segments import TILE_ROWS, Segments
+from deltamux_kernels.tiles import load_tile
 
 BLOCK_N = 64
 BLOCK_K = 64
@@ -155,9 +156,7 @@ def _sign_delta_kernel(
     BLOCK_K: tl.constexpr,
 ):
     tile, block = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile * 3)
-    start = tl.load(tiles + tile * 3 + 1)
-    count = tl.load(tiles + tile * 3 + 2)
+    slot, start, count = load_tile(tiles, tile)
     if tl.load(word_counts + slot) == 0:
         return
     i, n = tl.arange(0, BLOCK_T), block * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -9,6 +9,7 @@ import torch
 from deltamux_kernels._triton import tl, triton
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import TILE_ROWS, Segments
+from deltamux_kernels.tiles import load_tile
 
 BLOCK_N = 64
 BLOCK_K = 64
@@ -158,9 +159,7 @@ def _token_rows_kernel(
     BLOCK_N: tl.constexpr,
 ):
     tile, block = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile * 3)
-    start = tl.load(tiles + tile * 3 + 1)
-    live_rows = tl.load(tiles + tile * 3 + 2)
+    slot, start, live_rows = load_tile(tiles, tile)
     count = tl.load(counts + slot)
     if count == 0:
         return
@@ -202,9 +201,7 @@ def _token_columns_kernel(
     BLOCK_K: tl.constexpr,
 ):
     tile, block = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile * 3)
-    start = tl.load(tiles + tile * 3 + 1)
-    live_rows = tl.load(tiles + tile * 3 + 2)
+    slot, start, live_rows = load_tile(tiles, tile)
     count = tl.load(counts + slot)
     if block * BLOCK_N >= count:
         return
