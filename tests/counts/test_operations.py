@@ -109,7 +109,13 @@ def test_what_a_step_does_beside_the_model(bare, recorder) -> None:
 
 def test_what_a_replayed_step_does_beside_its_graph(bare, recorder) -> None:
     base, runner = bare
-    sites: Any = SimpleNamespace(num_slots=1, device=base.device, eager_slots=set(), growth=0)
+    sites: Any = SimpleNamespace(
+        num_slots=1,
+        device=base.device,
+        eager_slots=set(),
+        growth=0,
+        added_columns=lambda sampled: 0,
+    )
     shape, buffers = StepShape(4, 4, decodes=True), StepBuffers(8, 4, 4, 64, base.device)
     graphs = StepGraphs((shape,), runner.logits, buffers, sites, lambda step: lambda: None)
     assert graphs.capture_base()

@@ -60,7 +60,13 @@ class Capturing:
     ) -> None:
         self.rows: list[int] = []
         self._error, self._refused = error, refused
-        sites = SimpleNamespace(num_slots=slots, device=CPU, eager_slots=set(), growth=0)
+        sites = SimpleNamespace(
+            num_slots=slots,
+            device=CPU,
+            eager_slots=set(),
+            growth=0,
+            added_columns=lambda sampled: 0,
+        )
         buffers = StepBuffers(8, 2, 4, 8, CPU)
         self.graphs = StepGraphs(SHAPES, self._forward, buffers, sites, self._capture)
 
