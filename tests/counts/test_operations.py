@@ -25,6 +25,7 @@ from deltamux.engine.sequence import Scheduled
 from deltamux.engine.step_buffers import StepBuffers, StepShape
 from deltamux.engine.transfer import Upload
 from deltamux.wire.messages import Sampling
+from deltamux_kernels import native
 
 LAYERS, BLOCK_SIZE, MAX_ADAPTERS = 2, 16, 16
 # Products of an adapter in a layer. q, k and v read one input, gate and up another: one A for each.
@@ -39,6 +40,12 @@ OUTSIDE_THE_MODEL = 22
 # rows are as wide as the longest may ever need. These are eight, with views of what is in use. The
 # logits of its own rows (2), and what the sampler does with them as above (12).
 BESIDE_A_REPLAY, COPIES_BEFORE_A_REPLAY = 22, 2
+# The embedding (1), the angles of positions (11), the last norm (1) and the head of the sampled
+# rows (3).
+AROUND_THE_LAYERS = 16
+# Seven products, two sums, views of heads and back (8). The results of what C computes (5), two of
+# them seen as heads (2).
+LAYER = 24
 # Once, in the first layer: memory for what of a row's keys is not put together yet.
 ATTENTION_PLAN = 1
 # In every layer: views of queries, keys and values as C reads them (6), and the result.
@@ -103,6 +110,9 @@ def test_what_a_step_does_beside_the_model(bare, recorder) -> None:
         runner.logits(inputs, inputs.sampled_rows)
     outside = difference(step.operations, forward.operations)
     attention = difference(forward.operations, model.operations)
+    if native.available():
+        operations = Counter(model.operations)
+        assert operations.total() <= AROUND_THE_LAYERS + LAYERS * LAYER, (operations, ADVICE)
     assert sum(outside.values()) <= OUTSIDE_THE_MODEL, (outside, ADVICE)
     assert sum(attention.values()) <= ATTENTION_PLAN + LAYERS * ATTENTION, (attention, ADVICE)
 
