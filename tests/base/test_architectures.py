@@ -109,8 +109,8 @@ class RecordingRunner(ModelRunner):
 
     def forward(self, batch: StepBatch, rows: Tensor | None = None) -> Tensor:
         logits = super().forward(batch, rows)
-        for sequence, row in zip(batch.sampled, logits, strict=True):
-            self.seen.setdefault(sequence.index, []).append(row.clone())
+        for item, row in zip(batch.sampled, logits, strict=True):
+            self.seen.setdefault(item.sequence.index, []).append(row.clone())
         return logits
 
     seen: dict[int, list[Tensor]]

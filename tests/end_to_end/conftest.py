@@ -279,11 +279,13 @@ def engine_in_thread(
         driver = new_driver()
         thread = threading.Thread(target=serve, args=(driver.address, config))
         thread.start()
-        driver.refresh()
-        yield driver
-        driver.send(Shutdown())
-        thread.join()
-        driver.close()
+        try:
+            driver.refresh()
+            yield driver
+        finally:
+            driver.send(Shutdown())
+            thread.join()
+            driver.close()
 
     return run
 

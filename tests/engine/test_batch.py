@@ -8,6 +8,7 @@ import torch
 from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.adapters.traits import Traits
 from deltamux.engine.batch import Pooling, StepBatch
+from deltamux.engine.last_draw import LastDraw
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
 from deltamux.engine.transfer import Upload
@@ -71,7 +72,7 @@ def test_table_ends_with_the_context_of_the_step() -> None:
 def test_only_sequences_that_reach_their_last_token_sample() -> None:
     batch = build(PREFILL, LAST_CHUNK, DECODE, DECODE_BASE)
     assert batch.sampled_rows.tolist() == [0, 3, 9]
-    assert batch.sampled == (DECODE.sequence, LAST_CHUNK.sequence, DECODE_BASE.sequence)
+    assert batch.sampled == (DECODE, LAST_CHUNK, DECODE_BASE)
     assert batch.sampled_segments.spans == ((1, 0, 1), (7, 1, 2))
 
 
@@ -97,7 +98,7 @@ def test_pooled_sequences_sample_nothing_and_share_the_places() -> None:
     begun = scheduled([4, 5, 6], [11], computed=0, count=2, slot=None)
     whole.sequence.pooling = begun.sequence.pooling = Embed("mean", normalize=True)
     batch = build(begun, LAST_CHUNK, whole, DECODE_BASE)
-    assert batch.sampled == (LAST_CHUNK.sequence, DECODE_BASE.sequence)
+    assert batch.sampled == (LAST_CHUNK, DECODE_BASE)
     assert (batch.sampled_places, batch.sampled_segments.spans) == ((0, 2), ((7, 0, 1),))
     assert batch.pooled == (
         Pooling(whole.sequence, 0, 0, 3, place=1),
@@ -140,3 +141,22 @@ def test_an_adapter_with_a_reach_has_no_rows_beyond_it() -> None:
     batch = build(begun, goes_on, beyond)
     assert batch.token_segments.spans == ((1, 0, 3), (1, 4, 5))
     assert len(batch.sampled) == 3 and not batch.sampled_segments
+
+
+def test_a_token_that_is_still_to_come_is_taken_from_the_last_draw() -> None:
+    """The second of the rows, which slots have turned around; positions and blocks are known."""
+    known = build(PREFILL, DECODE, DECODE_BASE)
+    sequence = DECODE.sequence
+    token = sequence.tokens.pop()
+    last = LastDraw((LAST_CHUNK, DECODE, DECODE_BASE), torch.tensor([7, token, 9]))
+    batch = StepBatch.build([PREFILL, DECODE, DECODE_BASE], BLOCK, CPU, last)
+    sequence.tokens.append(token)
+    assert batch.awaiting.tolist() == [[0], [1]]
+    sent, expected = batch.send(Upload(CPU)), known.send(Upload(CPU))
+    assert sent.input_ids.tolist() == expected.input_ids.tolist()
+    assert sent.position_ids.tolist() == expected.position_ids.tolist()
+    assert sent.slot_mapping.tolist() == expected.slot_mapping.tolist()
+
+
+def test_who_awaits_nothing_sends_nothing_more() -> None:
+    assert build(PREFILL, DECODE).awaiting.shape == (2, 0)

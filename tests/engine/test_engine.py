@@ -60,7 +60,7 @@ class Runner:
 
 
 class Setup:
-    def __init__(self, link, adapters, prefixes, num_blocks=20):
+    def __init__(self, link, adapters, prefixes, ahead, num_blocks=20):
         self.now = 100.0
         self.link, self.runner, self.adapters = link, Runner(), adapters
         self.prefixes = prefixes
@@ -74,14 +74,15 @@ class Setup:
             adapters,
             self.runner,
             clock=lambda: self.now,
+            ahead=ahead,
         )
 
     def step(self, *messages, times=1):
         self.link.inbox += messages
         for _ in range(times):
             self.engine.step()
-        # The last step's would be sent by the next one.
-        self.engine.reply()
+        # What the last step brought would be sent by the next one.
+        self.engine.settle()
 
     def is_empty(self):
         return (
@@ -92,10 +93,11 @@ class Setup:
         )
 
 
-@pytest.fixture
-def setup(fake_link, fake_adapters, fake_prefixes):
+@pytest.fixture(params=[False, True], ids=["lands at once", "runs ahead"])
+def setup(request, fake_link, fake_adapters, fake_prefixes):
     def make(slots=2, load_polls=0):
-        return Setup(fake_link(), fake_adapters(slots, load_polls), fake_prefixes())
+        adapters = fake_adapters(slots, load_polls)
+        return Setup(fake_link(), adapters, fake_prefixes(), ahead=request.param)
 
     return make
 
@@ -132,7 +134,7 @@ def test_every_step_sends_one_message_with_the_state(setup):
     assert (done.stats.running, done.stats.waiting) == (2, 0)
     assert (done.stats.step_rows, done.stats.step_adapters) == (6, 1)
     assert (done.stats.kv_blocks_used, done.stats.kv_blocks_total) == (2, 20)
-    served.step(times=3)
+    served.step(times=4)
     assert served.link.sent[-1].stats.running == 0
     assert served.link.sent[-1].stats.step_rows == 0
 
@@ -377,6 +379,7 @@ def test_nothing_counts_as_computed_that_failed_when_it_was_collected(setup):
     assert (sequence.num_computed, sequence.num_generated) == (12, 1)
 
 
+@pytest.mark.parametrize("setup", [False], indirect=True)
 def test_a_step_is_told_while_the_next_one_is_under_way(setup):
     served, sent = setup(), []
     served.runner.landing = lambda: sent.append(len(served.link.progress("r")))
@@ -388,6 +391,7 @@ def test_a_step_is_told_while_the_next_one_is_under_way(setup):
     assert [p.finish for p in served.link.progress("r")] == ["", "", "length"]
 
 
+@pytest.mark.parametrize("setup", [False], indirect=True)
 def test_what_is_told_keeps_its_order(setup):
     """The failure comes behind the tokens of the step before it, which are sent late."""
     served = setup()
@@ -449,3 +453,168 @@ def test_shutdown_ends_the_loop(setup):
     served.link.inbox.append(Shutdown())
     served.engine.run()
     assert served.engine.stopped
+
+
+@pytest.fixture
+def flying(fake_link, fake_adapters, fake_prefixes):
+    """An engine that runs ahead, and what its runner did, in order."""
+
+    def make(num_blocks=20):
+        served = Setup(fake_link(), fake_adapters(2), fake_prefixes(), True, num_blocks)
+        events = []
+        served.runner.launched = lambda: events.append("launch")
+        served.runner.landing = lambda: events.append("land")
+        return served, events
+
+    return make
+
+
+def steps(served, *messages, times=1):
+    """Without waiting for what is under way behind them."""
+    served.link.inbox += messages
+    for _ in range(times):
+        served.engine.step()
+
+
+def test_the_next_step_is_launched_before_the_one_before_has_landed(flying):
+    served, events = flying()
+    steps(served, submit(max_tokens=3), times=3)
+    assert events == ["launch", "launch", "land", "launch", "land"]
+    # Nothing of it is left to be launched: nobody waits.
+    steps(served)
+    assert events[5:] == ["land"]
+    assert [p.token_ids[0] for p in served.link.progress("r")] == [50, 51, 52]
+    assert served.is_empty()
+    # What it gave back may let a waiting request in: only the step after waits for news.
+    steps(served, times=2)
+    assert served.link.waits == [None, 0.0, 0.0, 0.0, 0.0, None]
+
+
+def test_what_has_landed_is_told_while_the_next_one_is_under_way(flying):
+    served, _ = flying()
+    steps(served, submit(max_tokens=9), times=2)
+    assert [p.token_ids for p in served.link.progress("r")] == [(50,)]
+    assert len(served.link.told(StepDone)) == 1
+
+
+def test_what_stops_under_a_step_keeps_what_it_holds_until_that_has_landed(flying):
+    served, events = flying()
+    served.runner.outcome = lambda sequence: SampledToken(STOP)
+    steps(served, submit(adapter="a", max_tokens=9), times=2)
+    assert [(p.token_ids, p.finish) for p in served.link.progress("r")] == [((STOP,), "stop")]
+    assert served.scheduler.running == []
+    assert (served.blocks.num_used, served.adapters.leases["a"]) == (1, 1)
+    steps(served)
+    assert events == ["launch", "launch", "land", "land"]
+    assert len(served.link.progress("r")) == 1
+    assert served.is_empty()
+    assert served.link.sent[-1].stats.kv_blocks_used == 0
+
+
+def test_a_deadline_under_a_step_ends_it_at_once_and_lets_go_later(flying):
+    served, _ = flying()
+    steps(served, submit(adapter="a", max_tokens=9, deadline=5.0))
+    served.now += 5.0
+    served.runner.landing = lambda: held.append((served.blocks.num_used, served.link.sent[:]))
+    held = []
+    steps(served)
+    ((blocks, (failed,)),) = held
+    assert (blocks, failed.code) == (1, "DEADLINE_EXCEEDED")
+    assert served.link.progress("r") == []
+    assert served.is_empty()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        submit(sampling=Sampling(seed=1, repetition_penalty=1.5)),
+        submit(sampling=Sampling(seed=1, presence_penalty=1.5)),
+        submit(sampling=Sampling(seed=1, frequency_penalty=1.5)),
+    ],
+)
+def test_a_step_lands_first_whose_tokens_the_next_one_needs(flying, asked):
+    served, events = flying()
+    steps(served, submit("other", max_tokens=5), times=2)
+    steps(served, asked, times=3)
+    assert events[:3] == ["launch", "launch", "land"]
+    assert events[3:] == ["launch", "land", "land", "launch", "land", "launch", "land"]
+
+
+def test_a_step_lands_first_in_which_something_is_pooled(flying):
+    served, events = flying()
+    served.runner.outcome = lambda s: Pooled(b"") if s.pooling else SampledToken(50)
+    steps(served, submit("other", max_tokens=9), submit(adapter="a", pooling=Classify()))
+    assert events == ["launch", "land"]
+    steps(served, times=2)
+    assert events[2:] == ["launch", "launch", "land"]
+
+
+def test_a_step_lands_first_where_somebody_would_be_preempted(flying):
+    """Two sequences of four places each; both grow into the third block."""
+    served, events = flying(num_blocks=3)
+    steps(served, submit("a", prompt=range(2), max_tokens=6), submit("b", prompt=range(2)))
+    assert events == ["launch"]
+    steps(served, times=2)
+    assert events[1:] == ["launch", "land", "launch", "land", "land"]
+    assert served.scheduler.num_preemptions == 0
+    served.step(times=9)
+    assert [len(served.link.progress(name)) for name in "ab"] == [6, 3]
+    assert served.is_empty()
+
+
+def test_a_launch_without_memory_waits_for_the_step_before_and_runs_in_parts(flying):
+    served, events = flying()
+    steps(served, submit("a", max_tokens=4), submit("b", max_tokens=4))
+    served.runner.errors["launch"] = torch.OutOfMemoryError("no more")
+    steps(served)
+    assert events == ["launch", "land", "launch", "land", "launch", "land"]
+    served.step(times=4)
+    assert served.link.told(RequestFailed) == []
+    for name in "ab":
+        assert [p.token_ids[0] for p in served.link.progress(name)] == [50, 51, 52, 53]
+    assert served.is_empty()
+
+
+def test_what_was_launched_behind_a_step_without_memory_counts_for_nothing(flying):
+    served, events = flying()
+    steps(served, submit("a", max_tokens=4), submit("b", max_tokens=4))
+    served.runner.errors["collect"] = torch.OutOfMemoryError("no more")
+    steps(served)
+    # Both are waited for; then the first runs in two parts.
+    assert events == ["launch", "launch", "land", "land", "launch", "land", "launch", "land"]
+    assert [s.num_computed for s in served.scheduler.running] == [3, 3]
+    served.step(times=4)
+    for name in "ab":
+        assert [p.token_ids[0] for p in served.link.progress(name)] == [50, 51, 52, 53]
+    assert served.is_empty()
+
+
+def test_what_has_ended_does_not_starve_for_want_of_memory(flying):
+    served, _ = flying()
+    steps(served, submit(prompt=(1,), max_tokens=4))
+    served.runner.errors["collect"] = torch.OutOfMemoryError("no more")
+    steps(served, Cancel("r"), submit("other", max_tokens=4))
+    served.step(times=4)
+    assert served.link.told(RequestFailed) == [] and served.link.progress("r") == []
+    assert [p.token_ids[0] for p in served.link.progress("other")] == [50, 51, 52, 53]
+    assert served.is_empty()
+
+
+def test_shutdown_lands_and_tells_what_is_under_way(flying):
+    served, events = flying()
+    steps(served, submit(max_tokens=9))
+    served.link.inbox.append(Shutdown())
+    served.engine.run()
+    assert events == ["launch", "launch", "land", "land"]
+    assert [p.token_ids[0] for p in served.link.progress("r")] == [50, 51]
+
+
+def test_a_step_takes_from_when_the_device_is_done_with_the_one_before(flying):
+    served, _ = flying()
+
+    def compute():
+        served.now += 2.0
+
+    served.runner.landing = compute
+    steps(served, submit(max_tokens=3), times=4)
+    assert [done.stats.step_seconds for done in served.link.told(StepDone)] == [2.0, 2.0, 2.0]

@@ -6,8 +6,10 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from deltamux.engine.flight import Lazy, Runner
+from deltamux.engine.flights import Flights
 from deltamux.engine.outcome import SampledToken
-from deltamux.engine.parts import Lazy, Ran, Runner, land, launch
+from deltamux.engine.parts import Ran
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
 from deltamux.wire.messages import Sampling
@@ -32,7 +34,10 @@ def share(index: int, tokens: int) -> Scheduled:
 
 
 def run_in_parts(runner: Runner, step: list[Scheduled], whole_prompts: bool) -> Ran:
-    return land(runner, launch(runner, step), whole_prompts)
+    flights = Flights(runner, whole_prompts, clock=lambda: 0.0)
+    flights.launch(step)
+    ran, _ = flights.land()
+    return ran
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +90,8 @@ def test_a_prompt_that_must_run_whole_starves():
 
 def test_nothing_scheduled_runs_nothing():
     room = Room(limit=0)
-    assert run_in_parts(room, [], whole_prompts=False).computed == []
+    flights = Flights(room, whole_prompts=False, clock=lambda: 0.0)
+    assert not flights.launch([]) and not flights
     assert room.shares == []
 
 
@@ -100,7 +106,9 @@ def test_any_other_error_is_not_caught():
 
 def test_a_host_computes_when_its_step_lands():
     room, step = Room(limit=8), [share(0, 3), share(1, 7)]
-    flight = launch(Lazy(room), step)
+    flights = Flights(Lazy(room), whole_prompts=False, clock=lambda: 0.0)
+    assert flights.launch(step)
     assert room.shares == []
-    assert land(Lazy(room), flight, whole_prompts=False).computed == step
+    ran, _ = flights.land()
+    assert ran.computed == step
     assert room.shares == [[(0, 3), (1, 7)], [(0, 3)], [(1, 7)]]

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deltamux.adapters.rows import Rows
 from deltamux.base.load import Base, adopt
+from deltamux.engine.flight import Flight
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.outcome import NonFinite, SampledToken
 from deltamux.engine.rehearsal import trial_sequence
@@ -193,3 +194,36 @@ def test_choices_of_one_seed_differ(runner: ModelRunner, blocks: Iterator[int]) 
     for _ in range(6):
         step(runner, *choices)
     assert len({tuple(choice.tokens) for choice in choices}) == 3
+
+
+def test_steps_launched_ahead_give_what_they_give_one_by_one(
+    runner: ModelRunner, blocks: Iterator[int]
+) -> None:
+    """The tokens of a launch are appended when the next one has been made of them."""
+
+    def sequences() -> list[Sequence]:
+        prompts = ([9, 10, 11], [12, 13], [14, 15, 16, 17])
+        samplings = (GREEDY, SEEDED, Sampling(temperature=1.0, top_k=9, seed=3))
+        pairs = zip(prompts, samplings, strict=True)
+        return [sequence(prompt, blocks, sampling) for prompt, sampling in pairs]
+
+    one_by_one, ahead = sequences(), sequences()
+    for _ in range(6):
+        step(runner, *one_by_one)
+    behind = None
+    for number in range(6):
+        # In another order every time.
+        ahead = [*ahead[1:], ahead[0]]
+        flight = Flight.launch(runner, [Scheduled(s, s.num_uncomputed) for s in ahead])
+        assert {item.sequence.num_coming for item in flight.scheduled} == {1 + (number > 0)}
+        if behind is not None:
+            arrive(behind)
+        behind = flight
+    arrive(behind)
+    assert [s.tokens for s in ahead] == [s.tokens for s in one_by_one]
+
+
+def arrive(flight: Flight) -> None:
+    for item, outcome in zip(flight.scheduled, flight.land(), strict=True):
+        item.sequence.num_computed += item.num_tokens
+        item.sequence.tokens.append(token(outcome))

@@ -17,7 +17,7 @@ from deltamux.engine.logit_edits import edit_logits
 from deltamux.engine.outcome import NonFinite, SampledToken
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sampler import Drawn, filter_scores, uniform
-from deltamux.engine.sequence import Sequence
+from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.engine.transfer import Download
 from deltamux.wire.messages import Sampling, Stopping
 
@@ -47,8 +47,12 @@ def tokens_of(outcomes: list[SampledToken | NonFinite]) -> list[int]:
     return [outcome.token_id for outcome in outcomes if isinstance(outcome, SampledToken)]
 
 
+def shares(sequences: Items[Sequence]) -> list[Scheduled]:
+    return [Scheduled(sequence, sequence.num_uncomputed) for sequence in sequences]
+
+
 def sample(logits: Tensor, sequences: Items[Sequence]) -> Drawn:
-    return sampler.sample(logits, sequences)()
+    return sampler.sample(logits, shares(sequences)).wait()
 
 
 FILTERS = [
@@ -94,7 +98,7 @@ def test_penalties_are_those_of_transformers_and_of_openai() -> None:
         sequence(Sampling(logit_bias={5: 2.0, 20: -1.0})),
         sequence(Sampling()),
     ]
-    edited = edit_logits(logits, sequences)
+    edited = edit_logits(logits, shares(sequences))
 
     ids = torch.tensor([PROMPT + GENERATED])
     penalised = reference.RepetitionPenaltyLogitsProcessor(1.7)(ids, logits[:1].clone())
@@ -129,11 +133,11 @@ def test_edits_of_one_row_leave_the_others_and_the_input_alone() -> None:
     logits = random_logits(3)
     before = logits.clone()
     plain = sequence(Sampling())
-    edited = edit_logits(logits, [plain, sequence(Sampling(repetition_penalty=3.0)), plain])
+    edited = edit_logits(logits, shares([plain, sequence(Sampling(repetition_penalty=3.0)), plain]))
     assert torch.equal(logits, before)
     assert torch.equal(edited[[0, 2]], before[[0, 2]])
     assert not torch.equal(edited[1], before[1])
-    assert edit_logits(logits, [plain] * 3) is logits
+    assert edit_logits(logits, shares([plain] * 3)) is logits
 
 
 def test_greedy_and_sampled_rows_share_a_batch() -> None:
@@ -230,7 +234,7 @@ def test_no_rows_give_no_tokens_but_are_waited_for(monkeypatch: pytest.MonkeyPat
     """A step of nothing but the middle of prompts is over when it has been collected, too."""
     wait, waited = Download.wait, []
     monkeypatch.setattr(Download, "wait", lambda self: waited.append(self) or wait(self))
-    drawn = sampler.sample(torch.empty(0, 8), [])
+    draw = sampler.sample(torch.empty(0, 8), [])
     assert not waited
-    assert drawn() == []
+    assert draw.wait() == []
     assert len(waited) == 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from dataclasses import replace
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from zlib import crc32
 
 import pytest
@@ -13,14 +15,18 @@ from structlog.testing import capture_logs
 
 from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
 from deltamux.config import EngineConfig
-from deltamux.engine import block_manager
+from deltamux.engine import block_manager, scheduler
 from deltamux.engine.block_allocator import BlockAllocator
 from deltamux.engine.block_keys import block_key
 from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.engine import Engine
+from deltamux.engine.flights import Flights
 from deltamux.engine.limits import Limits
+from deltamux.engine.logit_edits import need_tokens
 from deltamux.engine.outcome import NonFinite, SampledToken
+from deltamux.engine.parts import run_in_parts
 from deltamux.engine.scheduler import Scheduler
+from deltamux.engine.sequence import Sequence
 from deltamux.engine.submission import Submissions
 from deltamux.errors import InvalidArgument
 from deltamux.wire.messages import Cancel, RequestFailed, Sampling, StepDone, Stopping, Submit
@@ -47,50 +53,104 @@ def solo_run(submit: Submit) -> list[int]:
     tokens = [*range(-1, -1 - virtual, -1), *submit.prompt]
     for _ in range(submit.stopping.max_tokens):
         tokens.append(next_token([(submit.adapter, token) for token in tokens]))
-        if len(tokens) == MAX_MODEL_LEN:
+        if tokens[-1] in submit.stopping.stop_token_ids or len(tokens) == MAX_MODEL_LEN:
             break
     return tokens[virtual + len(submit.prompt) :]
 
 
-class PagedRunner:
-    """Keeps what each place of each block holds, so that a wrong block yields a wrong token."""
+@dataclass(frozen=True)
+class Row:
+    """A share as the device is given it, which does not see what becomes of its sequence."""
 
-    def __init__(self, adapters, chance):
-        self.adapters, self.chance = adapters, chance
+    slot: int | None
+    blocks: list[int]
+    places: range
+    # None where the launch before draws it.
+    token_ids: list[int] | None
+    sequence: Sequence
+    yields: bool
+
+
+class PagedRunner:
+    """Keeps what each place of each block holds, so that a wrong block yields a wrong token.
+
+    What is queued is computed in this order: at once, or not before somebody waits for it.
+    """
+
+    def __init__(self, adapters, chance, hurries):
+        self.adapters, self.chance, self.hurries = adapters, chance, hurries
         self.pages: dict[tuple[int, int], tuple[str, int]] = {}
+        self.queue: deque[Callable[[], None]] = deque()
+        self.last: dict[Sequence, int] = {}
+        # Steps that were launched, and not collected.
+        self.under_way: list[list[Row]] = []
+        self.followers = 0
 
     def launch(self, scheduled):
         if self.chance(0.01):
             raise torch.OutOfMemoryError
-        for item in scheduled:
-            self._write(item)
-        return lambda: self._collect(scheduled)
-
-    def _collect(self, scheduled):
-        if self.chance(0.01):
-            raise torch.OutOfMemoryError
-        return [self._sample(item) for item in scheduled if item.yields]
-
-    def _write(self, item):
-        sequence = item.sequence
-        digest = self._digest_in(sequence.slot)
-        first = sequence.num_computed
-        for place, token in enumerate(sequence.ids(first, item.num_tokens), start=first):
-            assert token >= 0 or VIRTUALS[digest].computed
-            self.pages[self._page(sequence.blocks, place)] = (digest, token)
+        rows = [self._row(item) for item in scheduled]
+        last, self.last = self.last, {}
+        self._enqueue(partial(self._compute, rows, last, drawn := self.last))
+        self.followers += bool(self.under_way)
+        self.under_way.append(rows)
+        return lambda: self._collect(rows, drawn)
 
     def fill(self, slot, blocks, first):
+        self._enqueue(partial(self._fill, slot, list(blocks), first))
+
+    def _row(self, item):
+        sequence = item.sequence
+        token_ids = sequence.ids(item.first, item.num_tokens)
+        if len(token_ids) < item.num_tokens:
+            assert item.num_tokens == 1
+            assert not need_tokens(sequence.sampling), "to be edited by tokens that nobody knows"
+        return Row(
+            sequence.slot,
+            list(sequence.blocks),
+            range(item.first, item.first + item.num_tokens),
+            token_ids or None,
+            sequence,
+            item.yields,
+        )
+
+    def _enqueue(self, work):
+        self.queue.append(work)
+        if self.hurries():
+            self._wait()
+
+    def _wait(self):
+        while self.queue:
+            self.queue.popleft()()
+
+    def _compute(self, rows, last, drawn):
+        for row in rows:
+            digest = self._digest_in(row.slot)
+            token_ids = [last[row.sequence]] if row.token_ids is None else row.token_ids
+            for place, token in zip(row.places, token_ids, strict=True):
+                assert token >= 0 or VIRTUALS[digest].computed
+                self.pages[self._page(row.blocks, place)] = (digest, token)
+        for row in rows:
+            if row.yields:
+                pages = [self._page(row.blocks, place) for place in range(row.places.stop)]
+                drawn[row.sequence] = next_token([self.pages[page] for page in pages])
+
+    def _collect(self, rows, drawn):
+        self.under_way.remove(rows)
+        self._wait()
+        if self.chance(0.01):
+            raise torch.OutOfMemoryError
+        yielding = [row.sequence for row in rows if row.yields]
+        return [
+            NonFinite() if self.chance(0.01) else SampledToken(drawn[sequence])
+            for sequence in yielding
+        ]
+
+    def _fill(self, slot, blocks, first):
         digest = self._digest_in(slot)
         assert not VIRTUALS[digest].computed
         for place in range(first, VIRTUALS[digest].tokens):
             self.pages[self._page(blocks, place)] = (digest, -1 - place)
-
-    def _sample(self, item):
-        sequence = item.sequence
-        if self.chance(0.01):
-            return NonFinite()
-        pages = [self._page(sequence.blocks, place) for place in range(sequence.num_places)]
-        return SampledToken(next_token([self.pages[page] for page in pages]))
 
     def _page(self, blocks, place):
         return blocks[place // BLOCK_SIZE], place % BLOCK_SIZE
@@ -105,7 +165,7 @@ class PagedRunner:
 class Simulation:
     """Requests, cancellations, deadlines and failures, drawn from one seed."""
 
-    def __init__(self, seed, link, adapters_type):
+    def __init__(self, seed, link, adapters_type, ahead):
         self.random = random.Random(seed)
         self.now = 0.0
         self.faulty = True
@@ -119,9 +179,9 @@ class Simulation:
             max_adapter_slots=self.adapters.slots,
         )
         self.adapters.virtuals = VIRTUALS
-        runner = PagedRunner(self.adapters, self.chance)
+        self.runner = PagedRunner(self.adapters, self.chance, lambda: self.random.random() < 0.5)
         limits = Limits(VOCABULARY, MAX_MODEL_LEN, NUM_BLOCKS * BLOCK_SIZE)
-        self.blocks = BlockManager(BlockAllocator(NUM_BLOCKS + 1), BLOCK_SIZE, runner)
+        self.blocks = BlockManager(BlockAllocator(NUM_BLOCKS + 1), BLOCK_SIZE, self.runner)
         self.scheduler = Scheduler(self.config, limits, self.blocks, self.adapters)
         self.engine = Engine(
             self.link,
@@ -129,8 +189,9 @@ class Simulation:
             self.scheduler,
             self.blocks,
             self.adapters,
-            runner,
+            self.runner,
             clock=lambda: self.now,
+            ahead=ahead,
         )
         self.submits: dict[str, Submit] = {}
         self.cancelled: set[str] = set()
@@ -148,6 +209,8 @@ class Simulation:
             if not self.scheduler.running and not self.scheduler.waiting:
                 break
             self._step()
+        self.engine.settle()
+        assert not self.blocks.num_used and not self.adapters.leases.total()
         self._check_answers()
 
     def _disturb(self):
@@ -173,11 +236,12 @@ class Simulation:
 
     def _submit(self):
         draw = self.random
+        stops = tuple(draw.sample(range(VOCABULARY), draw.choice([0, 0, 8])))
         submit = Submit(
             request_id=f"request-{len(self.submits)}",
             prompt=self._prompt(),
-            sampling=Sampling(),
-            stopping=Stopping(max_tokens=draw.randint(1, 10)),
+            sampling=Sampling(repetition_penalty=draw.choice([1.0] * 9 + [1.5])),
+            stopping=Stopping(max_tokens=draw.randint(1, 10), stop_token_ids=stops),
             n=draw.choice([1, 1, 3]),
             priority=draw.choice([0, 0, 1]),
             adapter=draw.choice(["", self._adapter()]),
@@ -195,17 +259,21 @@ class Simulation:
         self._check_step(self.link.sent[before:])
 
     def _check_step(self, sent):
-        (done,) = [message for message in sent if isinstance(message, StepDone)]
+        for message in sent:
+            if isinstance(message, StepDone):
+                assert message.stats.step_rows <= self.config.max_num_batched_tokens
         running = self.scheduler.running
-        assert done.stats.step_rows <= self.config.max_num_batched_tokens
         assert len(running) <= self.config.max_num_seqs
-        held = {block for sequence in running for block in sequence.blocks}
+        rows = [row for rows in self.runner.under_way for row in rows]
+        holders = {*running, *(row.sequence for row in rows)}
+        held = {block for sequence in holders for block in sequence.blocks}
         assert self.blocks.num_used == len(held)
+        assert all(row.blocks == list(row.sequence.blocks[: len(row.blocks)]) for row in rows)
         assert not any(sequence.blocks for sequence in self.scheduler.waiting)
-        leases = Counter(sequence.adapter for sequence in running if sequence.adapter)
+        leases = Counter(sequence.adapter for sequence in holders if sequence.adapter)
         assert leases == self.adapters.leases
         assert all(
-            sequence.slot == self.adapters.device.get(sequence.adapter) for sequence in running
+            sequence.slot == self.adapters.device.get(sequence.adapter) for sequence in holders
         )
 
     def _check_answers(self):
@@ -225,11 +293,11 @@ class Simulation:
                 assert all(got == expected for got in tokens.values())
 
 
-def simulate(seeds, fake_link, fake_adapters):
+def simulate(seeds, fake_link, fake_adapters, ahead):
     """Returns what happened in all of them together."""
     happened = Counter()
     for seed in seeds:
-        simulation = Simulation(seed, fake_link(), fake_adapters)
+        simulation = Simulation(seed, fake_link(), fake_adapters, ahead)
         try:
             with capture_logs():
                 simulation.run()
@@ -237,13 +305,21 @@ def simulate(seeds, fake_link, fake_adapters):
             raise AssertionError(f"seed {seed}: {error!r}") from error
         happened["preemptions"] += simulation.scheduler.num_preemptions
         happened["prefix hits"] += simulation.blocks.prefix_hits
+        happened["followers"] += simulation.runner.followers
         happened["evictions"] += simulation.adapters.device_evictions
         happened.update(message.reason for message in simulation.link.told(RequestFailed))
     return happened
 
 
-def test_every_seed_keeps_the_promises(fake_link, fake_adapters):
-    happened = simulate(range(SEEDS), fake_link, fake_adapters)
+@pytest.fixture(params=[False, True], ids=["lands at once", "runs ahead"])
+def ahead(request):
+    return request.param
+
+
+def test_every_seed_keeps_the_promises(fake_link, fake_adapters, ahead):
+    happened = simulate(range(SEEDS), fake_link, fake_adapters, ahead)
+    followers = happened.pop("followers")
+    assert followers > 10 * SEEDS if ahead else followers == 0
     assert happened.keys() == {
         "preemptions",
         "prefix hits",
@@ -351,7 +427,87 @@ def _keeps_computed_tokens_of_the_preempted(monkeypatch):
         _keeps_computed_tokens_of_the_preempted,
     ],
 )
-def test_the_simulation_catches_known_mistakes(mutant, monkeypatch, fake_link, fake_adapters):
+def test_the_simulation_catches_known_mistakes(
+    mutant, monkeypatch, fake_link, fake_adapters, ahead
+):
     mutant(monkeypatch)
     with pytest.raises(AssertionError, match="seed"):
-        simulate(range(200), fake_link, fake_adapters)
+        simulate(range(SEEDS), fake_link, fake_adapters, ahead)
+
+
+def _lets_go_under_a_step(monkeypatch):
+    def hasty(self):
+        while self._leaving:
+            self._release(self._leaving.pop())
+
+    monkeypatch.setattr(Scheduler, "let_go", hasty)
+
+
+def _hears_who_has_ended(monkeypatch):
+    finish = Scheduler.finish
+
+    def forgetful(self, sequence):
+        finish(self, sequence)
+        sequence.ended = False
+
+    monkeypatch.setattr(Scheduler, "finish", forgetful)
+
+
+def _runs_ahead_of_penalties(monkeypatch):
+    monkeypatch.setattr(scheduler, "need_tokens", lambda sampling: False)
+
+
+def _preempts_under_a_step(monkeypatch):
+    monkeypatch.setattr(
+        Scheduler,
+        "can_run_ahead",
+        lambda self: not any(map(scheduler._awaits_outcome, self.running)),
+    )
+
+
+def _builds_on_what_was_not_launched(monkeypatch):
+    launch = Flights.launch
+    monkeypatch.setattr(Flights, "launch", lambda self, step: launch(self, step) or bool(step))
+
+
+def _keeps_what_was_launched_behind_a_failure(monkeypatch):
+    monkeypatch.setattr(Flights, "_discard", lambda self: None)
+
+
+def _parts_what_has_ended(monkeypatch):
+    monkeypatch.setattr(
+        Flights,
+        "_run_in_parts",
+        lambda self, step: run_in_parts(self._runner, step, whole_prompts=False),
+    )
+
+
+def _forgets_the_last_draw(monkeypatch):
+    row = PagedRunner._row
+
+    def stale(self, item):
+        made = row(self, item)
+        return made if made.token_ids else replace(made, token_ids=item.sequence.tokens[-1:])
+
+    monkeypatch.setattr(PagedRunner, "_row", stale)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        _lets_go_under_a_step,
+        _hears_who_has_ended,
+        _runs_ahead_of_penalties,
+        _preempts_under_a_step,
+        _builds_on_what_was_not_launched,
+        _keeps_what_was_launched_behind_a_failure,
+        _parts_what_has_ended,
+        _forgets_the_last_draw,
+    ],
+)
+def test_the_simulation_catches_mistakes_of_running_ahead(
+    mutant, monkeypatch, fake_link, fake_adapters
+):
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError, match="seed"):
+        simulate(range(SEEDS), fake_link, fake_adapters, ahead=True)

@@ -9,7 +9,7 @@ from deltamux.adapters.traits import Traits
 from deltamux.engine.outcome import NonFinite, SampledToken
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sampler import sample
-from deltamux.engine.sequence import Sequence
+from deltamux.engine.sequence import Scheduled
 from deltamux.engine.vocabularies import sample_own
 from deltamux.wire.messages import Sampling
 
@@ -26,12 +26,13 @@ SAMPLINGS = [
 ]
 
 
-def sequences(shift: int) -> list[Sequence]:
+def shares(shift: int) -> list[Scheduled]:
     made = []
     for row, size in enumerate(SIZES):
         sampling = SAMPLINGS[(row + shift) % len(SAMPLINGS)]
-        made.append(trial_sequence(row, [1, 2, 3], [], sampling))
-        made[-1].traits = Traits(vocab_size=size)
+        sequence = trial_sequence(row, [1, 2, 3], [], sampling)
+        sequence.traits = Traits(vocab_size=size)
+        made.append(Scheduled(sequence, 3))
     return made
 
 
@@ -39,35 +40,37 @@ def sequences(shift: int) -> list[Sequence]:
 def test_a_row_sees_the_columns_of_its_own_vocabulary_alone(shift: int) -> None:
     """Whatever stands behind them: here it is what any row would choose, or not a number."""
     logits = torch.randn(len(SIZES), WIDTH, generator=torch.Generator().manual_seed(shift))
-    rows = sequences(shift)
+    rows = shares(shift)
     for row, size in enumerate(SIZES):
         logits[row, size or KNOWN :] = float("nan") if row % 2 else 1e4
-    outcomes = sample_own(logits, rows, KNOWN)()
+    outcomes = sample_own(logits, rows, KNOWN).wait()
     for row, size in enumerate(SIZES):
-        alone = sample(logits[row : row + 1, : size or KNOWN].contiguous(), rows[row : row + 1])()
-        assert outcomes[row] == alone[0]
+        alone = sample(logits[row : row + 1, : size or KNOWN].contiguous(), rows[row : row + 1])
+        assert outcomes[row] == alone.wait()[0]
         assert isinstance(outcomes[row], SampledToken)
 
 
 def test_added_tokens_are_sampled_where_they_are_known() -> None:
     logits = torch.zeros(len(SIZES), WIDTH)
     logits[:, 52] = 9.0
-    tokens = [o.token_id for o in sample_own(logits, sequences(0), KNOWN)()]
-    greedy = [row for row, s in enumerate(sequences(0)) if s.sampling.temperature == 0]
+    draw = sample_own(logits, shares(0), KNOWN)
+    tokens = [o.token_id for o in draw.wait()]
+    assert draw.tokens.tolist() == tokens
+    greedy = [row for row, s in enumerate(shares(0)) if s.sequence.sampling.temperature == 0]
     assert {row: tokens[row] == 52 for row in greedy} == {0: False, 5: False, 6: True}
 
 
 def test_only_a_rows_own_columns_can_poison_it() -> None:
     logits = torch.zeros(3, WIDTH)
     logits[:, 52] = float("inf")
-    rows = sequences(0)[:3]
-    kinds = [type(outcome) for outcome in sample_own(logits, rows, KNOWN)()]
+    rows = shares(0)[:3]
+    kinds = [type(outcome) for outcome in sample_own(logits, rows, KNOWN).wait()]
     assert kinds == [SampledToken, NonFinite, SampledToken]
 
 
 def test_a_small_vocabulary_has_fewer_alternatives_than_are_asked_for() -> None:
     row = trial_sequence(0, [1], [], Sampling(logprobs=20))
     row.traits = Traits(vocab_size=4)
-    (outcome,) = sample_own(torch.randn(1, KNOWN), [row], KNOWN)()
+    (outcome,) = sample_own(torch.randn(1, KNOWN), [Scheduled(row, 1)], KNOWN).wait()
     assert isinstance(outcome, SampledToken) and outcome.logprobs is not None
     assert sorted(top.token_id for top in outcome.logprobs.top) == [0, 1, 2, 3]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltamux.engine.last_draw import NOTHING_DRAWN, LastDraw
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.engine.shares import Shares
 from deltamux.engine.transfer import Array, Upload
@@ -53,58 +54,78 @@ class StepBatch:
     of attention are.
     """
 
-    input_ids: Array  # int64 [T]; -1 - j for the virtual token j of the row's adapter
+    # int64 [T]; -1 - j for the virtual token j of the row's adapter, 0 for what is still to come.
+    input_ids: Array
     position_ids: Array  # int64 [T]
     slot_mapping: Array  # int64 [T], place of each row in the flattened KV cache
     query_starts: Array  # int32 [B + 1]
     seq_lens: Array  # int32 [B]
     block_tables: Array  # int32 [B, M]
     sampled_rows: Array  # int64 [S]
+    # int64 [2, P]: rows whose ids are still to come, and where these are among those last drawn.
+    awaiting: Array
+    last: LastDraw
     query_lens: tuple[int, ...]
     # Of the T rows, and of the S rows.
     token_segments: Segments
     sampled_segments: Segments
-    # Sequences of the S rows, and the place of each.
-    sampled: tuple[Sequence, ...]
+    # Shares of the S rows, and the place of each.
+    sampled: tuple[Scheduled, ...]
     sampled_places: tuple[int, ...]
     # Sequences whose hidden states are wanted.
     pooled: tuple[Pooling, ...]
 
     @classmethod
-    def build(cls, scheduled: Items[Scheduled], block_size: int, device: torch.device) -> StepBatch:
-        """Every sequence has blocks for the tokens that are scheduled of it."""
+    def build(
+        cls,
+        scheduled: Items[Scheduled],
+        block_size: int,
+        device: torch.device,
+        last: LastDraw = NOTHING_DRAWN,
+    ) -> StepBatch:
+        """Every sequence has blocks for the tokens that are scheduled of it.
+
+        Those that the host does not know yet are in `last`.
+        """
         shares = Shares.of(scheduled)
+        token_ids, awaiting = shares.token_ids()
         tables, samples = shares.block_tables(block_size), shares.samples
         token_segments, sampled_segments = shares.segments(device)
         return cls(
-            input_ids=shares.token_ids(),
+            input_ids=token_ids,
             position_ids=shares.positions(),
             slot_mapping=shares.slot_mapping(tables, block_size),
             query_starts=shares.query_starts(),
             seq_lens=shares.contexts.astype(np.int32),
             block_tables=tables,
             sampled_rows=shares.ends[samples] - 1,
+            awaiting=_awaiting(shares, awaiting, last),
+            last=last,
             query_lens=tuple(shares.lengths.tolist()),
             token_segments=token_segments,
             sampled_segments=sampled_segments,
-            sampled=tuple([shares.sequences[number] for number in samples.tolist()]),
+            sampled=tuple([shares.items[number] for number in samples.tolist()]),
             sampled_places=tuple(shares.places[samples].tolist()),
             pooled=_pooled(shares),
         )
 
     def send(self, upload: Upload) -> StepInputs:
         """Queues the one copy to the device."""
-        ids, positions, slot_mapping, query_starts, seq_lens, block_tables, rows = upload.send(
-            (
-                self.input_ids,
-                self.position_ids,
-                self.slot_mapping,
-                self.query_starts,
-                self.seq_lens,
-                self.block_tables,
-                self.sampled_rows,
-            )
-        )
+        arrays = [
+            self.input_ids,
+            self.position_ids,
+            self.slot_mapping,
+            self.query_starts,
+            self.seq_lens,
+            self.block_tables,
+            self.sampled_rows,
+        ]
+        if self.awaiting.size:
+            arrays.append(self.awaiting)
+        sent = upload.send(arrays)
+        ids, positions, slot_mapping, query_starts, seq_lens, block_tables, rows = sent[:7]
+        for awaiting in sent[7:]:
+            self.last.fill_in(ids, awaiting)
         attention = AttentionBatch(
             query_lens=self.query_lens,
             context_lens=tuple(self.seq_lens.tolist()),
@@ -123,12 +144,17 @@ class StepBatch:
         )
 
 
+def _awaiting(shares: Shares, numbers: list[int], last: LastDraw) -> Array:
+    places = last.places_of([shares.sequences[number] for number in numbers])
+    return np.array([shares.starts[numbers], places], dtype=np.int64)
+
+
 def _pooled(shares: Shares) -> tuple[Pooling, ...]:
     pooled = []
     for number in shares.pooled.tolist():
         item, row = shares.items[number], int(shares.starts[number])
         place = int(shares.places[number]) if shares.places[number] >= 0 else None
-        first = item.sequence.num_computed - item.sequence.virtual.tokens
+        first = item.first - item.sequence.virtual.tokens
         start, end = row + max(-first, 0), row + item.num_tokens
         if start < end:
             pooled.append(Pooling(item.sequence, max(first, 0), start, end, place))

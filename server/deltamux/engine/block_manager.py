@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from typing import Protocol
 
@@ -59,11 +60,14 @@ class BlockManager:
         """Gives a running sequence the blocks that its newest places need; False: too few free."""
         if sequence.num_places <= len(sequence.blocks) * self._block_size:
             return True
-        missing = self._num_blocks(sequence) - len(sequence.blocks)
-        if missing > self._allocator.num_free:
+        if not self.can_grow([sequence]):
             return False
-        sequence.blocks.extend(self._allocator.allocate(missing))
+        sequence.blocks.extend(self._allocator.allocate(self._num_missing(sequence)))
         return True
+
+    def can_grow(self, sequences: Iterable[Sequence]) -> bool:
+        """Whether there are blocks for the newest places of all these running sequences."""
+        return sum(map(self._num_missing, sequences)) <= self._allocator.num_free
 
     def complete(self, sequence: Sequence, count: int) -> None:
         """Its next `count` places have their keys and values: full blocks can be shared."""
@@ -114,6 +118,9 @@ class BlockManager:
             assert sequence.slot is not None
             self._prefixes.fill(sequence.slot, sequence.blocks, sequence.num_computed)
             self.complete(sequence, missing)
+
+    def _num_missing(self, sequence: Sequence) -> int:
+        return self._num_blocks(sequence) - len(sequence.blocks)
 
     def _num_blocks(self, sequence: Sequence) -> int:
         return -(-sequence.num_places // self._block_size)

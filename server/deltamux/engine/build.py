@@ -20,10 +20,10 @@ from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.cuda_graphs import GraphCapture, StepGraphs, captured_shapes
 from deltamux.engine.encoder_runner import EncoderRunner
 from deltamux.engine.engine import Engine
+from deltamux.engine.flight import Lazy
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.limits import Limits
 from deltamux.engine.memory import share_memory, step_buffers
-from deltamux.engine.parts import Lazy
 from deltamux.engine.prefix_pages import PrefixPages
 from deltamux.engine.rehearsal import rehearse, replays_agree
 from deltamux.engine.runner import ModelRunner
@@ -70,15 +70,22 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
     if isinstance(runner, ModelRunner) and base.device.type == "cuda" and not config.enforce_eager:
         cached = shares.kv_blocks * config.block_size
         _replay_steps(runner, config, base, sites, min(max_model_len, cached))
+    beside = computes_beside(base.device)
     engine = Engine(
         link,
         Submissions(limits, config.seed, config.enable_prefix_caching),
         Scheduler(config, limits, blocks, adapters),
         blocks,
         adapters,
-        Lazy(runner) if base.device.type == "cpu" else runner,
+        runner if beside else Lazy(runner),
+        ahead=beside,
     )
     return engine, _ready(config, base, limits)
+
+
+def computes_beside(device: torch.device) -> bool:
+    """Whether the host is free while the device computes."""
+    return device.type != "cpu"
 
 
 def _max_model_len(config: EngineConfig, base: Base) -> int:

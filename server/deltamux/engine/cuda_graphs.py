@@ -158,8 +158,11 @@ class StepGraphs:
 
     def _try(self, shape: StepShape, adapted: bool) -> _Captured | None:
         """Captures a step of what the buffers hold."""
-        # What is outgrown gives its memory back first.
-        self._captured.pop((shape, adapted), None)
+        if (shape, adapted) in self._captured:
+            # What is outgrown gives its memory back first; a step under way may still replay it.
+            if self._sites.device.type == "cuda":
+                torch.cuda.synchronize(self._sites.device)
+            del self._captured[shape, adapted]
         started, growth = monotonic(), self._sites.growth
         try:
             step, added = self._step(shape, adapted)

@@ -13,9 +13,9 @@ from deltamux.adapters.rows import Rows
 from deltamux.base.encoders import padded_positions, shared_head
 from deltamux.base.load import Base
 from deltamux.engine.batch import StepBatch, StepInputs
+from deltamux.engine.flight import Collect
 from deltamux.engine.outcome import Outcome
 from deltamux.engine.packed_attention import PackedAttention
-from deltamux.engine.parts import Collect
 from deltamux.engine.pooler import Pooler
 from deltamux.engine.sequence import Scheduled
 from deltamux.engine.transfer import Upload, to_device
@@ -43,13 +43,16 @@ class EncoderRunner:
     @torch.inference_mode()
     def launch(self, scheduled: Items[Scheduled]) -> Collect:
         """Queues whole prompts, all of them to be pooled: that is done when they are collected."""
-        batch = StepBatch.build(scheduled, self._block_size, self._base.device)
+        batch = self.batch(scheduled)
         hidden = self.forward(batch)
         return lambda: self._collect(batch, hidden)
 
     def run(self, scheduled: Items[Scheduled]) -> list[Outcome]:
         """What each prompt comes to, in the given order."""
         return self.launch(scheduled)()
+
+    def batch(self, scheduled: Items[Scheduled]) -> StepBatch:
+        return StepBatch.build(scheduled, self._block_size, self._base.device)
 
     @torch.inference_mode()
     def _collect(self, batch: StepBatch, hidden: Tensor) -> list[Outcome]:

@@ -5,13 +5,14 @@ One step:
 1. receive    the front end's messages, the loader's news, the deadlines that have passed
 2. schedule   which sequences run, and how many tokens of each
 3. launch     one forward pass over all of them, then sampling and pooling: queued on the device
-4. reply      while it computes: one message with everything that the step before produced
+4. reply      one message with everything that the step before produced, unless it was sent
 5. land       wait for the device
 6. update     the sequences with their new tokens; those that end give up blocks and lease
 
-Nothing is under way when messages are read and sequences change: a cancel that comes while the
-device computes waits in the socket until the step has landed. The device waits from 5 to 3 of the
-next step, so what can be done beside it is done in 4.
+Where the engine runs ahead, 5 and 6 are of the step before, so that the device has the next one
+when it is done with that. They are of this step too, and the device waits until 3 of the next one,
+where that cannot be scheduled without what this one brings. What a sequence that ends holds goes
+back once it is in no step under way.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import time
 from collections.abc import Callable
 
 from deltamux.engine.block_manager import BlockManager
+from deltamux.engine.flight import Runner
+from deltamux.engine.flights import Flights
 from deltamux.engine.outcome import NonFinite, SampledToken
-from deltamux.engine.parts import Ran, Runner, land, launch
+from deltamux.engine.parts import Ran
 from deltamux.engine.reply import admission, finish_reason, non_finite_error, out_of_memory_error
 from deltamux.engine.scheduler import Scheduler
-from deltamux.engine.sequence import Scheduled, Sequence
+from deltamux.engine.sequence import Sequence
 from deltamux.engine.submission import Submissions
 from deltamux.errors import DeadlineExceeded, DeltamuxError
 from deltamux.store.slots import AdapterCache
@@ -58,14 +61,17 @@ class Engine:
         adapters: AdapterCache,
         runner: Runner,
         clock: Callable[[], float] = time.monotonic,
+        ahead: bool = False,
     ) -> None:
+        """Runs ahead of a device that computes beside the host."""
         self._link = link
         self._submissions = submissions
         self._scheduler = scheduler
         self._blocks = blocks
         self._adapters = adapters
-        self._runner = runner
+        self._flights = Flights(runner, not submissions.limits.generates, clock)
         self._clock = clock
+        self._ahead = ahead
         # What the front end is to be told, in this order.
         self._outbox: list[FromEngine] = []
         self._idle = True
@@ -75,19 +81,29 @@ class Engine:
         """Steps until the front end says Shutdown."""
         while not self.stopped:
             self.step()
-        self.reply()
+        self.settle()
 
     def step(self) -> None:
         self._receive()
-        scheduled = self._schedule()
-        started = self._clock()
-        flight = launch(self._runner, scheduled)
+        plan = self._scheduler.schedule(self._clock())
+        for request_id, error in plan.failed.items():
+            self._fail(request_id, error)
+        launched = self._flights.launch(plan.scheduled)
         self.reply()
-        ran = land(self._runner, flight, whole_prompts=not self._submissions.limits.generates)
-        progress = self._update(ran)
-        self._outbox.append(StepDone(progress, self._stats(ran, self._clock() - started)))
-        if self._idle:
+        self._idle = not (self._flights or plan.failed)
+        if not self._flights:
+            self._tell(Ran(), 0.0)
+        while self._flights and not (launched and self._may_stay()):
+            self._land()
+        # At once, unless the device waits for the next launch.
+        if self._flights or not plan.scheduled:
             self.reply()
+
+    def settle(self) -> None:
+        """Waits for what is under way, and tells what came of it."""
+        while self._flights:
+            self._land()
+        self.reply()
 
     def reply(self) -> None:
         """Sends all that has come up since the last time."""
@@ -103,18 +119,27 @@ class Engine:
         for request_id in self._scheduler.expired(self._clock()):
             self._fail(request_id, DeadlineExceeded("the deadline has passed"))
 
-    def _schedule(self) -> list[Scheduled]:
-        plan = self._scheduler.schedule(self._clock())
-        for request_id, error in plan.failed.items():
-            self._fail(request_id, error)
-        self._idle = not plan.scheduled and not plan.failed
-        return plan.scheduled
+    def _may_stay(self) -> bool:
+        """Whether what was launched last may be under way when the next step is scheduled."""
+        return self._ahead and len(self._flights) == 1 and self._scheduler.can_run_ahead()
+
+    def _land(self) -> None:
+        ran, seconds = self._flights.land()
+        progress = self._update(ran)
+        self._scheduler.let_go()
+        self._tell(ran, seconds, progress)
 
     def _update(self, ran: Ran) -> tuple[Progress, ...]:
-        yielding = [item.sequence for item in ran.computed if item.yields]
+        """Of those that have not ended meanwhile."""
         for item in ran.computed:
-            self._blocks.complete(item.sequence, item.num_tokens)
-        rows = list(zip(yielding, ran.outcomes, strict=True))
+            if not item.sequence.ended:
+                self._blocks.complete(item.sequence, item.num_tokens)
+        yielding = [item.sequence for item in ran.computed if item.yields]
+        rows = [
+            (sequence, outcome)
+            for sequence, outcome in zip(yielding, ran.outcomes, strict=True)
+            if not sequence.ended
+        ]
         errors: dict[str, DeltamuxError] = {}
         if ran.starved is not None:
             errors[ran.starved.request_id] = out_of_memory_error()
@@ -127,8 +152,11 @@ class Engine:
         return tuple(
             self._advance(sequence, outcome)
             for sequence, outcome in rows
-            if not isinstance(outcome, NonFinite) and sequence.request_id not in errors
+            if not isinstance(outcome, NonFinite) and not sequence.ended
         )
+
+    def _tell(self, ran: Ran, seconds: float, progress: tuple[Progress, ...] = ()) -> None:
+        self._outbox.append(StepDone(progress, self._stats(ran, seconds)))
 
     def _stats(self, ran: Ran, step_seconds: float) -> Stats:
         return Stats(

@@ -16,19 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltamux.engine.sequence import Sequence
+from deltamux.engine.sequence import Scheduled
 from deltamux.engine.transfer import to_device
+from deltamux.wire.messages import Sampling
 
 Array = np.ndarray[Any, Any]
 
 
-def edit_logits(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
-    """Logits [S, V], float32, as the sequences of the rows want them; the input stays as it is."""
-    edited = [row for row, sequence in enumerate(sequences) if _wants_edits(sequence)]
+def edit_logits(logits: Tensor, shares: Rows[Scheduled]) -> Tensor:
+    """Logits [S, V], float32, as the shares of the rows want them; the input stays as it is.
+
+    Where a share's edits `need_tokens`, all that come before its own have come.
+    """
+    edited = [row for row, share in enumerate(shares) if _wants_edits(share)]
     if not edited:
         return logits
     logits = logits.clone()
-    chosen = [(row, sequences[row]) for row in edited]
+    chosen = [(row, shares[row]) for row in edited]
     if cells := _gather(_biases(chosen), logits.device):
         logits[cells.rows, cells.tokens] += cells.values
     if cells := _gather(_repetitions(chosen), logits.device):
@@ -42,51 +46,62 @@ def edit_logits(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     return logits
 
 
-def _wants_edits(sequence: Sequence) -> bool:
-    sampling = sequence.sampling
+def need_tokens(sampling: Sampling) -> bool:
+    """Whether the edits of one token depend on which the tokens before it are."""
     return (
         sampling.repetition_penalty != 1.0
         or sampling.presence_penalty != 0.0
         or sampling.frequency_penalty != 0.0
-        or bool(sampling.logit_bias)
-        or sequence.num_generated < sequence.stopping.min_tokens
     )
+
+
+def _wants_edits(share: Scheduled) -> bool:
+    sequence = share.sequence
+    return (
+        need_tokens(sequence.sampling) or bool(sequence.sampling.logit_bias) or _is_held_back(share)
+    )
+
+
+def _is_held_back(share: Scheduled) -> bool:
+    """Whether it must not stop with the token that it brings."""
+    min_tokens = share.sequence.stopping.min_tokens
+    return min_tokens > 0 and share.generated < min_tokens
 
 
 # Tokens of one row, each once, and a value for each.
 _Part = tuple[int, Array, Array]
 
 
-def _biases(chosen: list[tuple[int, Sequence]]) -> Iterator[_Part]:
-    for row, sequence in chosen:
-        if bias := sequence.sampling.logit_bias:
+def _biases(chosen: list[tuple[int, Scheduled]]) -> Iterator[_Part]:
+    for row, share in chosen:
+        if bias := share.sequence.sampling.logit_bias:
             yield row, np.array(list(bias)), np.array(list(bias.values()))
 
 
-def _repetitions(chosen: list[tuple[int, Sequence]]) -> Iterator[_Part]:
+def _repetitions(chosen: list[tuple[int, Scheduled]]) -> Iterator[_Part]:
     """Prompt and generated tokens alike."""
-    for row, sequence in chosen:
-        if (penalty := sequence.sampling.repetition_penalty) != 1.0:
-            tokens = np.unique(np.array(sequence.tokens))
+    for row, share in chosen:
+        if (penalty := share.sequence.sampling.repetition_penalty) != 1.0:
+            tokens = np.unique(np.array(share.sequence.tokens))
             yield row, tokens, np.full(len(tokens), penalty)
 
 
-def _generated(chosen: list[tuple[int, Sequence]]) -> Iterator[_Part]:
+def _generated(chosen: list[tuple[int, Scheduled]]) -> Iterator[_Part]:
     """Generated tokens only: once for being present, and once more for each occurrence."""
-    for row, sequence in chosen:
-        sampling = sequence.sampling
+    for row, share in chosen:
+        sequence, sampling = share.sequence, share.sequence.sampling
         if (sampling.presence_penalty or sampling.frequency_penalty) and sequence.num_generated:
             generated = np.array(sequence.tokens[sequence.num_prompt :])
             tokens, counts = np.unique(generated, return_counts=True)
             yield row, tokens, sampling.presence_penalty + sampling.frequency_penalty * counts
 
 
-def _held_back(chosen: list[tuple[int, Sequence]], vocabulary: int) -> Iterator[_Part]:
+def _held_back(chosen: list[tuple[int, Scheduled]], vocabulary: int) -> Iterator[_Part]:
     """Without the ids that no row of logits has: some models' own end token is such a one."""
-    for row, sequence in chosen:
-        stopping = sequence.stopping
-        if sequence.num_generated < stopping.min_tokens:
-            reachable = [i for i in stopping.stop_token_ids if 0 <= i < vocabulary]
+    for row, share in chosen:
+        if _is_held_back(share):
+            stop_token_ids = share.sequence.stopping.stop_token_ids
+            reachable = [i for i in stop_token_ids if 0 <= i < vocabulary]
             tokens = np.array(reachable, dtype=np.int64)
             yield row, tokens, np.full(len(tokens), -math.inf)
 

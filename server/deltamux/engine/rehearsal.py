@@ -14,7 +14,6 @@ from torch import Tensor
 from deltamux.adapters.rows import Rows
 from deltamux.base.load import Base
 from deltamux.base.self_test import TOLERANCE, relative_error, self_test
-from deltamux.engine.batch import StepBatch
 from deltamux.engine.cuda_graphs import StepGraphs
 from deltamux.engine.encoder_runner import EncoderRunner
 from deltamux.engine.kv_cache import KVCache
@@ -82,7 +81,7 @@ def packed_hidden(base: Base, prompts: Items[Items[int]], block_size: int) -> li
     runner = EncoderRunner(base, Rows(base.device), block_size)
     sequences = _sequences(prompts, [-(-len(prompt) // block_size) for prompt in prompts])
     step = [Scheduled(sequence, sequence.num_places) for sequence in sequences]
-    hidden = runner.forward(StepBatch.build(step, block_size, base.device))
+    hidden = runner.forward(runner.batch(step))
     return list(hidden.float().split_with_sizes([item.num_tokens for item in step]))
 
 

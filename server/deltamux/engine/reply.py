@@ -18,9 +18,13 @@ def finish_reason(sequence: Sequence, max_model_len: int) -> str:
     stopping, generated = sequence.stopping, sequence.num_generated
     if generated >= stopping.min_tokens and sequence.tokens[-1] in stopping.stop_token_ids:
         return "stop"
-    if generated >= stopping.max_tokens or sequence.num_places >= max_model_len:
-        return "length"
-    return ""
+    return "length" if is_full(sequence, generated, max_model_len) else ""
+
+
+def is_full(sequence: Sequence, generated: int, max_model_len: int) -> bool:
+    """Whether a sequence ends with so many generated tokens, whatever they are."""
+    places = sequence.virtual.tokens + sequence.num_prompt + generated
+    return generated >= sequence.stopping.max_tokens or places >= max_model_len
 
 
 def admission(sequence: Sequence) -> FirstToken | None:

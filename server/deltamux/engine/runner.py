@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 import torch
@@ -14,11 +13,12 @@ from deltamux.base.load import Base
 from deltamux.engine.attention import PagedAttention
 from deltamux.engine.batch import StepBatch, StepInputs
 from deltamux.engine.cuda_graphs import StepGraphs
+from deltamux.engine.flight import Collect
 from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.last_draw import NOTHING_DRAWN, LastDraw
 from deltamux.engine.outcome import Outcome
-from deltamux.engine.parts import Collect
 from deltamux.engine.pooler import Pooler
-from deltamux.engine.sampler import Drawn
+from deltamux.engine.sampler import Draw
 from deltamux.engine.sequence import Scheduled
 from deltamux.engine.transfer import Upload
 from deltamux.engine.vocabularies import sample_own
@@ -39,6 +39,7 @@ class ModelRunner:
         self._attention = PagedAttention(cache)
         base.set_attention(self._attention)
         self._upload = Upload(base.device)
+        self._last = NOTHING_DRAWN
 
     @property
     def block_size(self) -> int:
@@ -56,22 +57,22 @@ class ModelRunner:
         """
         batch = self.batch(scheduled)
         logits = self._sampled_logits(batch)
-        drawn = sample_own(logits, batch.sampled, self._base.vocab_size)
+        draw = sample_own(logits, batch.sampled, self._base.vocab_size)
+        self._last = LastDraw(batch.sampled, draw.tokens)
         hidden = self._base.last_hidden.take() if batch.pooled else None
-        return lambda: self._collect(batch, drawn, hidden)
+        return lambda: self._collect(batch, draw, hidden)
 
     def run(self, scheduled: Items[Scheduled]) -> list[Outcome]:
         """Launches a step and waits for it."""
         return self.launch(scheduled)()
 
     def batch(self, scheduled: Items[Scheduled]) -> StepBatch:
-        return StepBatch.build(scheduled, self.block_size, self._base.device)
+        """What a step of these reads: of tokens that are still to come, those it has drawn last."""
+        return StepBatch.build(scheduled, self.block_size, self._base.device, self._last)
 
     @torch.inference_mode()
-    def _collect(
-        self, batch: StepBatch, drawn: Callable[[], Drawn], hidden: Tensor | None
-    ) -> list[Outcome]:
-        placed: dict[int, Outcome] = dict(zip(batch.sampled_places, drawn(), strict=True))
+    def _collect(self, batch: StepBatch, draw: Draw, hidden: Tensor | None) -> list[Outcome]:
+        placed: dict[int, Outcome] = dict(zip(batch.sampled_places, draw.wait(), strict=True))
         if hidden is not None:
             assert self._pooler is not None
             placed |= self._pooler.pool(hidden, batch.pooled)

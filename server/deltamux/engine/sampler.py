@@ -11,6 +11,7 @@ import hashlib
 import struct
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from deltamux.engine.logit_edits import edit_logits
 from deltamux.engine.outcome import NonFinite, SampledToken
-from deltamux.engine.sequence import Sequence
+from deltamux.engine.sequence import Scheduled
 from deltamux.engine.transfer import Download, to_device
 from deltamux.wire.messages import Logprob, Sampling, TokenLogprobs
 
@@ -29,18 +30,25 @@ _GREEDY_TEMPERATURE = 1e-5
 Drawn = list[SampledToken | NonFinite]
 
 
-def sample(logits: Tensor, sequences: Rows[Sequence]) -> Callable[[], Drawn]:
-    """One token for each row of `logits` [S, V], float32, of the sequence at the same place.
+class Draw(NamedTuple):
+    """The tokens of a step, on the device and on their way to the host."""
 
-    Queues all of it; what is returned waits for the tokens, and where there are none for all that
-    was queued before.
+    tokens: Tensor  # int64 [S]
+    # Waits for them, and where there are none for all that was queued before.
+    wait: Callable[[], Drawn]
+
+
+def sample(logits: Tensor, shares: Rows[Scheduled]) -> Draw:
+    """One token for each row of `logits` [S, V], float32, of the share at the same place.
+
+    Queues all of it: nothing reads `logits` any more that is queued later.
     """
     # A sum is NaN or infinite when any of its terms is; it is the cheapest such test.
     sums = logits.sum(-1)
-    tokens = _choose(edit_logits(logits, sequences), sequences)
+    tokens = _choose(edit_logits(logits, shares), shares)
     # One copy for both, as float32: that tells token ids apart up to 2^24.
     download = Download([torch.stack((tokens, sums))])
-    logprobs = _logprobs(logits, tokens, sequences)
+    logprobs = _logprobs(logits, tokens, shares)
 
     def drawn() -> Drawn:
         (arrived,) = download.wait()
@@ -51,7 +59,7 @@ def sample(logits: Tensor, sequences: Rows[Sequence]) -> Callable[[], Drawn]:
             for row, token_id in enumerate(token_ids)
         ]
 
-    return drawn
+    return Draw(tokens, drawn)
 
 
 def uniform(seed: int, choice: int, place: int) -> float:
@@ -60,16 +68,16 @@ def uniform(seed: int, choice: int, place: int) -> float:
     return int.from_bytes(digest) / 2**48
 
 
-def _choose(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+def _choose(logits: Tensor, shares: Rows[Scheduled]) -> Tensor:
     """Tokens [S], int64."""
     tokens = _argmax(logits)
-    drawn = [row for row, sequence in enumerate(sequences) if not _is_greedy(sequence.sampling)]
+    drawn = [row for row, share in enumerate(shares) if not _is_greedy(share.sequence.sampling)]
     if not drawn:
         return tokens
-    if len(drawn) == len(sequences):
-        return _draw(logits, sequences)
+    if len(drawn) == len(shares):
+        return _draw(logits, shares)
     rows = to_device(np.array(drawn), logits.device)
-    tokens[rows] = _draw(logits[rows], [sequences[row] for row in drawn])
+    tokens[rows] = _draw(logits[rows], [shares[row] for row in drawn])
     return tokens
 
 
@@ -77,10 +85,10 @@ def _is_greedy(sampling: Sampling) -> bool:
     return sampling.temperature < _GREEDY_TEMPERATURE
 
 
-def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
-    scores = filter_scores(logits, [sequence.sampling for sequence in sequences])
+def _draw(logits: Tensor, shares: Rows[Scheduled]) -> Tensor:
+    scores = filter_scores(logits, [share.sequence.sampling for share in shares])
     cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    numbers = _column([_uniform_of(sequence) for sequence in sequences], cumulative)
+    numbers = _column([_uniform_of(share) for share in shares], cumulative)
     found = torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)[:, 0]
     # Rows with NaN find nothing; they are reported, but must not index out of range before.
     return found.clamp_max_(logits.shape[1] - 1)
@@ -131,10 +139,10 @@ def _argmax(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def _uniform_of(sequence: Sequence) -> float:
-    seed = sequence.sampling.seed
+def _uniform_of(share: Scheduled) -> float:
+    seed = share.sequence.sampling.seed
     assert seed is not None, "sequences get a seed when they are submitted"
-    return uniform(seed, sequence.index, sequence.num_generated)
+    return uniform(seed, share.sequence.index, share.generated)
 
 
 def _column(numbers: list[float], like: Tensor) -> Tensor:
@@ -143,13 +151,13 @@ def _column(numbers: list[float], like: Tensor) -> Tensor:
 
 
 def _logprobs(
-    logits: Tensor, tokens: Tensor, sequences: Rows[Sequence]
+    logits: Tensor, tokens: Tensor, shares: Rows[Scheduled]
 ) -> Callable[[], dict[int, TokenLogprobs]]:
     """Of the rows that want them: log-probabilities of the model itself, before any edit."""
     wanted = {
-        row: sequence.sampling.logprobs
-        for row, sequence in enumerate(sequences)
-        if sequence.sampling.logprobs is not None
+        row: share.sequence.sampling.logprobs
+        for row, share in enumerate(shares)
+        if share.sequence.sampling.logprobs is not None
     }
     if not wanted:
         return dict

@@ -13,7 +13,8 @@ from deltamux.config import EngineConfig
 from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.drain import Drain
 from deltamux.engine.limits import Limits
-from deltamux.engine.reply import adapter_error, out_of_memory_error
+from deltamux.engine.logit_edits import need_tokens
+from deltamux.engine.reply import adapter_error, is_full, out_of_memory_error
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.errors import DeltamuxError, InvalidArgument
 
@@ -72,7 +73,8 @@ class Scheduler:
     """Two queues in one order: larger priority first, then earlier arrival.
 
     A sequence in `running` holds blocks for all its places and, unless it is the base's, a
-    lease on its adapter's slot. One in `waiting` holds neither.
+    lease on its adapter's slot. One in `waiting` holds neither. One that has ended is in neither
+    queue, and holds both until no step is under way any more that reads and writes there.
     """
 
     def __init__(
@@ -90,12 +92,21 @@ class Scheduler:
         self._blocks = blocks
         self._slots = slots
         self._drain = Drain()
+        self._leaving: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_order)
+
+    def can_run_ahead(self) -> bool:
+        """Whether the next step can be scheduled and launched while one is under way.
+
+        Not where it needs on the host what that brings, nor where somebody would be preempted,
+        whose blocks that one still writes to.
+        """
+        return self._blocks.can_grow(self.running) and not any(map(_awaits_outcome, self.running))
 
     def schedule(self, now: float) -> Plan:
         """The next step: running sequences first, then as many waiting ones as fit beside them."""
@@ -107,7 +118,16 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence, running or waiting."""
         (self.running if sequence.blocks else self.waiting).remove(sequence)
-        self._release(sequence)
+        sequence.ended = True
+        self._leaving.append(sequence)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Takes back what ended sequences hold, as far as no step under way uses it."""
+        for sequence in list(self._leaving):
+            if not sequence.num_computing:
+                self._leaving.remove(sequence)
+                self._release(sequence)
 
     def cancel(self, request_id: str, indices: tuple[int, ...] = ()) -> None:
         """Ends choices of a request: all of them when `indices` is empty."""
@@ -132,8 +152,15 @@ class Scheduler:
     def _continue(self, plan: Plan) -> None:
         """Decoding sequences first, so that a long prefill never holds up a stream."""
         for sequence in sorted(self.running, key=lambda s: s.num_uncomputed > 1):
-            if self._grow(sequence):
+            if not self._is_ending(sequence) and self._grow(sequence):
                 plan.add(sequence)
+
+    def _is_ending(self, sequence: Sequence) -> bool:
+        """Whether it ends with the token that is to come, whatever that is."""
+        if not sequence.num_coming:
+            return False
+        generated = sequence.num_generated + sequence.num_coming
+        return is_full(sequence, generated, self._limits.max_model_len)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Gets the newest token's block, preempting the last in order; False: that was itself."""
@@ -143,7 +170,9 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue with all its tokens; what it computed may be lost."""
-        self.finish(sequence)
+        assert not sequence.num_computing, "a step under way writes to its blocks"
+        self.running.remove(sequence)
+        self._release(sequence)
         self.add(sequence)
         self.num_preemptions += 1
 
@@ -246,6 +275,13 @@ class Scheduler:
         """True while the first choice is still computing the prompt that this one will share."""
         leader = sequence.leader
         return leader is not None and bool(leader.blocks) and not self._blocks.has_prompt(leader)
+
+
+def _awaits_outcome(sequence: Sequence) -> bool:
+    """Whether its next step is made of what the one under way brings."""
+    if sequence.pooling is not None:
+        return sequence.num_computing > 0
+    return sequence.num_coming > 0 and need_tokens(sequence.sampling)
 
 
 def _order(sequence: Sequence) -> tuple[int, float, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.adapters.task import Call
@@ -18,7 +17,9 @@ class Sequence:
     """State that the scheduler decides on and the runner turns into tensors.
 
     Its places are the adapter's virtual tokens, then its own. Places 0 .. num_computed - 1 have
-    their keys and values in `blocks`. A preempted sequence keeps its tokens and loses its blocks.
+    their keys and values in `blocks`; the next num_computing will have them, and the last place
+    its token, once the steps under way have landed. A preempted sequence keeps its tokens and
+    loses its blocks.
     """
 
     request_id: str
@@ -51,6 +52,11 @@ class Sequence:
     # Keys of the full blocks, as far as anybody asked for them.
     block_keys: list[bytes] = field(default_factory=list)
     num_computed: int = 0
+    # Of the steps under way: places that they compute, and tokens that they bring.
+    num_computing: int = 0
+    num_coming: int = 0
+    # Nobody waits for it any more, though a step under way may still compute it.
+    ended: bool = False
     # Tokens of the prompt whose blocks were found when it was first admitted.
     num_cached: int = 0
     # Places between which the adapter computes; all others are the base's.
@@ -81,19 +87,26 @@ class Sequence:
 
     @property
     def num_places(self) -> int:
-        return self.traits.virtual.tokens + len(self.tokens)
+        """With those of tokens that are still to come."""
+        return self.traits.virtual.tokens + len(self.tokens) + self.num_coming
 
     @property
     def num_generated(self) -> int:
+        """Tokens that have come."""
         return len(self.tokens) - self.num_prompt
 
     @property
     def num_uncomputed(self) -> int:
-        """1 while decoding; more during prefill and after preemption."""
-        return self.traits.virtual.tokens + len(self.tokens) - self.num_computed
+        """Places that no step has computed or is computing.
+
+        1 while decoding; more during prefill and after preemption.
+        """
+        known = self.traits.virtual.tokens + len(self.tokens)
+        return known + self.num_coming - self.num_computed - self.num_computing
 
     def ids(self, first: int, count: int) -> list[int]:
-        """What stands in `count` places: token ids, and -1 - j for virtual token j."""
+        """What stands in `count` places, as far as it is known: token ids, and -1 - j for virtual
+        token j."""
         own = first - self.traits.virtual.tokens
         if own >= 0:
             return self.tokens[own : own + count]
@@ -115,14 +128,41 @@ class Sequence:
             self.adapter_missed = now
 
 
-class Scheduled(NamedTuple):
-    """A sequence's share of one step: its next `num_tokens` uncomputed tokens."""
+@dataclass(slots=True, eq=False)
+class Scheduled:
+    """A sequence's share of one step: its next `num_tokens` uncomputed places.
+
+    What it says of them holds from when it was made, whatever the sequence comes to meanwhile.
+    """
 
     sequence: Sequence
     num_tokens: int
+    # The place with which it begins.
+    first: int = field(init=False)
+    # Whether it reaches the sequence's last place, so that the step brings what the sequence is
+    # after: its next token, or what is pooled of its prompt.
+    yields: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first = self.sequence.num_computed + self.sequence.num_computing
+        self.yields = self.num_tokens == self.sequence.num_uncomputed
 
     @property
-    def yields(self) -> bool:
-        """Whether these reach the sequence's last token, so that the step brings what the
-        sequence is after: its next token, or what is pooled of its prompt."""
-        return self.num_tokens == self.sequence.num_uncomputed
+    def generated(self) -> int:
+        """How many generated tokens come before the one that it brings."""
+        sequence = self.sequence
+        return self.first + self.num_tokens - sequence.virtual.tokens - sequence.num_prompt
+
+    def take_off(self) -> None:
+        """From now on the sequence counts on what the step will bring it."""
+        self.sequence.num_computing += self.num_tokens
+        self.sequence.num_coming += self._brings_token
+
+    def land(self) -> None:
+        """From now on it does not: what came of it counts, or nothing."""
+        self.sequence.num_computing -= self.num_tokens
+        self.sequence.num_coming -= self._brings_token
+
+    @property
+    def _brings_token(self) -> bool:
+        return self.yields and self.sequence.pooling is None

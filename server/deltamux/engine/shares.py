@@ -47,7 +47,7 @@ class Shares:
         items = [scheduled[number] for number in order.tolist()]
         sequences = [item.sequence for item in items]
         lengths = np.array([item.num_tokens for item in items])
-        computed = np.array([sequence.num_computed for sequence in sequences])
+        computed = np.array([item.first for item in items])
         pooled = np.array([sequence.pooling is not None for sequence in sequences])
         ends = lengths.cumsum()
         return cls(
@@ -75,12 +75,19 @@ class Shares:
         before: Array = (self.computed - self.starts)[self.owners]
         return before + np.arange(len(before))
 
-    def token_ids(self) -> Array:
-        """[T]; -1 - j for virtual token j."""
+    def token_ids(self) -> tuple[Array, list[int]]:
+        """[T]; -1 - j for virtual token j, and 0 for a token that is still to come.
+
+        Also the numbers of the shares whose only token is such a one.
+        """
         token_ids: list[int] = []
-        for item in self.items:
-            token_ids += item.sequence.ids(item.sequence.num_computed, item.num_tokens)
-        return np.array(token_ids)
+        awaiting = []
+        for number, item in enumerate(self.items):
+            known = item.sequence.ids(item.first, item.num_tokens)
+            if not known:
+                awaiting.append(number)
+            token_ids += known or (0,)
+        return np.array(token_ids), awaiting
 
     def positions(self) -> Array:
         """[T]: places, without the virtual tokens that do not count."""

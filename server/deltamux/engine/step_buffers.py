@@ -43,6 +43,7 @@ class _Packed(NamedTuple, Generic[_Memory]):
     position_ids: _Memory  # int64 [rows]
     slot_mapping: _Memory  # int64 [rows]
     sampled_rows: _Memory  # int64 [sequences]
+    awaiting: _Memory  # int64 [2, sequences], as many as there are
     # One sequence more, which is nobody's.
     query_starts: _Memory  # int32 [sequences + 2]
     seq_lens: _Memory  # int32 [sequences + 1]
@@ -62,6 +63,7 @@ class StepBuffers:
             position_ids=np.zeros(rows, np.int64),
             slot_mapping=np.full(rows, -1, np.int64),
             sampled_rows=np.zeros(sequences, np.int64),
+            awaiting=np.zeros((2, sequences), np.int64),
             query_starts=np.zeros(sequences + 2, np.int32),
             seq_lens=np.zeros(sequences + 1, np.int32),
             block_tables=np.zeros(sequences * blocks, np.int32),
@@ -83,10 +85,12 @@ class StepBuffers:
     def fill(self, step: StepBatch, shape: StepShape) -> None:
         """Puts a step in place, and padding behind it as far as the shape reaches.
 
-        Queues one copy from the host and one within the device, and waits for neither.
+        Queues one copy from the host, and what is left to do within the device. The host's memory
+        is free again once the step before has landed: this is the next that the device does.
         """
         self._staged.host()
         into, (sequences, blocks) = self._host, step.block_tables.shape
+        awaiting = step.awaiting.shape[1]
         # No id of an adapter's own may be left to a row without it: the base has none like it.
         _put(step.input_ids, into.input_ids[: shape.rows], 0)
         _put(step.position_ids, into.position_ids[: shape.rows], 0)
@@ -94,6 +98,7 @@ class StepBuffers:
         _put(step.sampled_rows, into.sampled_rows[: shape.sequences], 0)
         _put(step.query_starts, into.query_starts[: shape.sequences + 2], len(step.input_ids))
         _put(step.seq_lens, into.seq_lens[: shape.sequences + 1], 0)
+        into.awaiting[:, :awaiting] = step.awaiting
         used = sequences * blocks
         into.block_tables[:used] = step.block_tables.reshape(-1)
         self._staged.send(self._before_tables + step.block_tables.nbytes)
@@ -101,6 +106,8 @@ class StepBuffers:
         self.block_tables[:sequences, :blocks] = self.packed.block_tables[:used].view(
             sequences, blocks
         )
+        if awaiting:
+            step.last.fill_in(self.packed.input_ids, self.packed.awaiting[:, :awaiting])
 
 
 def _put(values: Array, into: Array, padding: int) -> None:

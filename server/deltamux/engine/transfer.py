@@ -50,7 +50,8 @@ class Upload:
     def _room(self, size: int) -> Tensor:
         """Pinned memory that no copy reads any more."""
         if self._copied is not None:
-            self._copied.synchronize()  # it was over with its step, as a rule
+            # As a rule it is over: it came right behind a step that has landed.
+            self._copied.synchronize()
         if size > len(self._pinned):
             self._pinned = torch.empty(2 * size, dtype=torch.uint8, pin_memory=True)
         return self._pinned[:size]

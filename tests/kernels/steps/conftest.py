@@ -26,8 +26,10 @@ from deltamux.adapters.rows import Rows
 from deltamux.adapters.sites import DeviceSites
 from deltamux.adapters.traits import Traits
 from deltamux.base.load import Base, adopt
+from deltamux.engine.batch import StepBatch
 from deltamux.engine.cuda_graphs import Step, StepGraphs
 from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.last_draw import NOTHING_DRAWN, LastDraw
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled, Sequence
@@ -182,6 +184,7 @@ class Pair:
         with triton_forms():
             assert self.graphs.capture_base()
         self._blocks = iter(range(1, BLOCKS))
+        self._last = NOTHING_DRAWN
 
     def load(self, slot: int, payloads: Payloads) -> None:
         for engine in (self.eager, self.captured):
@@ -209,7 +212,7 @@ class Pair:
 
     @torch.inference_mode()
     def run(self, scheduled: list[Scheduled]) -> bool:
-        expected, batch = (e.runner.batch(scheduled) for e in (self.eager, self.captured))
+        expected, batch = self.eager.runner.batch(scheduled), self._batch_ahead(scheduled)
         logits = self.eager.runner.forward(expected)
         with self.triton_forms():
             replayed = self.graphs.run(batch)
@@ -219,10 +222,23 @@ class Pair:
         torch.testing.assert_close(given, logits, atol=1e-5, rtol=1e-5)
         for item in scheduled:
             item.sequence.num_computed += item.num_tokens
-        for row, sequence in enumerate(batch.sampled):
-            # One that everybody knows.
-            sequence.tokens.append(int(logits[row, : self.eager.base.vocab_size].argmax()))
+        # Tokens that everybody knows.
+        tokens = logits[:, : self.eager.base.vocab_size].argmax(-1)
+        for item, token in zip(batch.sampled, tokens.tolist(), strict=True):
+            item.sequence.tokens.append(token)
+        self._last = LastDraw(batch.sampled, tokens)
         return replayed is not None
+
+    def _batch_ahead(self, scheduled: list[Scheduled]) -> StepBatch:
+        """As it is made before the host knows what the step before has drawn."""
+        drawn = {item.sequence for item in self._last.sampled}
+        coming = [item.sequence for item in scheduled if item.sequence in drawn]
+        tokens = [sequence.tokens.pop() for sequence in coming]
+        batch = StepBatch.build(scheduled, BLOCK, CPU, self._last)
+        for sequence, token in zip(coming, tokens, strict=True):
+            sequence.tokens.append(token)
+        assert batch.awaiting.shape == (2, len(coming))
+        return batch
 
 
 def step_graphs(engine: Engine, shapes: tuple[StepShape, ...], capture: Capture) -> StepGraphs:
