@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import no_type_check
 
 import torch
 from torch.nn import functional
 
-from deltamux_kernels import native
 from deltamux_kernels._triton import tl, triton
-from deltamux_kernels.native.library import INTEGER, POINTER, function
 
 BLOCK_N = 1024
 
@@ -22,29 +18,8 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate and up [..., T, N] of one dtype; their rows may be columns of a wider product. The result
     is contiguous. In half types the quotient is rounded before it is multiplied, as torch does.
     """
-    if gate.device.type == "cuda":
-        return gated_silu_triton(gate, up)
-    if gate.dtype == torch.float32 and native.available():
-        return gated_silu_native(gate, up)
-    return gated_silu_torch(gate, up)
-
-
-def gated_silu_native(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`gated_silu` in C, in float32."""
-    if not (_in_rows(gate) and _in_rows(up)):
-        gate, up = _rows(gate).view(gate.shape), _rows(up).view(up.shape)
-    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    width = gate.shape[-1]
-    rows = gate.numel() // width
-    _native()(
-        gate.data_ptr(), gate.stride(-2), up.data_ptr(), up.stride(-2), y.data_ptr(), rows, width
-    )
-    return y
-
-
-@cache
-def _native() -> Callable[..., None]:
-    return function("gated_silu", POINTER, INTEGER, POINTER, INTEGER, POINTER, INTEGER, INTEGER)
+    form = gated_silu_triton if gate.device.type == "cuda" else gated_silu_torch
+    return form(gate, up)
 
 
 def gated_silu_torch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -69,11 +44,6 @@ def gated_silu_triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         enable_fp_fusion=True,
     )
     return y
-
-
-def _in_rows(x: torch.Tensor) -> bool:
-    """Whether the rows of x [..., T, N] lie in one piece each, and evenly apart."""
-    return x.stride(-1) == 1 and x.shape[-2] * x.shape[-1] == x.numel()
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

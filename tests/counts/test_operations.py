@@ -43,9 +43,9 @@ BESIDE_A_REPLAY, COPIES_BEFORE_A_REPLAY = 22, 2
 # The embedding (1), the angles of positions (11), the last norm (1) and the head of the sampled
 # rows (3).
 AROUND_THE_LAYERS = 16
-# Seven products, two sums, views of heads and back (8). The results of what C computes (5), two of
-# them seen as heads (2).
-LAYER = 24
+# Seven products, two sums, a gate (2), views of heads and back (8). The results of norms and
+# rotary embeddings (4), two of them seen as heads (2).
+LAYER = 25
 # Once, in the first layer: memory for what of a row's keys is not put together yet.
 ATTENTION_PLAN = 1
 # In every layer: views of queries, keys and values as C reads them (6), and the result.

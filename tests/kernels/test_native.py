@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltamux_kernels import gated_silu, native, rms_norm, rotary
+from deltamux_kernels import native, rms_norm, rotary
 
 ROWS, WIDTH, HEADS = 70, 740, 5
 
@@ -17,17 +17,13 @@ def norm(x: Tensor) -> Tensor:
     return rms_norm(x, torch.linspace(-1, 1, WIDTH), 1e-6)
 
 
-def gate(x: Tensor) -> Tensor:
-    return gated_silu(x, x.flip(-1))
-
-
 def rotate(x: Tensor) -> Tensor:
     heads = x.view(1, -1, HEADS, WIDTH // HEADS).transpose(1, 2)
     query, key = rotary(heads, heads[:, 1:3], heads[:, 0], heads[:, 4])
     return torch.cat((query, key), dim=1).transpose(1, 2).flatten(2)[0]
 
 
-OPERATIONS = {"norm": norm, "gate": gate, "rotate": rotate}
+OPERATIONS = {"norm": norm, "rotate": rotate}
 Operation = Callable[[Tensor], Tensor]
 
 

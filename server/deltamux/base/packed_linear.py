@@ -1,12 +1,10 @@
-"""Linear layers whose weights are laid out for the CPU's matrix kernels once, when they are loaded.
+"""Linear layers whose weights are laid out for the CPU once, when they are loaded.
 
-Measured on one core of an AVX2 machine, in the linear layers of a Llama of hidden size 768: 64 ms
-instead of 83 ms for 16 rows, from 2 rows on about 1.3 times faster, but for one row alone a fifth
-slower. In return a row's result does not depend on how many rows stand beside it: the plain product
-takes another path for one to three rows.
+In the layout of our own C code a row's result does not depend on how many rows stand beside it, and
+few rows take as long as the weights take to be read; where there is no C compiler, oneDNN's layout
+gives the former. The plain product does neither, and is slower for any number of rows.
 
-They lie in huge pages, where Linux has some: a decode step of the 125 M model takes 22.5 ms instead
-of 25.6 for one row, and 36.6 instead of 37.4 for 16.
+They lie in huge pages, where Linux has some.
 """
 
 from __future__ import annotations
@@ -15,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from deltamux.base.huge_pages import collapse
+from deltamux_kernels import native
+from deltamux_kernels.native.panels import Panels
 
 
 def pack_linears(model: nn.Module) -> None:
     """Replaces the float32 linear layers of a model on a CPU; does nothing to any other model."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not native.available() and not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     packed = []
     for name, module in list(model.named_modules()):
@@ -36,7 +36,7 @@ def _can_pack(weight: Tensor) -> bool:
 
 
 class PackedLinear(nn.Linear):
-    """y = x W^T + b with W kept in the layout of oneDNN only.
+    """y = x W^T + b with W kept in that layout only.
 
     It is no parameter any more. Reading `weight` unpacks it into a new tensor.
     """
@@ -45,20 +45,41 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self._product = torch.ops.mkldnn._linear_pointwise.default
+        layout = Panels if native.available() else OneDnn
+        self._packed: Panels | OneDnn = layout(linear.weight.detach(), linear.bias)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
+        return self._packed.matrix()
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Where the packed weight lies, and how many bytes it takes."""
+        return self._packed.memory
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._packed.product(x)
+
+
+class OneDnn:
+    """A matrix [N, K] in oneDNN's layout; float32, on a CPU."""
+
+    def __init__(self, matrix: Tensor, bias: Tensor | None = None) -> None:
+        """`bias` [N]."""
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(matrix)
+        self._bias = bias
+        self._product = torch.ops.mkldnn._linear_pointwise.default
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        y: Tensor = self._product(x, self._packed, self._bias, "none", [], "")
+        return y
+
+    def matrix(self) -> Tensor:
         dense: Tensor = self._packed.to_dense()
         return dense
 
     @property
     def memory(self) -> tuple[int, int]:
-        """Where the packed weight lies, and how many bytes it takes."""
         address = torch.ops.mkldnn.data_ptr(self._packed)
         return address, torch.ops.mkldnn._nbytes(self._packed)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self._product(x, self._packed, self.bias, "none", [], "")
-        return y
