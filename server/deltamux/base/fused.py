@@ -10,13 +10,13 @@ process notices. A module is left alone where its own form computes something el
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType
 from typing import Any
 
-import structlog
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ from deltamux.base.agreement import agree, random_rows
 from deltamux.base.norm_form import find_norm_form
 from deltamux_kernels import NormForm, gated_silu, native, rms_norm, rotary
 
-_log = structlog.get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _ROTARY = "apply_rotary_pos_emb"
@@ -46,7 +46,7 @@ def fuse(model: PreTrainedModel) -> Counter[str]:
     with torch.inference_mode():
         for kind, fuse_module in _KINDS.items():
             fused[kind] = sum(fuse_module(module, embedding) for module in model.modules())
-    _log.info("fused modules", **fused)
+    _log.info("fused %s", ", ".join(f"{count} {kind}" for kind, count in fused.items()))
     return fused
 
 
