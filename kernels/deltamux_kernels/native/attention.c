@@ -27,7 +27,6 @@ typedef struct {
     int fetches;
 } Unit;
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static float *state_of(const Attention *a, const Unit *unit, int64_t row, int64_t head, int64_t split)

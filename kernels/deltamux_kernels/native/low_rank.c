@@ -23,7 +23,6 @@ typedef struct {
     int64_t start, rows, matrix, rank, first, stride;
 } Span;
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t chunks(int64_t size, int64_t of) { return (size + of - 1) / of; }
 
 /* h[t, j] = sum_k x[t, k] a[j, k] of a tile. */

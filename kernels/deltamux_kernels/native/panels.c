@@ -63,10 +63,10 @@ static void add_chunk(int64_t rows, const float *x, int64_t x_row, const float *
 static void multiply_chunk(int64_t rows, const float *x, const float *panel, int64_t depth,
                            const float *bias, float *y, int64_t y_row)
 {
-    add_chunk(rows, x, depth, panel, depth < DEPTH ? depth : DEPTH, bias, 0, y, y_row);
+    add_chunk(rows, x, depth, panel, least(depth, DEPTH), bias, 0, y, y_row);
     for (int64_t k = DEPTH; k < depth; k += DEPTH)
-        add_chunk(rows, x + k, depth, panel + k * PANEL, depth - k < DEPTH ? depth - k : DEPTH, y,
-                  y_row, y, y_row);
+        add_chunk(rows, x + k, depth, panel + k * PANEL, least(depth - k, DEPTH), y, y_row, y,
+                  y_row);
 }
 
 /* y[t, n] = bias[n] + sum_k x[t, k] w[n / PANEL, k, n % PANEL]. Rows lie one after the
@@ -81,7 +81,7 @@ void multiply(const float *x, int64_t rows, const float *panels, int64_t depth, 
         int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
         for (int64_t unit = begin; unit < end; unit++) {
             int64_t n = unit / chunks * PANEL, t = unit % chunks * CHUNK;
-            int64_t some = rows - t < CHUNK ? rows - t : CHUNK;
+            int64_t some = least(rows - t, CHUNK);
             const float *from = x + t * depth, *panel = panels + n * depth;
             if (n + PANEL <= columns) {
                 multiply_chunk(some, from, panel, depth, bias + n, y + t * columns + n, columns);

@@ -20,6 +20,8 @@
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 /* The first `numbers` lanes from memory, and zeros behind them. */
 INLINE Vector load(const float *from, int64_t numbers)
 {
