@@ -40,7 +40,6 @@ def prompts(seed: int, rows: int) -> Tensor:
 
 mixed = settings(
     max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,
 )

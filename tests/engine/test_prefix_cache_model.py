@@ -122,7 +122,6 @@ class Traffic:
                 stopping=Stopping(max_tokens=max_tokens),
                 priority=0,
                 arrival=float(self.count),
-                deadline=None,
                 adapter=adapter,
                 adapter_path="",
                 cache_salt=salt,
@@ -220,7 +219,7 @@ class TrafficMachine(RuleBasedStateMachine):
 
 
 TestTrafficMachine = TrafficMachine.TestCase
-TestTrafficMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestTrafficMachine.settings = settings(max_examples=100, stateful_step_count=30)
 
 
 def _without(part: str) -> Callable[..., bytes]:
