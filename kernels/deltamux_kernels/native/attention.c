@@ -228,13 +228,22 @@ static Unit unit_of(const Attention *a, int64_t number, int64_t *sequence)
     return unit;
 }
 
+/* At most as many as all rows and the keys of their sequences make. */
+static int64_t products(const Attention *a)
+{
+    int64_t scores = 0;
+    for (int64_t b = 0; b < a->sequences; b++)
+        scores += (a->starts[b + 1] - a->starts[b]) * (int64_t)a->lengths[b];
+    return scores * a->kv_heads * a->group * (a->key_dim + a->value_dim);
+}
+
 void attention(const Attention *a)
 {
     int64_t units = a->units[a->sequences] * a->kv_heads;
     /* One thread takes all heads of the same keys, where there is enough for the others. */
     int enough = a->units[a->sequences] >= 4 * omp_get_max_threads();
     int64_t heads = enough ? a->kv_heads : 1;
-#pragma omp parallel
+#pragma omp parallel if (products(a) > PRODUCTS_ALONE)
     {
         int64_t sequence = 0;
 #pragma omp for schedule(monotonic : dynamic, heads)

@@ -69,7 +69,7 @@ void shrink(const float *x, int64_t x_row, float *h, const float *arena, int64_t
     int64_t total = 0;
     for (int64_t s = 0; s < count; s++)
         total += chunks(spans[s].rows, CHUNK) * spans[s].rank;
-#pragma omp parallel
+#pragma omp parallel if (total * width > PRODUCTS_ALONE)
     {
         int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
         int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
@@ -153,7 +153,7 @@ void expand(float *y, int64_t y_row, const float *h, const float *arena, int64_t
     int64_t panels = chunks(width, PANEL), total = 0;
     for (int64_t s = 0; s < count; s++)
         total += chunks(spans[s].rows, CHUNK) * panels * spans[s].rank;
-#pragma omp parallel
+#pragma omp parallel if (total * PANEL > PRODUCTS_ALONE)
     {
         int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
         int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;

@@ -75,7 +75,7 @@ void multiply(const float *x, int64_t rows, const float *panels, int64_t depth, 
               float *y, int64_t columns)
 {
     int64_t chunks = (rows + CHUNK - 1) / CHUNK, total = (columns + PANEL - 1) / PANEL * chunks;
-#pragma omp parallel
+#pragma omp parallel if (rows * depth * columns > PRODUCTS_ALONE)
     {
         int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
         int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;

@@ -14,8 +14,9 @@
 #define LANES 8
 #endif
 
-/* Numbers that one thread computes sooner than it wakes another. */
+/* Numbers, and products in sums, that one thread computes sooner than it wakes another. */
 #define ALONE 16384
+#define PRODUCTS_ALONE 131072
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
