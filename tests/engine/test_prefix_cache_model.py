@@ -122,6 +122,7 @@ class Traffic:
                 stopping=Stopping(max_tokens=max_tokens),
                 priority=0,
                 arrival=float(self.count),
+                deadline=None,
                 adapter=adapter,
                 adapter_path="",
                 cache_salt=salt,

@@ -155,6 +155,7 @@ class Paged:
             stopping=Stopping(max_tokens=max_tokens),
             priority=0,
             arrival=0.0,
+            deadline=None,
             adapter=adapter,
             adapter_path="",
             cache_salt=salt,
