@@ -20,7 +20,7 @@ class Panels:
         panel = function("panel_columns", result=INTEGER)()
         behind = -self.columns % panel
         whole = pad(matrix.detach(), (0, 0, 0, behind))
-        self.numbers = whole.view(-1, panel, depth).transpose(1, 2).contiguous()
+        self._numbers = whole.view(-1, panel, depth).transpose(1, 2).contiguous()
         added = matrix.new_zeros(self.columns) if bias is None else bias.detach()
         self._bias = pad(added, (0, behind))
         self._multiply = function(
@@ -35,13 +35,13 @@ class Panels:
 
         x [..., K] -> [..., N]. The bits of a row depend on nothing beside it.
         """
-        depth = self.numbers.shape[1]
+        depth = self._numbers.shape[1]
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.columns)
         self._multiply(
             x.data_ptr(),
             x.numel() // depth,
-            self.numbers.data_ptr(),
+            self._numbers.data_ptr(),
             depth,
             self._bias.data_ptr(),
             y.data_ptr(),
@@ -52,8 +52,8 @@ class Panels:
     @property
     def memory(self) -> tuple[int, int]:
         """Where it lies, and how many bytes it takes."""
-        return self.numbers.data_ptr(), self.numbers.nbytes
+        return self._numbers.data_ptr(), self._numbers.nbytes
 
     def matrix(self) -> Tensor:
         """The matrix [N, K] as it was, in new memory."""
-        return self.numbers.transpose(1, 2).flatten(0, 1)[: self.columns].contiguous()
+        return self._numbers.transpose(1, 2).flatten(0, 1)[: self.columns].contiguous()

@@ -19,8 +19,6 @@ from deltamux_kernels.native.panels import Panels
 
 def pack_linears(model: nn.Module) -> None:
     """Replaces the float32 linear layers of a model on a CPU; does nothing to any other model."""
-    if not native.available() and not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return
     packed = []
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and _can_pack(module.weight):
@@ -32,7 +30,9 @@ def pack_linears(model: nn.Module) -> None:
 
 
 def _can_pack(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return False
+    return native.available() or torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 class PackedLinear(nn.Linear):
