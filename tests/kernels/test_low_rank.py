@@ -297,14 +297,36 @@ def test_a_rows_bits_depend_on_neither_neighbours_nor_the_size_of_the_batch(
 
 
 @pytest.mark.skipif(not native.available(), reason="there is no C compiler")
-@pytest.mark.parametrize(("width", "columns"), [(768, 256), (100, 70)])
+@pytest.mark.parametrize(("width", "columns"), [(37, 70), (16, 133), (100, 2100)])
+def test_a_rows_bits_do_not_depend_on_how_many_rows_its_span_has(width: int, columns: int) -> None:
+    """Any cut into chunks, tiles and single rows, for ranks that are cut in every way as well."""
+    arena = torch.empty(70 * (width + columns) + 2 * ALIGNMENT)
+    a, b = PackedMatrices(arena, 1, width), PackedMatrices(arena, 1, columns)
+    x, before, first = torch.randn(70, width), torch.randn(70, columns), Columns(1, arena.device)
+
+    def answer(start: int, end: int) -> torch.Tensor:
+        segments = Segments.build([(0, 0, end - start)], arena.device)
+        y = before[start:end].clone()
+        expand(y, shrink_native(x[start:end], a, segments), b, first, segments)
+        return y
+
+    for rank in range(1, 71):
+        a.write(0, 0, torch.randn(rank, width))
+        b.write(0, -(-70 * width // ALIGNMENT) * ALIGNMENT, torch.randn(rank, columns))
+        alone = torch.cat([answer(row, row + 1) for row in range(70)])
+        for rows in range(1 + rank % 5, 71, 5):
+            assert torch.equal(answer(0, rows), alone[:rows])
+
+
+@pytest.mark.skipif(not native.available(), reason="there is no C compiler")
+@pytest.mark.parametrize(("width", "columns"), [(1540, 512), (769, 2500)])
 def test_a_rows_bits_do_not_depend_on_the_threads(width: int, columns: int) -> None:
     """Any cut of the work leaves every row of 70, of 1 and of none in a slot as it is."""
-    arena = torch.randn(100_000)
+    arena = torch.randn(1 << 18)
     a, b = PackedMatrices(arena, 3, width), PackedMatrices(arena, 3, columns)
-    for slot, rank in ((0, 13), (1, 4)):
-        a.write(slot, 6400 * slot * 4, torch.randn(rank, width))
-        b.write(slot, 64000 + 6400 * slot, torch.randn(rank, columns))
+    for slot, rank in ((0, 13), (1, 20)):
+        a.write(slot, slot << 15, torch.randn(rank, width))
+        b.write(slot, (2 + slot) << 16, torch.randn(rank, columns))
     segments = Segments.build([(0, 0, 70), (1, 71, 72), (2, 73, 75)], arena.device)
     x, before = torch.randn(75, width), torch.randn(75, columns)
     answers = []

@@ -1,6 +1,9 @@
 /* shrink and expand on a CPU, in float32: see low_rank.py. What a row's numbers go through, and in
  * which order, is the same whatever stands beside the row and whichever thread computes it. */
 
+/* Without it GCC loads a number again for each product that it is in. */
+#pragma GCC optimize "schedule-insns"
+
 #include <omp.h>
 
 #include "vectors.h"
@@ -14,8 +17,10 @@
 #endif
 #define ROWS 4
 #define PANEL (TILE * LANES)
-/* Rows of an adapter that one thread takes at a time. */
-#define CHUNK 64
+/* Rows of an adapter that one thread takes at a time, and panels of y: so much of x, or of B, stays
+ * in a core's own cache. */
+#define CHUNK 32
+#define STRIP (2048 / PANEL)
 
 /* Rows start .. start + rows - 1 of the step meet the matrix [rank, width] at arena + matrix; their
  * products with A are at h + first, one row every `stride`. */
@@ -30,20 +35,20 @@ INLINE void dot(const int rows, const int ranks, const float *x, int64_t x_row, 
                 int64_t width, float *h, int64_t stride)
 {
     Vector sums[ROWS][TILE] = {0};
-    float rests[ROWS][TILE] = {0};
     int64_t k = 0;
     for (; k + LANES <= width; k += LANES)
         UNROLL for (int t = 0; t < rows; t++)
             UNROLL for (int j = 0; j < ranks; j++)
                 sums[t][j] +=
                     *(const Vector *)(x + t * x_row + k) * *(const Vector *)(a + j * width + k);
-    for (; k < width; k++)
+    if (k < width)
         for (int t = 0; t < rows; t++)
             for (int j = 0; j < ranks; j++)
-                rests[t][j] += x[t * x_row + k] * a[j * width + k];
-    for (int t = 0; t < rows; t++)
-        for (int j = 0; j < ranks; j++)
-            h[t * stride + j] = total(sums[t][j]) + rests[t][j];
+                sums[t][j] +=
+                    load(x + t * x_row + k, width - k) * load(a + j * width + k, width - k);
+    UNROLL for (int t = 0; t < rows; t++)
+        UNROLL for (int j = 0; j < ranks; j++)
+            h[t * stride + j] = total(sums[t][j]);
 }
 
 static void shrink_chunk(const float *x, int64_t x_row, int64_t rows, const float *a,
@@ -69,7 +74,7 @@ void shrink(const float *x, int64_t x_row, float *h, const float *arena, int64_t
     int64_t total = 0;
     for (int64_t s = 0; s < count; s++)
         total += chunks(spans[s].rows, CHUNK) * spans[s].rank;
-#pragma omp parallel if (total * width > PRODUCTS_ALONE)
+#pragma omp parallel if (total * width > ALONE)
     {
         int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
         int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
@@ -91,7 +96,8 @@ void shrink(const float *x, int64_t x_row, float *h, const float *arena, int64_t
     }
 }
 
-/* y[t, n] += sum_j h[t, j] b[j, n] of ROWS rows and a panel of columns. */
+/* y[t, n] += sum_j h[t, j] b[j, n] of ROWS rows and a panel of columns. The rows below are fetched
+ * meanwhile. */
 static void add_panel(float *y, int64_t y_row, const float *h, int64_t stride, const float *b,
                       int64_t rank, int64_t width)
 {
@@ -99,6 +105,9 @@ static void add_panel(float *y, int64_t y_row, const float *h, int64_t stride, c
     UNROLL for (int t = 0; t < ROWS; t++)
         UNROLL for (int i = 0; i < TILE; i++)
             sums[t][i] = *(Vector *)(y + t * y_row + i * LANES);
+    UNROLL for (int t = ROWS; t < 2 * ROWS; t++)
+        UNROLL for (int i = 0; i < TILE; i++)
+            __builtin_prefetch(y + t * y_row + i * LANES, 1);
     for (int64_t j = 0; j < rank; j++)
         UNROLL for (int t = 0; t < ROWS; t++)
             UNROLL for (int i = 0; i < TILE; i++)
@@ -120,11 +129,13 @@ INLINE void add_ranks(const int ranks, float *restrict y, const float *h, const 
     }
 }
 
-/* The same of one row and any columns; B is read as it lies in memory. */
+/* The same of one row and any columns. Memory gives eight rows of B at a time sooner than one. */
 static void add_row(float *y, const float *h, const float *b, int64_t rank, int64_t width,
                     int64_t columns)
 {
     int64_t j = 0;
+    for (; j + 8 <= rank; j += 8)
+        add_ranks(8, y, h + j, b + j * width, width, columns);
     for (; j + 4 <= rank; j += 4)
         add_ranks(4, y, h + j, b + j * width, width, columns);
     for (; j < rank; j++)
@@ -153,7 +164,7 @@ void expand(float *y, int64_t y_row, const float *h, const float *arena, int64_t
     int64_t panels = chunks(width, PANEL), total = 0;
     for (int64_t s = 0; s < count; s++)
         total += chunks(spans[s].rows, CHUNK) * panels * spans[s].rank;
-#pragma omp parallel if (total * PANEL > PRODUCTS_ALONE)
+#pragma omp parallel if (total * PANEL > ALONE)
     {
         int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
         int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
@@ -168,7 +179,7 @@ void expand(float *y, int64_t y_row, const float *h, const float *arena, int64_t
             before += units * span.rank;
             for (int64_t n; unit < last; unit += n) {
                 int64_t t = unit / panels * CHUNK, panel = unit % panels;
-                n = least(panels - panel, last - unit);
+                n = least(least(panels - panel, STRIP), last - unit);
                 expand_chunk(y + (span.start + t) * y_row + panel * PANEL, y_row,
                              least(span.rows - t, CHUNK), h + span.first + t * span.stride,
                              span.stride, arena + span.matrix + panel * PANEL, span.rank, width,

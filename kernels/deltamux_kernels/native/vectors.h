@@ -36,11 +36,19 @@ INLINE void store(float *to, Vector lanes, int64_t numbers)
     memcpy(to, &lanes, numbers * sizeof(float));
 }
 
+/* Each lane's number is that of the lane `by` behind it, as in a ring. */
+INLINE Vector turned(Vector lanes, int by)
+{
+    Integers from;
+    UNROLL for (int lane = 0; lane < LANES; lane++)
+        from[lane] = lane + by;
+    return __builtin_shuffle(lanes, from);
+}
+
 INLINE float total(Vector lanes)
 {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int lane = 0; lane < half; lane++)
-            lanes[lane] += lanes[lane + half];
+    UNROLL for (int half = LANES / 2; half; half /= 2)
+        lanes += turned(lanes, half);
     return lanes[0];
 }
 
