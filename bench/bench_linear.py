@@ -1,5 +1,7 @@
 """Times the base's linear layers on the CPU in our layout, in oneDNN's, and as they come.
 
+In our layout twice: with weights of float32, and with these rounded to bfloat16, kept in 16 bits.
+
 python bench/bench_linear.py [--rows 1 4 16 128] [--threads 2] [--json out.json]
 
 All layers of the 125 M model and its head, one after the other, so that weights are read from
@@ -13,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -30,17 +33,18 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def arms() -> dict[str, list[Product]]:
-    """The products of all layers, in the order in which they run; about 1.2 GB."""
+    """The products of all layers, in the order in which they run; about 1.4 GB."""
     in_a_layer = [(width, n) for width, outputs in SITES for n in outputs]
     linears = [nn.Linear(*shape, bias=False) for shape in [*in_a_layer * LAYERS, HEAD]]
-    panels, one_dnn = ([own(linear.weight) for linear in linears] for own in (Panels, OneDnn))
-    for packed in (*panels, *one_dnn):
-        collapse(*packed.memory)
-    return {
-        "deltamux": [packed.product for packed in panels],
-        "onednn": [packed.product for packed in one_dnn],
-        "plain": list(linears),
+    packed = {
+        "deltamux": [Panels(linear.weight) for linear in linears],
+        "bfloat16": [Panels(linear.weight.bfloat16().float()) for linear in linears],
+        "onednn": [OneDnn(linear.weight) for linear in linears],
     }
+    for matrix in chain.from_iterable(packed.values()):
+        collapse(*matrix.memory)
+    products = {name: [matrix.product for matrix in own] for name, own in packed.items()}
+    return {**products, "plain": list(linears)}
 
 
 def measure(products: dict[str, list[Product]], rows: int, repeats: int) -> dict[str, float]:
@@ -77,10 +81,12 @@ def main() -> None:
 
 def _report(found: dict[int, dict[str, float]]) -> None:
     names: Sequence[str] = list(next(iter(found.values())))
-    print("  rows", *(f"{name:>10}" for name in names), " deltamux / onednn")
-    for rows, of_arm in found.items():
-        ratio = of_arm["deltamux"] / of_arm["onednn"]
-        print(f"{rows:6}", *(f"{of_arm[name]:7.2f} ms" for name in names), f"{ratio:15.2f}")
+    ratios = " deltamux / onednn  bfloat16 / deltamux"
+    print("  rows", *(f"{name:>10}" for name in names), ratios)
+    for rows, ms in found.items():
+        to_one_dnn, in_16_bits = ms["deltamux"] / ms["onednn"], ms["bfloat16"] / ms["deltamux"]
+        times = (f"{ms[name]:7.2f} ms" for name in names)
+        print(f"{rows:6}", *times, f"{to_one_dnn:18.2f} {in_16_bits:20.2f}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from transformers import (
 
 from deltamux.base.load import adopt, load_base
 from deltamux.errors import StartupError
+from deltamux_kernels import native
 
 
 def tiny_llama() -> torch.nn.Module:
@@ -69,6 +70,17 @@ def test_weights_are_those_of_the_folder(folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     for name in ("model.layers.1.mlp.up_proj", "lm_head", "model.embed_tokens"):
         assert torch.equal(base.structure.weight(name), stored[name + ".weight"].float())
+
+
+def test_bfloat16_weights_take_16_bits_and_give_the_logits_of_float32(folder: Path) -> None:
+    base = load_base(str(folder))
+    base.set_plain_attention()
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name in ("model.layers.0.mlp.up_proj", "lm_head"):
+        packed, weight = base.model.get_submodule(name), plain.get_submodule(name).weight
+        assert packed.memory[1] < weight.nbytes or not native.available()
+    ids = torch.randint(64, (3, 40), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(base.model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_two_bases_keep_their_attention_apart() -> None:

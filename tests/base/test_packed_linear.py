@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from deltamux.base import packed_linear
 from deltamux.base.packed_linear import PackedLinear, pack_linears
 from deltamux_kernels import native
 
@@ -90,3 +93,18 @@ def test_only_float32_linears_are_packed() -> None:
         "bfloat16_linear": nn.Linear,
     }
     assert len(list(model["linear"].parameters())) == 1
+
+
+def test_plain_layers_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    plain = [weakref.ref(layer.weight) for layer in model]
+    alive = []
+
+    class Watched(PackedLinear):
+        def __init__(self, linear: nn.Linear) -> None:
+            alive.append(sum(weight() is not None for weight in plain))
+            super().__init__(linear)
+
+    monkeypatch.setattr(packed_linear, "PackedLinear", Watched)
+    pack_linears(model)
+    assert alive == [3, 2, 1]

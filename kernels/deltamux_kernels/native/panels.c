@@ -1,5 +1,7 @@
 /* Products of rows with a matrix in panels on a CPU, in float32: see panels.py. A sum grows by one k
- * after the other, in a lane of its own, whatever stands beside it and whichever thread adds. */
+ * after the other, in a lane of its own, whatever stands beside it and whichever thread adds.
+ *
+ * A k of a panel is so many words: PANEL floats, or half as many pairs of bfloat16 numbers. */
 
 #include <omp.h>
 
@@ -19,9 +21,25 @@
 
 int64_t panel_columns(void) { return PANEL; }
 
+/* The numbers of one k. A bfloat16 number is a float whose lower half is zero; a pair is the upper halves
+ * of two, the first below the second. */
+INLINE void unpack(const int words, const float *packed, Vector numbers[WIDE])
+{
+    UNROLL for (int i = 0; i < words / LANES; i++)
+        numbers[i] = *(const Vector *)(packed + i * LANES);
+    if (words == PANEL)
+        return;
+    UNROLL for (int i = 0; i < WIDE / 2; i++) {
+        Integers pairs = (Integers)numbers[i];
+        numbers[i] = (Vector)(pairs << 16);
+        numbers[WIDE / 2 + i] = (Vector)(pairs & ~0xffff);
+    }
+}
+
 /* y = from + x panel, of `rows` rows. */
-INLINE void add_tile(const int rows, const float *x, int64_t x_row, const float *panel,
-                     int64_t depth, const float *from, int64_t from_row, float *y, int64_t y_row)
+INLINE void add_tile(const int words, const int rows, const float *x, int64_t x_row,
+                     const float *panel, int64_t depth, const float *from, int64_t from_row,
+                     float *y, int64_t y_row)
 {
     Vector sums[ROWS][WIDE];
     UNROLL for (int t = 0; t < rows; t++)
@@ -29,8 +47,7 @@ INLINE void add_tile(const int rows, const float *x, int64_t x_row, const float 
             sums[t][i] = *(const Vector *)(from + t * from_row + i * LANES);
     for (int64_t k = 0; k < depth; k++) {
         Vector some[WIDE];
-        UNROLL for (int i = 0; i < WIDE; i++)
-            some[i] = *(const Vector *)(panel + k * PANEL + i * LANES);
+        unpack(words, panel + k * words, some);
         UNROLL for (int t = 0; t < rows; t++)
             UNROLL for (int i = 0; i < WIDE; i++)
                 sums[t][i] += x[t * x_row + k] * some[i];
@@ -41,10 +58,11 @@ INLINE void add_tile(const int rows, const float *x, int64_t x_row, const float 
 }
 
 /* The same of at most CHUNK rows. */
-static void add_chunk(int64_t rows, const float *x, int64_t x_row, const float *panel,
-                      int64_t depth, const float *from, int64_t from_row, float *y, int64_t y_row)
+INLINE void add_chunk(const int words, int64_t rows, const float *x, int64_t x_row,
+                      const float *panel, int64_t depth, const float *from, int64_t from_row,
+                      float *y, int64_t y_row)
 {
-#define TILE(n) add_tile(n, x, x_row, panel, depth, from, from_row, y, y_row)
+#define TILE(n) add_tile(words, n, x, x_row, panel, depth, from, from_row, y, y_row)
     for (; rows >= ROWS; rows -= ROWS) {
         TILE(ROWS);
         x += ROWS * x_row, from += ROWS * from_row, y += ROWS * y_row;
@@ -60,19 +78,22 @@ static void add_chunk(int64_t rows, const float *x, int64_t x_row, const float *
 }
 
 /* y = bias + x panel, of at most CHUNK rows. */
-static void multiply_chunk(int64_t rows, const float *x, const float *panel, int64_t depth,
-                           const float *bias, float *y, int64_t y_row)
+INLINE void multiply_chunk(const int words, int64_t rows, const float *x, const float *panel,
+                           int64_t depth, const float *bias, float *y, int64_t y_row)
 {
-    add_chunk(rows, x, depth, panel, least(depth, DEPTH), bias, 0, y, y_row);
-    for (int64_t k = DEPTH; k < depth; k += DEPTH)
-        add_chunk(rows, x + k, depth, panel + k * PANEL, least(depth - k, DEPTH), y, y_row, y,
-                  y_row);
+    const float *from = bias;
+    int64_t from_row = 0;
+    for (int64_t k = 0; k < depth; k += DEPTH) {
+        add_chunk(words, rows, x + k, depth, panel + k * words, least(depth - k, DEPTH), from,
+                  from_row, y, y_row);
+        from = y, from_row = y_row;
+    }
 }
 
 /* y[t, n] = bias[n] + sum_k x[t, k] w[n / PANEL, k, n % PANEL]. Rows lie one after the
  * other; bias and panels go on in zeros to a whole panel. A unit of work is a chunk of rows by a panel. */
-void multiply(const float *x, int64_t rows, const float *panels, int64_t depth, const float *bias,
-              float *y, int64_t columns)
+void multiply(const float *x, int64_t rows, const float *panels, int64_t words, int64_t depth,
+              const float *bias, float *y, int64_t columns)
 {
     int64_t chunks = (rows + CHUNK - 1) / CHUNK, total = (columns + PANEL - 1) / PANEL * chunks;
 #pragma omp parallel if (rows * depth * columns > PRODUCTS_ALONE)
@@ -82,13 +103,17 @@ void multiply(const float *x, int64_t rows, const float *panels, int64_t depth, 
         for (int64_t unit = begin; unit < end; unit++) {
             int64_t n = unit / chunks * PANEL, t = unit % chunks * CHUNK;
             int64_t some = least(rows - t, CHUNK);
-            const float *from = x + t * depth, *panel = panels + n * depth;
-            if (n + PANEL <= columns) {
-                multiply_chunk(some, from, panel, depth, bias + n, y + t * columns + n, columns);
-                continue;
-            }
+            const float *from = x + t * depth, *panel = panels + n / PANEL * depth * words;
             float whole[CHUNK * PANEL];
-            multiply_chunk(some, from, panel, depth, bias + n, whole, PANEL);
+            int is_cut = n + PANEL > columns;
+            float *to = is_cut ? whole : y + t * columns + n;
+            int64_t to_row = is_cut ? PANEL : columns;
+            if (words == PANEL)
+                multiply_chunk(PANEL, some, from, panel, depth, bias + n, to, to_row);
+            else
+                multiply_chunk(PANEL / 2, some, from, panel, depth, bias + n, to, to_row);
+            if (!is_cut)
+                continue;
             for (int64_t r = 0; r < some; r++)
                 memcpy(y + (t + r) * columns + n, whole + r * PANEL, (columns - n) * sizeof(float));
         }

@@ -12,15 +12,16 @@ _MADV_COLLAPSE = 25
 
 
 def collapse(address: int, size: int) -> None:
-    """Moves memory of a page or more into huge pages, with what else lies in its first and last.
+    """Moves half a page of memory or more into huge pages, with what else is in its first and last.
 
     Only Linux since 6.1 can, at some 400 MB a second; where it cannot or finds no room, nothing
     changes.
     """
-    if size < _PAGE or sys.platform != "linux":
+    if size < _PAGE // 2 or sys.platform != "linux":
         return
-    start, end = address // _PAGE * _PAGE, -(-(address + size) // _PAGE) * _PAGE
-    _madvise()(start, end - start, _MADV_COLLAPSE)
+    # One by one, since an end that others share may be such as cannot move.
+    for page in range(address // _PAGE * _PAGE, address + size, _PAGE):
+        _madvise()(page, _PAGE, _MADV_COLLAPSE)
 
 
 @cache

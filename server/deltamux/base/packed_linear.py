@@ -1,7 +1,8 @@
 """Linear layers whose weights are laid out for the CPU once, when they are loaded.
 
 In the layout of our own C code a row's result does not depend on how many rows stand beside it, and
-few rows take as long as the weights take to be read; where there is no C compiler, oneDNN's layout
+few rows take as long as the weights take to be read: two bytes each where all of a layer's are
+numbers of bfloat16, as those of most checkpoints are. Where there is no C compiler, oneDNN's layout
 gives the former. The plain product does neither, and is slower for any number of rows.
 
 They lie in huge pages, where Linux has some.
@@ -20,7 +21,9 @@ from deltamux_kernels.native.panels import Panels
 def pack_linears(model: nn.Module) -> None:
     """Replaces the float32 linear layers of a model on a CPU; does nothing to any other model."""
     packed = []
-    for name, module in list(model.named_modules()):
+    # Only names are kept, so that each plain layer is gone before the next is packed.
+    for name in [name for name, _ in model.named_modules()]:
+        module = model.get_submodule(name)
         if type(module) is nn.Linear and _can_pack(module.weight):
             parent, _, child = name.rpartition(".")
             packed.append(PackedLinear(module))
