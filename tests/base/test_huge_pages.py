@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltamux.base.huge_pages import collapse
+from deltamux.base.huge_pages import collapse, zeros
 from deltamux.base.packed_linear import pack_linears
 
 SIZE = 64 << 20
@@ -36,6 +36,13 @@ def test_memory_in_huge_pages_holds_what_it_held() -> None:
     collapse(x.data_ptr() + 64, SIZE - 128)
     assert huge_bytes() - before > SIZE / 2
     assert torch.equal(x, torch.arange(SIZE // 8))
+
+
+def test_zeros_lie_in_huge_pages() -> None:
+    before = huge_bytes()
+    x = zeros(SIZE // 4, torch.float32, torch.device("cpu"))
+    assert huge_bytes() - before > SIZE / 2
+    assert not x.any()
 
 
 def test_packed_weights_lie_in_huge_pages() -> None:

@@ -20,6 +20,7 @@ from deltamux.adapters.primitives.low_rank import LowRankBank
 from deltamux.adapters.primitives.payload import Bank, Payload
 from deltamux.adapters.rows import Rows
 from deltamux.adapters.site import Site
+from deltamux.base import huge_pages
 from deltamux.base.experts import PROJECTIONS, Experts
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux_kernels import native
@@ -83,7 +84,7 @@ class DeviceSites:
     ) -> None:
         self._item = dtype.itemsize
         self._allocator = ArenaAllocator(arena_bytes // self._item, ALIGNMENT)
-        arena = torch.zeros(self._allocator.capacity, dtype=dtype, device=device)
+        arena = huge_pages.zeros(self._allocator.capacity, dtype, device)
         factory = BankFactory(arena, slots, structure)
         if device.type == "cpu":
             native.available()  # compiled now, not in somebody's first step
