@@ -22,11 +22,13 @@ from deltamux.adapters.rows import Rows
 from deltamux.adapters.sites import DeviceSites
 from deltamux.base.load import load_base
 from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.recorded_steps import STEPS_BEFORE, RecordedSteps
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled
 from deltamux.engine.sequence import Sequence as Request
 from deltamux.wire.messages import Sampling
+from deltamux_kernels import native
 
 BLOCK = 16
 PROMPT = 128
@@ -46,6 +48,8 @@ class Steps:
         self.blocks = -(-(PROMPT + 1) // BLOCK)
         cache = KVCache(base.layers, batch * self.blocks + 1, BLOCK, base.dtype, base.device)
         self.runner = ModelRunner(base, cache, rows)
+        if device == "cpu" and native.available():
+            self.runner.use(RecordedSteps(self.runner.logits, self.sites))
         self._requests = [_request(index, self.blocks) for index in range(batch)]
 
     def _load_adapters(self, folders: Sequence[Path]) -> None:
@@ -93,7 +97,8 @@ def measure(steps: Steps, batch: int, rounds: int, chunk: int) -> dict[str, dict
     times: dict[str, dict[str, list[float]]] = {mode: {} for mode in modes}
     for slots in modes.values():
         steps.prefill(slots, chunk)
-        steps.decode(slots)
+        for _ in range(STEPS_BEFORE + 1):
+            steps.decode(slots)
     for mode, work, repeats in _turns(modes, rounds):
         for _ in range(repeats):
             start = time.perf_counter()

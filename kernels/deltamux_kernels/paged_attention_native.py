@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,13 +20,15 @@ ROWS = 16
 # computed them.
 PART = 256
 
+_NONE = torch.empty(0)
+
 
 class _Attention(ctypes.Structure):
-    """What the C code reads."""
+    """What the C code reads of a step; the layer's own pointers come with each call."""
 
     _fields_: ClassVar = [
-        *[(name, POINTER) for name in ("query", "keys", "values", "sinks", "states", "out")],
-        *[(name, POINTER) for name in ("starts", "lengths", "tables")],
+        *[(name, POINTER) for name in ("query", "keys", "values", "sinks", "out")],
+        *[(name, POINTER) for name in ("states", "starts", "lengths", "tables")],
         *[(name, POINTER) for name in ("splits", "units", "firsts")],
         *[(name, INTEGER) for name in ("sequences", "table_row", "block_size", "rows", "part")],
         *[(name, INTEGER) for name in ("window", "query_row", "query_head")],
@@ -33,13 +37,47 @@ class _Attention(ctypes.Structure):
     ]
 
 
-class _Step(NamedTuple):
+class NativePlan:
     """All that the layers of a step with the same shapes have in common."""
 
-    given: _Attention
-    # Of each sequence: among how many its keys are divided, and what comes before it.
-    tables: tuple[np.ndarray[Any, np.dtype[np.int64]], ...]
-    states: torch.Tensor
+    def __init__(self, query: torch.Tensor, value_cache: torch.Tensor, scoring: Scoring) -> None:
+        """`query` and `value_cache` as they are for `paged_attention`; `read` says the step."""
+        _, heads, key_dim = query.shape
+        block_size, kv_heads, value_dim = value_cache.shape[1:]
+        self._window = scoring.window
+        self._state_row = heads * (value_dim + 2)
+        self._states = _NONE
+        # What the C code reads, for as long as it does.
+        self._read: tuple[object, ...] = ()
+        self._given = _Attention(
+            block_size=block_size,
+            rows=ROWS,
+            part=PART,
+            window=scoring.window or 0,
+            query_row=query.stride(0),
+            query_head=query.stride(1),
+            kv_heads=kv_heads,
+            group=heads // kv_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            scale=scoring.scale,
+            softcap=scoring.softcap or 0,
+        )
+        self.pointer = ctypes.pointer(self._given)
+
+    def read(self, batch: AttentionBatch) -> None:
+        """From now on the sequences are those of `batch`."""
+        tables = _cut(batch, self._window)
+        size = int(tables[-1][-1]) * self._state_row
+        if size > len(self._states):
+            self._states = self._states.new_empty(size)
+        given = self._given
+        given.states = self._states.data_ptr()
+        given.starts, given.lengths = batch.query_starts.data_ptr(), batch.seq_lens.data_ptr()
+        given.tables, given.table_row = batch.block_tables.data_ptr(), batch.block_tables.stride(0)
+        given.splits, given.units, given.firsts = (table.ctypes.data for table in tables)
+        given.sequences = len(batch.query_lens)
+        self._read = batch, tables
 
 
 def paged_attention_native(
@@ -54,48 +92,25 @@ def paged_attention_native(
     sinks = None if scoring.sinks is None else scoring.sinks.float().contiguous()
     common = scoring._replace(sinks=None)
     shapes = ("native", query.shape, query.stride(), value_cache.shape, common)
-    if shapes not in batch.plans:
-        batch.plans[shapes] = _plan(query, value_cache, batch, common)
-    given = batch.plans[shapes].given
+    plan = batch.plans.get(shapes)
+    if plan is None:
+        plan = batch.plans[shapes] = NativePlan(query, value_cache, common)
+        plan.read(batch)
     out = query.new_empty(*query.shape[:2], value_cache.shape[3])
-    given.query, given.out = query.data_ptr(), out.data_ptr()
-    given.keys, given.values = key_cache.data_ptr(), value_cache.data_ptr()
-    given.sinks = None if sinks is None else sinks.data_ptr()
-    function("attention", POINTER)(ctypes.byref(given))
+    _native()(
+        plan.pointer,
+        query.data_ptr(),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
+        out.data_ptr(),
+    )
     return out
 
 
-def _plan(
-    query: torch.Tensor, value_cache: torch.Tensor, batch: AttentionBatch, scoring: Scoring
-) -> _Step:
-    _, heads, key_dim = query.shape
-    block_size, kv_heads, value_dim = value_cache.shape[1:]
-    splits, units, firsts = tables = _cut(batch, scoring.window)
-    states = query.new_empty(int(firsts[-1]), heads, value_dim + 2)
-    given = _Attention(
-        states=states.data_ptr(),
-        starts=batch.query_starts.data_ptr(),
-        lengths=batch.seq_lens.data_ptr(),
-        tables=batch.block_tables.data_ptr(),
-        splits=splits.ctypes.data,
-        units=units.ctypes.data,
-        firsts=firsts.ctypes.data,
-        sequences=len(batch.query_lens),
-        table_row=batch.block_tables.stride(0),
-        block_size=block_size,
-        rows=ROWS,
-        part=PART,
-        window=scoring.window or 0,
-        query_row=query.stride(0),
-        query_head=query.stride(1),
-        kv_heads=kv_heads,
-        group=heads // kv_heads,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        scale=scoring.scale,
-        softcap=scoring.softcap or 0,
-    )
-    return _Step(given, tables, states)
+@cache
+def _native() -> Callable[..., None]:
+    return function("attention", *[POINTER] * 6)
 
 
 def _cut(

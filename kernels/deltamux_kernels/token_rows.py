@@ -61,8 +61,8 @@ def token_rows_torch(
             continue
         ids, replacements = own
         places = torch.searchsorted(ids, wanted).clamp_max_(len(ids) - 1)
-        found = (ids[places] == wanted).nonzero()[:, 0]
-        rows.index_copy_(0, found, replacements[places[found]])
+        found = (ids[places] == wanted)[:, None]
+        rows.copy_(torch.where(found, replacements[places], rows))
 
 
 def token_columns(y: torch.Tensor, x: torch.Tensor, table: TokenTable, segments: Segments) -> None:

@@ -6,7 +6,7 @@ Nothing here takes a time: the numbers are the same on every machine and under a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,9 @@ class WholeLink(EngineEnd):
 class CountedEngine:
     """An engine in this very thread with its adapters in their slots, behind a real socket."""
 
-    def __init__(self, base: Path, adapters: Sequence[Path], address: str) -> None:
+    def __init__(
+        self, base: Path, adapters: Sequence[Path], address: str, *, enforce_eager: bool
+    ) -> None:
         self._adapters = [(content_digest(folder), str(folder)) for folder in adapters]
         self._running: list[str] = []
         self._encode = msgspec.msgpack.Encoder().encode
@@ -122,6 +124,7 @@ class CountedEngine:
             adapter_device_bytes=1 << 20,
             max_adapter_slots=MAX_ADAPTERS,
             threads=1,
+            enforce_eager=enforce_eager,
         )
         self._engine, _ = build_engine(config, self._link)
         self._load()
@@ -210,16 +213,35 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="session")
-def engine(
+def counted(
     model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[CountedEngine]:
-    """With MAX_ADAPTERS different LoRA adapters on all linear layers."""
+) -> Callable[..., CountedEngine]:
+    """counted(enforce_eager=...): MAX_ADAPTERS different LoRA adapters on all linear layers."""
     folder = tmp_path_factory.mktemp("counts")
     model.save_pretrained(folder / "base")
     adapters = [
         _write_adapter(folder / f"adapter-{seed}", model, seed) for seed in range(MAX_ADAPTERS)
     ]
-    engine = CountedEngine(folder / "base", adapters, f"ipc://{folder}/socket")
+
+    def counted(enforce_eager: bool) -> CountedEngine:
+        address = f"ipc://{folder}/socket-{enforce_eager}"
+        return CountedEngine(folder / "base", adapters, address, enforce_eager=enforce_eager)
+
+    return counted
+
+
+@pytest.fixture(scope="session")
+def engine(counted: Callable[..., CountedEngine]) -> Iterator[CountedEngine]:
+    """One that runs each step anew."""
+    engine = counted(enforce_eager=True)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def replaying(counted: Callable[..., CountedEngine]) -> Iterator[CountedEngine]:
+    """One that replays the steps that come again."""
+    engine = counted(enforce_eager=False)
     yield engine
     engine.close()
 

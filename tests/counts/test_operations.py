@@ -19,6 +19,7 @@ from deltamux.adapters.rows import Rows
 from deltamux.base.load import Base, adopt
 from deltamux.engine.cuda_graphs import StepGraphs
 from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.recorded_steps import STEPS_BEFORE
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled
@@ -43,6 +44,11 @@ BESIDE_A_REPLAY, COPIES_BEFORE_A_REPLAY = 22, 2
 # The embedding (1), the angles of positions (11), the last norm (1) and the head of the sampled
 # rows (3).
 AROUND_THE_LAYERS = 16
+# Of a step that was recorded, what makes numbers is left. The batch makes tensors of seven arrays,
+# two of them with a dimension more, and three are copied to where the recording reads (12). The
+# embedding (1), the angles of positions (8) and the sampled rows (1); a layer's two sums and its
+# gate, of two operations (4). The sampler as above (12).
+REPLAYED = 34 + LAYERS * 4
 # Seven products, two sums, a gate (2), views of heads and back (8). The results of norms and
 # rotary embeddings (4), two of them seen as heads (2).
 LAYER = 25
@@ -158,6 +164,23 @@ def test_what_adapters_add_to_a_step(engine, adapters, operations, allocations) 
     assert added, "adapters act"
     assert sum(added.values()) <= operations, (added, ADVICE)
     assert step.allocations - base.allocations <= allocations, ADVICE
+
+
+@pytest.mark.skipif(not native.available(), reason="steps are recorded with a C compiler only")
+def test_a_recorded_step_is_as_many_operations_with_adapters_as_without(replaying) -> None:
+    steps = []
+    for adapters in ([None] * 5, [0] * 5, range(5), [*range(15), None]):
+        replaying.decode(adapters)
+        for _ in range(STEPS_BEFORE):
+            replaying.step()
+        steps.append(replaying.step())
+    base = Counter(steps[0].operations)
+    assert base.total() <= REPLAYED, (base, ADVICE)
+    for step in steps[1:]:
+        assert step.operations == steps[0].operations, difference(
+            step.operations, steps[0].operations
+        )
+        assert step.allocations == steps[0].allocations
 
 
 def test_sixteen_adapters_are_as_many_operations_as_eight(engine) -> None:

@@ -30,7 +30,7 @@ from deltamux.v1 import inference_pb2 as v1
 from deltamux.v1 import inference_pb2_grpc
 
 PEERS = Path(__file__).parents[1] / "peers" / "adapterhub"
-TOKENS, TOP = 4, 5
+TOKENS, TOP = 8, 5
 # Of a log-probability, in float32.
 TOLERANCE = 1e-4
 PATIENCE = 120.0

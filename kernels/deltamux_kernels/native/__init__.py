@@ -1,5 +1,6 @@
 """Operations in C for float32 on a CPU."""
 
 from deltamux_kernels.native.library import available
+from deltamux_kernels.native.recording import Call, recording
 
-__all__ = ["available"]
+__all__ = ["Call", "available", "recording"]

@@ -9,10 +9,10 @@
 /* Vectors of keys that are fetched before they are read. */
 #define AHEAD 2
 
-/* As paged_attention_native.py fills it in. */
+/* As paged_attention_native.py fills it in, all but what is a layer's own. */
 typedef struct {
     const float *query, *keys, *values, *sinks;
-    float *states, *out;
+    float *out, *states;
     const int32_t *starts, *lengths, *tables;
     /* Of each sequence: among how many its keys are divided, and the units and states before. */
     const int64_t *splits, *units, *firsts;
@@ -237,8 +237,12 @@ static int64_t products(const Attention *a)
     return scores * a->kv_heads * a->group * (a->key_dim + a->value_dim);
 }
 
-void attention(const Attention *a)
+void attention(const Attention *step, const float *query, const float *keys, const float *values,
+               const float *sinks, float *out)
 {
+    Attention own = *step;
+    own.query = query, own.keys = keys, own.values = values, own.sinks = sinks, own.out = out;
+    const Attention *a = &own;
     int64_t units = a->units[a->sequences] * a->kv_heads;
     /* One thread takes all heads of the same keys, where there is enough for the others. */
     int enough = a->units[a->sequences] >= 4 * omp_get_max_threads();

@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from deltamux_kernels.native.recording import recorded
+
 _SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 # Vectors of one column's products would be multiplied first and added then, others do both at once:
 # the last columns of a row would depend on how it was cut.
@@ -40,7 +42,7 @@ def function(name: str, *arguments: Any, result: Any = None) -> Callable[..., An
     assert code is not None
     found = code[name]
     found.argtypes, found.restype = arguments, result
-    return found
+    return recorded(found)
 
 
 @cache

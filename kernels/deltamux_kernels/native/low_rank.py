@@ -29,9 +29,9 @@ class Tasks:
     """All that one call has to do. float32; the columns of `x` and `y` lie side by side."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        # The C code reads it at each call.
-        self._table = np.array(tasks, dtype=np.int64)
-        self._arguments = (self._table.ctypes.data, len(tasks))
+        # The C code reads it at each call; the pointer keeps it.
+        table = np.array(tasks, dtype=np.int64)
+        self._arguments = (table.ctypes.data_as(POINTER), len(tasks))
         self._shrink = function("shrink", *_ARGUMENTS)
         self._expand = function("expand", *_ARGUMENTS)
 

@@ -180,6 +180,10 @@ class DeviceSites:
             store.clear(slot)
         self._free(layout.stacks.values())
 
+    def occupants(self, slots: Iterable[int]) -> tuple[object, ...]:
+        """What is in each of them, in order: another object whenever it was written anew."""
+        return tuple([self._layouts.get(slot) for slot in sorted(slots)])
+
     def added_columns(self, sampled: Segments) -> int:
         """How many columns the logits of these rows have behind the base's."""
         return max((bank.columns(sampled) for bank in self._added), default=0)

@@ -67,7 +67,9 @@ class Serve(Command):
     kv_cache_bytes: ByteSize | None = option(
         None, help="memory for the KV cache, 4GiB for one", metavar="SIZE"
     )
-    enforce_eager: bool = option(False, help="no CUDA graphs: launch every operation of a step")
+    enforce_eager: bool = option(
+        False, help="replay no steps: neither CUDA graphs nor, on a CPU, recorded ones"
+    )
     enable_prefix_caching: bool = option(
         True, help="reuse the KV blocks of prompts that begin alike"
     )

@@ -25,7 +25,8 @@ from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.limits import Limits
 from deltamux.engine.memory import share_memory, step_buffers
 from deltamux.engine.prefix_pages import PrefixPages
-from deltamux.engine.rehearsal import rehearse, replays_agree
+from deltamux.engine.recorded_steps import RecordedSteps
+from deltamux.engine.rehearsal import recorded_agree, rehearse, replays_agree
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.scheduler import Scheduler
 from deltamux.engine.submission import Submissions
@@ -34,6 +35,7 @@ from deltamux.store.loader import Loader
 from deltamux.store.slots import AdapterCache
 from deltamux.wire.channel import EngineEnd
 from deltamux.wire.messages import Ready
+from deltamux_kernels import native
 
 
 def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
@@ -67,9 +69,9 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
         token_types=base.token_types,
     )
     runner = build_runner(base, cache, rows, sites.task_heads)
-    if isinstance(runner, ModelRunner) and base.device.type == "cuda" and not config.enforce_eager:
-        cached = shares.kv_blocks * config.block_size
-        _replay_steps(runner, config, base, sites, min(max_model_len, cached))
+    if isinstance(runner, ModelRunner) and not config.enforce_eager:
+        longest = min(max_model_len, shares.kv_blocks * config.block_size)
+        _replay_steps(runner, config, base, sites, longest)
     beside = computes_beside(base.device)
     engine = Engine(
         link,
@@ -110,16 +112,21 @@ def build_runner(
 def _replay_steps(
     runner: ModelRunner, config: EngineConfig, base: Base, sites: DeviceSites, longest: int
 ) -> None:
-    """Makes a runner replay its steps of sequences up to so long, if they can be captured."""
-    graphs = StepGraphs(
-        captured_shapes(config.max_num_batched_tokens, config.max_num_seqs),
-        runner.logits,
-        step_buffers(config, base, base.device),
-        sites,
-        GraphCapture(base.device),
-    )
-    if graphs.capture_base() and replays_agree(graphs, runner, base, longest):
-        runner.use(graphs)
+    """Makes a runner replay its steps of sequences up to so long, if that can be done."""
+    if base.device.type == "cuda":
+        graphs = StepGraphs(
+            captured_shapes(config.max_num_batched_tokens, config.max_num_seqs),
+            runner.logits,
+            step_buffers(config, base, base.device),
+            sites,
+            GraphCapture(base.device),
+        )
+        if graphs.capture_base() and replays_agree(graphs, runner, base, longest):
+            runner.use(graphs)
+    elif base.dtype == torch.float32 and native.available():
+        recorded = RecordedSteps(runner.logits, sites)
+        if recorded_agree(recorded, runner, base, longest):
+            runner.use(recorded)
 
 
 def _device_sites(config: EngineConfig, base: Base, rows: Rows, arena: int) -> DeviceSites:

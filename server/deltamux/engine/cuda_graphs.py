@@ -20,7 +20,8 @@ from torch import Tensor
 
 from deltamux.adapters.sites import DeviceSites
 from deltamux.base.out_of_memory import is_out_of_memory
-from deltamux.engine.batch import StepBatch, StepInputs
+from deltamux.engine.batch import StepBatch
+from deltamux.engine.replays import Forward
 from deltamux.engine.step_buffers import ShapedStep, StepBuffers, StepShape
 
 _log = structlog.get_logger(__name__)
@@ -34,8 +35,6 @@ _MIXED = (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 Step = Callable[[], None]
 # Runs a step, and makes one of it that repeats its launches.
 Capture = Callable[[Step], Step]
-# Logits [rows, V] of the given rows of a step.
-Forward = Callable[[StepInputs, Tensor], Tensor]
 
 
 def captured_shapes(most_rows: int, most_sequences: int) -> tuple[StepShape, ...]:

@@ -17,6 +17,7 @@ from deltamux.base.self_test import TOLERANCE, relative_error, self_test
 from deltamux.engine.cuda_graphs import StepGraphs
 from deltamux.engine.encoder_runner import EncoderRunner
 from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.recorded_steps import STEPS_BEFORE, RecordedSteps
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.engine.step_buffers import StepShape
@@ -24,6 +25,8 @@ from deltamux.wire.messages import Sampling, Stopping
 
 _log = structlog.get_logger(__name__)
 _CHUNKS = 3
+# Keys of so many tokens are divided among threads.
+_FAR = 600
 
 
 def rehearse(base: Base, block_size: int) -> None:
@@ -55,6 +58,29 @@ def replays_agree(graphs: StepGraphs, runner: ModelRunner, base: Base, longest: 
                 error=error,
             )
             return False
+    return True
+
+
+@torch.inference_mode()
+def recorded_agree(recorded: RecordedSteps, runner: ModelRunner, base: Base, longest: int) -> bool:
+    """Whether a recorded step, of other tokens at other places than it was recorded with, gives to
+    the bit what an eager one does. Where the base has to be run anew every time, it gives nothing.
+
+    No sequence is longer than `longest`, for which the cache has blocks.
+    """
+    first, second = (
+        runner.batch(_next_tokens(lengths, base.vocab_size, runner.block_size))
+        for lengths in ((1, min(longest, 2)), (min(longest, _FAR), 1))
+    )
+    for _ in range(STEPS_BEFORE + 1):
+        recorded.run(first)
+    replayed = recorded.run(second)
+    if replayed is None:
+        _log.info("decode steps of this model cannot be recorded")
+        return False
+    if not torch.equal(replayed, runner.forward(second)):
+        _log.warning("a recorded step differs from its model, none is used")
+        return False
     return True
 
 
@@ -136,6 +162,19 @@ def _cut_text(shape: StepShape, vocab_size: int, longest: int, block_size: int) 
         sequence.num_computed = first
         step.append(Scheduled(sequence, last - first))
         start = end
+    return step
+
+
+def _next_tokens(lengths: Items[int], vocab_size: int, block_size: int) -> list[Scheduled]:
+    """A token each of sequences of so many, which read and write in the same blocks."""
+    pick = random.Random(sum(lengths))
+    step = []
+    for index, length in enumerate(lengths):
+        blocks = list(range(-(-length // block_size)))
+        text = pick.choices(range(vocab_size), k=length)
+        sequence = trial_sequence(index, text, blocks, Sampling())
+        sequence.num_computed = length - 1
+        step.append(Scheduled(sequence, 1))
     return step
 
 

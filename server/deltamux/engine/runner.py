@@ -12,12 +12,12 @@ from deltamux.adapters.rows import Rows
 from deltamux.base.load import Base
 from deltamux.engine.attention import PagedAttention
 from deltamux.engine.batch import StepBatch, StepInputs
-from deltamux.engine.cuda_graphs import StepGraphs
 from deltamux.engine.flight import Collect
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.last_draw import NOTHING_DRAWN, LastDraw
 from deltamux.engine.outcome import Outcome
 from deltamux.engine.pooler import Pooler
+from deltamux.engine.replays import Replays
 from deltamux.engine.sampler import Draw
 from deltamux.engine.sequence import Scheduled
 from deltamux.engine.transfer import Upload
@@ -35,7 +35,7 @@ class ModelRunner:
         self._cache = cache
         self._rows = rows
         self._pooler = None if heads is None else Pooler(heads)
-        self._graphs: StepGraphs | None = None
+        self._replays: Replays | None = None
         self._attention = PagedAttention(cache)
         base.set_attention(self._attention)
         self._upload = Upload(base.device)
@@ -45,9 +45,9 @@ class ModelRunner:
     def block_size(self) -> int:
         return self._cache.block_size
 
-    def use(self, graphs: StepGraphs) -> None:
+    def use(self, replays: Replays) -> None:
         """From now on, steps that these can replay are replayed."""
-        self._graphs = graphs
+        self._replays = replays
 
     @torch.inference_mode()
     def launch(self, scheduled: Items[Scheduled]) -> Collect:
@@ -79,7 +79,7 @@ class ModelRunner:
         return [placed[place] for place in range(len(placed))]
 
     def _sampled_logits(self, batch: StepBatch) -> Tensor:
-        replayed = None if self._graphs is None else self._graphs.run(batch)
+        replayed = None if self._replays is None else self._replays.run(batch)
         return self.forward(batch) if replayed is None else replayed
 
     def forward(self, batch: StepBatch, rows: Tensor | None = None) -> Tensor:
