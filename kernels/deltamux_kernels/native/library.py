@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import platform
 import shlex
 import subprocess
 import tempfile
@@ -22,7 +23,10 @@ from deltamux_kernels.native.recording import recorded
 _SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 # Vectors of one column's products would be multiplied first and added then, others do both at once:
 # the last columns of a row would depend on how it was cut.
-_FLAGS = ("-O3", "-march=native", "-fno-tree-slp-vectorize", "-fPIC", "-fopenmp")
+_FLAGS = ["-O3", "-march=native", "-fno-tree-slp-vectorize", "-fPIC", "-fopenmp"]
+if platform.machine() == "x86_64":
+    # GCC does so in some loops for processors on which it finds chains of the latter too slow.
+    _FLAGS.append("--param=avoid-fma-max-bits=0")
 _SECONDS = 60
 
 POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
