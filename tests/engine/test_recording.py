@@ -64,6 +64,7 @@ REFUSED: dict[str, Callable[[Tensor], object]] = {
     "unique": lambda x: x.unique(),
     "one hot": lambda x: f.one_hot(x[:, 0].abs().long()),
     "numbers of the host": lambda x: x + torch.tensor([1.0] * WIDTH),
+    "another shape in place": lambda x: (x + 1).t_() * 2,
     "random": lambda x: x + torch.rand(WIDTH),
     "dropout": lambda x: f.dropout(x, 0.5),
 }

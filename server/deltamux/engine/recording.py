@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltamux_kernels import native
 
-# Those that tell the host something of a tensor's numbers, by which it may decide, and random ones.
+# Those that tell the host something of a tensor's numbers, by which it may decide, random ones, and
+# those that turn around the tensors which others were given before.
 _REFUSED = {
+    torch.Tag.inplace_view,
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
     torch.Tag.nondeterministic_seeded,
