@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 import deltamux_kernels
 from deltamux.adapters.adapter import Adapter
@@ -31,6 +30,7 @@ from deltamux.engine.batch import StepBatch
 from deltamux.engine.cuda_graphs import Step, StepGraphs
 from deltamux.engine.kv_cache import KVCache
 from deltamux.engine.last_draw import NOTHING_DRAWN, LastDraw
+from deltamux.engine.recording import Recording
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled, Sequence
@@ -49,49 +49,24 @@ CPU = torch.device("cpu")
 BLOCK, BLOCKS, SLOTS = 4, 64, 5
 
 
-class Recording(TorchDispatchMode):
-    """Records the operations of a step; `replay` repeats them in the memory that they used."""
+class LaunchRecording(Recording):
+    """Launches of kernels too, which no operation of torch shows."""
 
-    # What needs the host to know the device's numbers, or brings the host's own along.
-    REFUSED = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "lift_fresh", "equal")
-
-    def __init__(self, kernels: list[Any]) -> None:
+    def __init__(self, launches: list[Any]) -> None:
         super().__init__()
-        self._kernels = kernels
-        self._done: list[Callable[[], object]] = []
+        self._launches = launches
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, *given: Any, **options: Any) -> Any:
         self._take_launches()
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        assert name not in self.REFUSED, f"{name} cannot be captured"
-        out = func(*args, **kwargs)
-        given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
-        made = [t for t in tensors(out) if t.untyped_storage().data_ptr() not in given]
-
-        def repeat() -> None:
-            again = tensors(func(*args, **kwargs))
-            for kept, value in zip(tensors(out), again, strict=True):
-                if any(kept is t for t in made):
-                    kept.copy_(value)
-
-        self._done.append(repeat)
-        return out
+        return super().__torch_dispatch__(*given, **options)
 
     def _take_launches(self) -> None:
-        self._done += [launch.replay for launch in self._kernels]
-        self._kernels.clear()
+        self.calls += [launch.replay for launch in self._launches]
+        self._launches.clear()
 
     def replay(self) -> None:
         self._take_launches()
-        for repeat in self._done:
-            repeat()
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    """Those in memory that others can see."""
-    leaves = torch.utils._pytree.tree_leaves(tree)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
+        super().replay()
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +88,7 @@ def record(traced: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Captur
                     return run(*args, **options)
 
             patch.setattr(JITFunction, "run", unseen)
-            with Recording(launches) as recording:
+            with LaunchRecording(launches) as recording:
                 step()
         return recording.replay
 
