@@ -30,17 +30,17 @@ import msgspec
 import torch
 
 from deltamux.config import EngineConfig
-from deltamux.engine.batch import StepBatch
-from deltamux.engine.block_allocator import BlockAllocator
-from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.engine import Engine
 from deltamux.engine.flight import Collect, Runner
-from deltamux.engine.last_draw import NOTHING_DRAWN, LastDraw
+from deltamux.engine.kv.block_allocator import BlockAllocator
+from deltamux.engine.kv.block_manager import BlockManager
 from deltamux.engine.limits import Limits
 from deltamux.engine.outcome import Outcome, SampledToken
 from deltamux.engine.rehearsal import trial_sequence
-from deltamux.engine.scheduler import Scheduler
+from deltamux.engine.scheduling.scheduler import Scheduler
 from deltamux.engine.sequence import Scheduled
+from deltamux.engine.step.batch import StepBatch
+from deltamux.engine.step.last_draw import NOTHING_DRAWN, LastDraw
 from deltamux.engine.submission import Submissions
 from deltamux.wire.messages import FromEngine, Sampling, Stopping, Submit, ToEngine
 

@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 
 from deltamux.adapters.parse import parse_adapter
-from deltamux.adapters.rows import Rows
-from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.sites.device_sites import DeviceSites
+from deltamux.adapters.sites.rows import Rows
 from deltamux.base.load import load_base
-from deltamux.engine.kv_cache import KVCache
-from deltamux.engine.recorded_steps import STEPS_BEFORE, RecordedSteps
+from deltamux.engine.kv.kv_cache import KVCache
 from deltamux.engine.rehearsal import trial_sequence
-from deltamux.engine.runner import ModelRunner
+from deltamux.engine.replay.recorded_steps import STEPS_BEFORE, RecordedSteps
 from deltamux.engine.sequence import Scheduled
 from deltamux.engine.sequence import Sequence as Request
+from deltamux.engine.step.runner import ModelRunner
 from deltamux.wire.messages import Sampling
 from deltamux_kernels import native
 

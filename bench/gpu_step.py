@@ -29,9 +29,9 @@ from gpu.timing import machine
 from serving.shape import LLAMA_8B, TINY
 from serving.weights import make
 
-from deltamux.engine.cuda_graphs import GraphCapture, StepGraphs
 from deltamux.engine.rehearsal import replays_agree
-from deltamux.engine.step_buffers import StepBuffers, StepShape
+from deltamux.engine.replay.cuda_graphs import GraphCapture, StepGraphs
+from deltamux.engine.replay.step_buffers import StepBuffers, StepShape
 
 Slots = Sequence[int | None]
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltamux.base.probe import AttentionLayer
-from deltamux.engine.kv_cache import block_bytes
+from deltamux.engine.kv.kv_cache import block_bytes
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 RANK = 16

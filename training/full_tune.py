@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from deltamux.adapters.files import CONFIG
+from deltamux.adapters.checkpoint.files import CONFIG
 from deltamux.demo.tasks import Task, unseen_inputs
 from deltamux.extract.forms import Form
 from deltamux.extract.reconstruct import reconstruct

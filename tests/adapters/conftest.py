@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deltamux.adapters.adapter import Adapter
-from deltamux.adapters.files import WEIGHTS
+from deltamux.adapters.checkpoint.files import WEIGHTS
 from deltamux.adapters.parse import parse_adapter
-from deltamux.adapters.rows import Rows
-from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.sites.device_sites import DeviceSites
+from deltamux.adapters.sites.rows import Rows
 from deltamux.base.probe import probe
 from deltamux.base.stacked_linears import stack_linears
 from deltamux.base.structure import find_structure

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from deltamux.adapters.checkpoint.files import CONFIG, WEIGHTS
+from deltamux.adapters.checkpoint.manifest import TYPES, Library, Manifest
 from deltamux.adapters.families import FAMILIES
-from deltamux.adapters.files import CONFIG, WEIGHTS
-from deltamux.adapters.manifest import TYPES, Library, Manifest
 from deltamux.adapters.unserved import UNSERVED
 from deltamux.errors import FailedPrecondition
 

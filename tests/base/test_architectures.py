@@ -15,14 +15,14 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from deltamux.adapters.rows import Rows
+from deltamux.adapters.sites.rows import Rows
 from deltamux.base.load import adopt
-from deltamux.engine.batch import StepBatch
-from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.kv.kv_cache import KVCache
 from deltamux.engine.outcome import SampledToken
 from deltamux.engine.rehearsal import rehearse, trial_sequence
-from deltamux.engine.runner import ModelRunner
 from deltamux.engine.sequence import Scheduled, Sequence
+from deltamux.engine.step.batch import StepBatch
+from deltamux.engine.step.runner import ModelRunner
 from deltamux.errors import StartupError
 from deltamux.wire.messages import Sampling
 

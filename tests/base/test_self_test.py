@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from deltamux.base.load import Base, adopt
 from deltamux.base.self_test import self_test
-from deltamux.engine.attention import PagedAttention
 from deltamux.engine.rehearsal import packed_logits, rehearse
+from deltamux.engine.step.attention import PagedAttention
 from deltamux.errors import StartupError
 
 WINDOW = 24

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from deltamux.adapters.rows import Rows
+from deltamux.adapters.sites.rows import Rows
 from deltamux.base.load import Base, adopt
-from deltamux.engine.cuda_graphs import StepGraphs
-from deltamux.engine.kv_cache import KVCache
-from deltamux.engine.recorded_steps import STEPS_BEFORE
+from deltamux.engine.kv.kv_cache import KVCache
 from deltamux.engine.rehearsal import trial_sequence
-from deltamux.engine.runner import ModelRunner
+from deltamux.engine.replay.cuda_graphs import StepGraphs
+from deltamux.engine.replay.recorded_steps import STEPS_BEFORE
+from deltamux.engine.replay.step_buffers import StepBuffers, StepShape
 from deltamux.engine.sequence import Scheduled
-from deltamux.engine.step_buffers import StepBuffers, StepShape
+from deltamux.engine.step.runner import ModelRunner
 from deltamux.engine.transfer import Upload
 from deltamux.wire.messages import Sampling
 from deltamux_kernels import native

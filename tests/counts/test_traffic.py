@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltamux.engine import sampler
+from deltamux.engine.sampling import sampler
 from deltamux.engine.transfer import Upload, to_device
 from deltamux.wire.messages import Sampling, StepDone
 from deltamux_kernels import Segments

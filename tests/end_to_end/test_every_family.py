@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from deltamux.adapters.convert import convert
-from deltamux.adapters.files import PICKLES
+from deltamux.adapters.checkpoint.convert import convert
+from deltamux.adapters.checkpoint.files import PICKLES
 from deltamux.cli import main
 from deltamux.demo.server import Server
 from deltamux.demo.tasks import weights_path

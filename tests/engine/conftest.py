@@ -12,10 +12,10 @@ from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
 from deltamux.adapters.task import Call
 from deltamux.adapters.traits import Traits
 from deltamux.config import EngineConfig
-from deltamux.engine.block_allocator import BlockAllocator
-from deltamux.engine.block_manager import BlockManager
+from deltamux.engine.kv.block_allocator import BlockAllocator
+from deltamux.engine.kv.block_manager import BlockManager
 from deltamux.engine.limits import Limits
-from deltamux.engine.scheduler import Scheduler
+from deltamux.engine.scheduling.scheduler import Scheduler
 from deltamux.engine.sequence import Sequence
 from deltamux.errors import DeltamuxError
 from deltamux.wire.messages import FromEngine, Progress, Sampling, StepDone, Stopping, ToEngine

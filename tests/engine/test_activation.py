@@ -16,20 +16,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from deltamux.adapters.parse import parse_adapter
-from deltamux.adapters.rows import Rows
-from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.sites.device_sites import DeviceSites
+from deltamux.adapters.sites.rows import Rows
 from deltamux.adapters.traits import Traits
 from deltamux.base.load import adopt
 from deltamux.config import EngineConfig
 from deltamux.engine.activation import NEVER, first_adapted
-from deltamux.engine.block_allocator import BlockAllocator
-from deltamux.engine.block_manager import BlockManager
-from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.kv.block_allocator import BlockAllocator
+from deltamux.engine.kv.block_manager import BlockManager
+from deltamux.engine.kv.kv_cache import KVCache
 from deltamux.engine.limits import Limits
-from deltamux.engine.runner import ModelRunner
-from deltamux.engine.sampler import SampledToken
-from deltamux.engine.scheduler import Scheduler
+from deltamux.engine.sampling.sampler import SampledToken
+from deltamux.engine.scheduling.scheduler import Scheduler
 from deltamux.engine.sequence import Sequence
+from deltamux.engine.step.runner import ModelRunner
 
 INVOCATION = [7, 8, 7]
 TWICE = [1, 7, 8, 7, 2, 3, 4, 5, 6, 9, 7, 8, 7, 11, 12]

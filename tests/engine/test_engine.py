@@ -3,12 +3,12 @@ import torch
 
 from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.config import EngineConfig
-from deltamux.engine.block_allocator import BlockAllocator
-from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.engine import Engine
+from deltamux.engine.kv.block_allocator import BlockAllocator
+from deltamux.engine.kv.block_manager import BlockManager
 from deltamux.engine.limits import Limits
 from deltamux.engine.outcome import NonFinite, SampledToken
-from deltamux.engine.scheduler import Scheduler
+from deltamux.engine.scheduling.scheduler import Scheduler
 from deltamux.engine.submission import Submissions
 from deltamux.errors import InvalidArgument, ResourceExhausted
 from deltamux.wire.messages import (

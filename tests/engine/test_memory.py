@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from deltamux.base.encoders import Encoder
 from deltamux.base.load import Base, adopt
 from deltamux.config import EngineConfig
-from deltamux.engine.kv_cache import block_bytes
+from deltamux.engine.kv.kv_cache import block_bytes
 from deltamux.engine.memory import (
     Room,
     Shares,

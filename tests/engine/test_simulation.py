@@ -15,17 +15,18 @@ from structlog.testing import capture_logs
 
 from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
 from deltamux.config import EngineConfig
-from deltamux.engine import block_manager, scheduler
-from deltamux.engine.block_allocator import BlockAllocator
-from deltamux.engine.block_keys import block_key
-from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.engine import Engine
 from deltamux.engine.flights import Flights
+from deltamux.engine.kv import block_manager
+from deltamux.engine.kv.block_allocator import BlockAllocator
+from deltamux.engine.kv.block_keys import block_key
+from deltamux.engine.kv.block_manager import BlockManager
 from deltamux.engine.limits import Limits
-from deltamux.engine.logit_edits import need_tokens
 from deltamux.engine.outcome import NonFinite, SampledToken
 from deltamux.engine.parts import run_in_parts
-from deltamux.engine.scheduler import Scheduler
+from deltamux.engine.sampling.logit_edits import need_tokens
+from deltamux.engine.scheduling import scheduler
+from deltamux.engine.scheduling.scheduler import Scheduler
 from deltamux.engine.sequence import Sequence
 from deltamux.engine.submission import Submissions
 from deltamux.errors import InvalidArgument

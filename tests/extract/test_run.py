@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from deltamux.adapters.files import CONFIG, WEIGHTS
+from deltamux.adapters.checkpoint.files import CONFIG, WEIGHTS
 from deltamux.errors import InvalidArgument
 from deltamux.extract.forms import Form, FormName
 from deltamux.extract.reconstruct import reconstruct

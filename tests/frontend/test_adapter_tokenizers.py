@@ -12,7 +12,7 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from deltamux.adapters.tokenizer_file import read_tokenizer
+from deltamux.adapters.checkpoint.tokenizer_file import read_tokenizer
 from deltamux.errors import DeltamuxError
 from deltamux.frontend import adapter_tokenizers
 from deltamux.frontend.adapter_tokenizers import AdapterTokenizers

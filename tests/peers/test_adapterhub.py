@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltamux.adapters.parse import parse_adapter
-from deltamux.adapters.rows import Rows
-from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.sites.device_sites import DeviceSites
+from deltamux.adapters.sites.rows import Rows
 from deltamux.base.load import load_base
-from deltamux.engine.batch import StepBatch
-from deltamux.engine.encoder_runner import EncoderRunner
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
+from deltamux.engine.step.batch import StepBatch
+from deltamux.engine.step.encoder_runner import EncoderRunner
 from deltamux.extract.samples import sample_texts
 from deltamux.verify.alone import Question, Refused
 from deltamux.verify.interpreter import Interpreter

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from deltamux.adapters.adapter import Adapter
-from deltamux.adapters.header import check_weights
+from deltamux.adapters.checkpoint.header import check_weights
 from deltamux.adapters.parse import parse_adapter
-from deltamux.adapters.rows import Rows
-from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.sites.device_sites import DeviceSites
+from deltamux.adapters.sites.rows import Rows
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux.base.task_heads import TaskHeads
 from deltamux.errors import from_code

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deltamux.adapters.manifest import Manifest
+from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.base.structure import Structure
 

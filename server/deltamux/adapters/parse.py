@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 
 from deltamux.adapters.adapter import Adapter
-from deltamux.adapters.checkpoint import read_tensors
+from deltamux.adapters.checkpoint.fields import unsupported
+from deltamux.adapters.checkpoint.manifest import Manifest, read_manifest
+from deltamux.adapters.checkpoint.tensors import read_tensors
 from deltamux.adapters.families import FAMILIES
 from deltamux.adapters.family import Family
-from deltamux.adapters.fields import unsupported
-from deltamux.adapters.head_config import read_head_config
-from deltamux.adapters.manifest import Manifest, read_manifest
-from deltamux.adapters.saved_head import take_task_head
-from deltamux.adapters.saved_modules import take_saved_modules
+from deltamux.adapters.peft.head_config import read_head_config
+from deltamux.adapters.peft.saved_head import take_task_head
+from deltamux.adapters.peft.saved_modules import take_saved_modules
+from deltamux.adapters.peft.vocabulary import take_vocabulary
 from deltamux.adapters.unserved import refusal
-from deltamux.adapters.vocabulary import take_vocabulary
 from deltamux.base.structure import Structure
 
 

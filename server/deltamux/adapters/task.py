@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from deltamux.adapters.fields import unsupported
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.strict_json import Json, quoted
+from deltamux.adapters.checkpoint.fields import unsupported
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.checkpoint.strict_json import Json, quoted
 from deltamux.errors import FailedPrecondition
 
 # Of the last hidden states: the language head, a task head for sequences or for tokens, or none.

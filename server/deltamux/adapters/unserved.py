@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from deltamux.adapters.manifest import Library, Manifest
+from deltamux.adapters.checkpoint.manifest import Library, Manifest
 from deltamux.errors import FailedPrecondition
 
 UNSERVED: Mapping[Library, Mapping[str, str]] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic_settings import CliPositionalArg
 
-from deltamux.adapters.convert import convert
+from deltamux.adapters.checkpoint.convert import convert
 from deltamux.cli.command import Command, option
 from deltamux.errors import DeltamuxError
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from transformers.utils.logging import disable_progress_bar
 
-from deltamux.adapters.files import CONFIG, WEIGHTS
+from deltamux.adapters.checkpoint.files import CONFIG, WEIGHTS
 from deltamux.cli.command import UsageError, option
 from deltamux.cli.tables import (
     Report,

@@ -10,25 +10,25 @@ from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.families import FAMILIES
 from deltamux.adapters.parse import parse_adapter
 from deltamux.adapters.primitives.task_head import TaskHeadBank
-from deltamux.adapters.rows import Rows
-from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.sites.device_sites import DeviceSites
+from deltamux.adapters.sites.rows import Rows
 from deltamux.base.load import Base, load_base
 from deltamux.base.out_of_memory import memory_for
 from deltamux.config import EngineConfig
-from deltamux.engine.block_allocator import BlockAllocator
-from deltamux.engine.block_manager import BlockManager
-from deltamux.engine.cuda_graphs import GraphCapture, StepGraphs, captured_shapes
-from deltamux.engine.encoder_runner import EncoderRunner
 from deltamux.engine.engine import Engine
 from deltamux.engine.flight import Lazy
-from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.kv.block_allocator import BlockAllocator
+from deltamux.engine.kv.block_manager import BlockManager
+from deltamux.engine.kv.kv_cache import KVCache
+from deltamux.engine.kv.prefix_pages import PrefixPages
 from deltamux.engine.limits import Limits
 from deltamux.engine.memory import share_memory, step_buffers
-from deltamux.engine.prefix_pages import PrefixPages
-from deltamux.engine.recorded_steps import RecordedSteps
 from deltamux.engine.rehearsal import recorded_agree, rehearse, replays_agree
-from deltamux.engine.runner import ModelRunner
-from deltamux.engine.scheduler import Scheduler
+from deltamux.engine.replay.cuda_graphs import GraphCapture, StepGraphs, captured_shapes
+from deltamux.engine.replay.recorded_steps import RecordedSteps
+from deltamux.engine.scheduling.scheduler import Scheduler
+from deltamux.engine.step.encoder_runner import EncoderRunner
+from deltamux.engine.step.runner import ModelRunner
 from deltamux.engine.submission import Submissions
 from deltamux.errors import StartupError
 from deltamux.store.loader import Loader

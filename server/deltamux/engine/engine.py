@@ -20,13 +20,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.flight import Runner
 from deltamux.engine.flights import Flights
+from deltamux.engine.kv.block_manager import BlockManager
 from deltamux.engine.outcome import NonFinite, SampledToken
 from deltamux.engine.parts import Ran
 from deltamux.engine.reply import admission, finish_reason, non_finite_error, out_of_memory_error
-from deltamux.engine.scheduler import Scheduler
+from deltamux.engine.scheduling.scheduler import Scheduler
 from deltamux.engine.sequence import Sequence
 from deltamux.engine.submission import Submissions
 from deltamux.errors import DeadlineExceeded, DeltamuxError

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 
 import torch
 
-from deltamux.adapters.rows import Rows
+from deltamux.adapters.sites.rows import Rows
 from deltamux.base.load import Base
 from deltamux.config import EngineConfig
-from deltamux.engine.cuda_graphs import captured_shapes
 from deltamux.engine.host_memory import free_host_bytes
-from deltamux.engine.kv_cache import KVCache, block_bytes
+from deltamux.engine.kv.kv_cache import KVCache, block_bytes
 from deltamux.engine.rehearsal import packed_hidden, trial_sequence
-from deltamux.engine.runner import ModelRunner
+from deltamux.engine.replay.cuda_graphs import captured_shapes
+from deltamux.engine.replay.step_buffers import StepBuffers
 from deltamux.engine.sequence import Scheduled
-from deltamux.engine.step_buffers import StepBuffers
+from deltamux.engine.step.runner import ModelRunner
 from deltamux.errors import StartupError
 from deltamux.wire.messages import Sampling
 

@@ -11,16 +11,16 @@ import structlog
 import torch
 from torch import Tensor
 
-from deltamux.adapters.rows import Rows
+from deltamux.adapters.sites.rows import Rows
 from deltamux.base.load import Base
 from deltamux.base.self_test import TOLERANCE, relative_error, self_test
-from deltamux.engine.cuda_graphs import StepGraphs
-from deltamux.engine.encoder_runner import EncoderRunner
-from deltamux.engine.kv_cache import KVCache
-from deltamux.engine.recorded_steps import STEPS_BEFORE, RecordedSteps
-from deltamux.engine.runner import ModelRunner
+from deltamux.engine.kv.kv_cache import KVCache
+from deltamux.engine.replay.cuda_graphs import StepGraphs
+from deltamux.engine.replay.recorded_steps import STEPS_BEFORE, RecordedSteps
+from deltamux.engine.replay.step_buffers import StepShape
 from deltamux.engine.sequence import Scheduled, Sequence
-from deltamux.engine.step_buffers import StepShape
+from deltamux.engine.step.encoder_runner import EncoderRunner
+from deltamux.engine.step.runner import ModelRunner
 from deltamux.wire.messages import Sampling, Stopping
 
 _log = structlog.get_logger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deltamux.adapters.strict_json import parse_object
+from deltamux.adapters.checkpoint.strict_json import parse_object
 from deltamux.errors import InvalidArgument
 
 _SINGLE = "model.safetensors"

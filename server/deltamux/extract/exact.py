@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from deltamux.adapters import delta_format as words
+from deltamux.adapters.checkpoint import delta_format as words
 from deltamux.extract.forms import Parts, size_of, sparse_parts
 
 # Numbers of a linear weight may be stored one by one, those of a table row by row.

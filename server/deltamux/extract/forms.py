@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from deltamux.adapters import delta_format as words
+from deltamux.adapters.checkpoint import delta_format as words
 from deltamux_kernels.sign_delta import pack_signs, unpack_signs
 
 FormName = Literal["exact", "low-rank", "sparse", "one-bit"]

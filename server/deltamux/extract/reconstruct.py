@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from deltamux.adapters import delta_format as words
-from deltamux.adapters.checkpoint import read_tensors
+from deltamux.adapters.checkpoint import delta_format as words
+from deltamux.adapters.checkpoint.tensors import read_tensors
 from deltamux.errors import InvalidArgument
 from deltamux.extract.forms import change
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltamux.adapters import delta_format as words
-from deltamux.adapters.files import CONFIG, WEIGHTS
+from deltamux.adapters.checkpoint import delta_format as words
+from deltamux.adapters.checkpoint.files import CONFIG, WEIGHTS
 from deltamux.errors import InvalidArgument
 from deltamux.extract.exact import Use, exact_parts
 from deltamux.extract.forms import Form, Parts, change, size_of

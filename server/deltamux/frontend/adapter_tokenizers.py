@@ -6,7 +6,7 @@ import asyncio
 from functools import lru_cache
 from pathlib import Path
 
-from deltamux.adapters.tokenizer_file import AddedToken, read_tokenizer
+from deltamux.adapters.checkpoint.tokenizer_file import AddedToken, read_tokenizer
 from deltamux.errors import FailedPrecondition, Unavailable
 from deltamux.frontend.tokenizer import Tokenizer
 from deltamux.store.catalog import Lease

@@ -15,7 +15,7 @@ from tokenizers import AddedToken as RustToken
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 
-from deltamux.adapters.tokenizer_file import AddedToken, parse_tokenizer
+from deltamux.adapters.checkpoint.tokenizer_file import AddedToken, parse_tokenizer
 from deltamux.errors import FailedPrecondition, InvalidArgument, StartupError
 
 THREADS = 2

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deltamux.adapters.header import TensorInfo, check_weights
-from deltamux.adapters.manifest import read_manifest
+from deltamux.adapters.checkpoint.header import TensorInfo, check_weights
+from deltamux.adapters.checkpoint.manifest import read_manifest
+from deltamux.adapters.checkpoint.strict_json import Json
 from deltamux.adapters.parse import family_of
-from deltamux.adapters.strict_json import Json
 
 
 @dataclass(frozen=True)

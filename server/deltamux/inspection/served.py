@@ -12,8 +12,8 @@ from deltamux.adapters.parse import parse_adapter
 from deltamux.adapters.primitives.embedding_low_rank import EmbeddingLowRank
 from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.adapters.primitives.payload import Payload
-from deltamux.adapters.rows import Rows
-from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.sites.device_sites import DeviceSites
+from deltamux.adapters.sites.rows import Rows
 from deltamux.base.load import Base
 
 

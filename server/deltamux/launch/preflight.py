@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from deltamux.adapters.header import check_weights
-from deltamux.adapters.manifest import read_manifest
+from deltamux.adapters.checkpoint.header import check_weights
+from deltamux.adapters.checkpoint.manifest import read_manifest
 from deltamux.config import FrontendConfig, StoreConfig
 from deltamux.errors import DeltamuxError, StartupError
 

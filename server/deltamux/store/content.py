@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from deltamux.adapters.files import (
+from deltamux.adapters.checkpoint.files import (
     CONFIG,
     MODEL_CONFIG,
     TOKENIZER,
@@ -19,7 +19,7 @@ from deltamux.adapters.files import (
     open_weights,
     weights_path,
 )
-from deltamux.adapters.hub_cache import stored_path
+from deltamux.adapters.checkpoint.hub_cache import stored_path
 
 _OPENERS: dict[str, Callable[[Path], BinaryIO]] = {CONFIG: open_config, WEIGHTS: open_weights}
 # An adapter need not have them.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from deltamux.adapters.adapter import Adapter
-from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.sites.device_sites import DeviceSites
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.sites.device_sites import DeviceSites
 from deltamux.adapters.task import Call, require_fit
 from deltamux.adapters.traits import Traits
 from deltamux.base.out_of_memory import is_out_of_memory

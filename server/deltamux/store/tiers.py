@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from deltamux.adapters.adapter import Adapter
-from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.sites.device_sites import DeviceSites
 from deltamux.errors import FailedPrecondition, ResourceExhausted
 from deltamux.store.device import DeviceSlots
 from deltamux.store.entry import Entry

@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from deltamux.adapters.adapter import Adapter
-from deltamux.adapters.rows import Rows
-from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.sites.device_sites import DeviceSites
+from deltamux.adapters.sites.rows import Rows
 from deltamux.adapters.task import Call
 from deltamux.adapters.traits import Traits
 from deltamux.base.load import Base
 from deltamux.config import EngineConfig
-from deltamux.engine.block_allocator import BlockAllocator
-from deltamux.engine.block_manager import BlockManager
 from deltamux.engine.build import build_runner
-from deltamux.engine.kv_cache import KVCache
+from deltamux.engine.kv.block_allocator import BlockAllocator
+from deltamux.engine.kv.block_manager import BlockManager
+from deltamux.engine.kv.kv_cache import KVCache
+from deltamux.engine.kv.prefix_pages import PrefixPages
 from deltamux.engine.limits import Limits
-from deltamux.engine.prefix_pages import PrefixPages
 from deltamux.engine.rehearsal import trial_sequence
-from deltamux.engine.runner import ModelRunner
-from deltamux.engine.scheduler import Scheduler
+from deltamux.engine.scheduling.scheduler import Scheduler
 from deltamux.engine.sequence import Scheduled
 from deltamux.engine.sequence import Sequence as Request
+from deltamux.engine.step.runner import ModelRunner
 from deltamux.errors import FailedPrecondition
 from deltamux.wire.messages import Classify, Embed, Pooled, Sampling
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deltamux.adapters.manifest import Library, read_manifest
+from deltamux.adapters.checkpoint.manifest import Library, read_manifest
 from deltamux.errors import FailedPrecondition
 from deltamux.extract.reconstruct import reconstruct
 from deltamux.verify import alone

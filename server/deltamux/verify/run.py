@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltamux.adapters.adapter import Adapter
-from deltamux.adapters.manifest import read_manifest
+from deltamux.adapters.checkpoint.manifest import read_manifest
 from deltamux.adapters.parse import parse_adapter
 from deltamux.adapters.task import Task
 from deltamux.base.load import Base, load_base

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deltamux.adapters.convert import convert
-from deltamux.adapters.files import ADAPTERHUB_WEIGHTS
+from deltamux.adapters.checkpoint.convert import convert
+from deltamux.adapters.checkpoint.files import ADAPTERHUB_WEIGHTS
 from deltamux.errors import DeltamuxError
 
 Make = Callable[..., Any]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from deltamux.adapters.delta_format import base_sample
-from deltamux.adapters.files import CONFIG, WEIGHTS
+from deltamux.adapters.checkpoint.delta_format import base_sample
+from deltamux.adapters.checkpoint.files import CONFIG, WEIGHTS
 from deltamux.errors import DeltamuxError
 from deltamux_kernels.sign_delta import pack_signs
 

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 
-from deltamux.adapters.files import CONFIG
+from deltamux.adapters.checkpoint.files import CONFIG
 from deltamux.errors import DeltamuxError
 
 Make = Callable[..., Any]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deltamux.adapters.files import CONFIG, WEIGHTS
+from deltamux.adapters.checkpoint.files import CONFIG, WEIGHTS
 from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.adapters.primitives.row_scale import RowScale
 from deltamux.errors import DeltamuxError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltamux.adapters.files import CONFIG
+from deltamux.adapters.checkpoint.files import CONFIG
 from deltamux.errors import DeltamuxError
 
 Make = Callable[..., Any]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltamux.adapters.files import CONFIG
+from deltamux.adapters.checkpoint.files import CONFIG
 
 Make = Callable[..., Any]
 

@@ -11,7 +11,7 @@ import peft
 import pytest
 from torch import Tensor
 
-from deltamux.adapters.files import CONFIG
+from deltamux.adapters.checkpoint.files import CONFIG
 
 Make = Callable[..., Any]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deltamux.adapters.convert import convert
+from deltamux.adapters.checkpoint.convert import convert
 
 Make = Callable[..., Any]
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import torch
 
+from deltamux.adapters.payloads.rotations import side_by_side
 from deltamux.adapters.primitives.block_rotation import (
     InputRotation,
     InputRotationBank,
     OutputRotation,
     OutputRotationBank,
 )
-from deltamux.adapters.rotations import side_by_side
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import Segments
 

@@ -22,19 +22,19 @@ import deltamux_kernels
 from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.virtual_tokens import Virtual
-from deltamux.adapters.rows import Rows
-from deltamux.adapters.sites import DeviceSites
+from deltamux.adapters.sites.device_sites import DeviceSites
+from deltamux.adapters.sites.rows import Rows
 from deltamux.adapters.traits import Traits
 from deltamux.base.load import Base, adopt
-from deltamux.engine.batch import StepBatch
-from deltamux.engine.cuda_graphs import Step, StepGraphs
-from deltamux.engine.kv_cache import KVCache
-from deltamux.engine.last_draw import NOTHING_DRAWN, LastDraw
-from deltamux.engine.recording import Recording
+from deltamux.engine.kv.kv_cache import KVCache
 from deltamux.engine.rehearsal import trial_sequence
-from deltamux.engine.runner import ModelRunner
+from deltamux.engine.replay.cuda_graphs import Step, StepGraphs
+from deltamux.engine.replay.recording import Recording
+from deltamux.engine.replay.step_buffers import StepBuffers, StepShape
 from deltamux.engine.sequence import Scheduled, Sequence
-from deltamux.engine.step_buffers import StepBuffers, StepShape
+from deltamux.engine.step.batch import StepBatch
+from deltamux.engine.step.last_draw import NOTHING_DRAWN, LastDraw
+from deltamux.engine.step.runner import ModelRunner
 from deltamux.wire.messages import Sampling
 from deltamux_kernels import native
 from deltamux_kernels.shrink import _shrink_kernel

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
 from deltamux.adapters.primitives.expert_low_rank import ExpertLowRank
 from deltamux.adapters.primitives.low_rank import LowRank
+from deltamux.engine.replay.step_buffers import StepShape
 from deltamux.engine.sequence import Scheduled
-from deltamux.engine.step_buffers import StepShape
 
 DECODING, MIXED = StepShape(3, 3, decodes=True), StepShape(8, 3)
 EXPERTS, HIDDEN, INNER = 4, 32, 16

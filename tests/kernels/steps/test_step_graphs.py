@@ -31,11 +31,11 @@ from deltamux.adapters.primitives.sign_delta import SignDelta
 from deltamux.adapters.primitives.sparse_delta import SparseDelta
 from deltamux.adapters.primitives.token_rows import TokenRows
 from deltamux.adapters.primitives.virtual_tokens import VirtualTokens
-from deltamux.engine.batch import Pooling
-from deltamux.engine.cuda_graphs import Step
 from deltamux.engine.rehearsal import replays_agree
+from deltamux.engine.replay.cuda_graphs import Step
+from deltamux.engine.replay.step_buffers import StepShape
 from deltamux.engine.sequence import Scheduled
-from deltamux.engine.step_buffers import StepShape
+from deltamux.engine.step.batch import Pooling
 from deltamux_kernels.sign_delta import pack_signs
 
 # What the conftest makes.

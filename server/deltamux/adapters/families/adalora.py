@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltamux.adapters.fields import Fields, refuse_field
-from deltamux.adapters.files import CONFIG
-from deltamux.adapters.lora_config import HARMLESS, UNSERVED
-from deltamux.adapters.low_rank_delta import Factors
-from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import ModuleTensors
-from deltamux.adapters.per_module import as_rank, as_scale
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.strict_json import Json, quoted
-from deltamux.adapters.targets import read_targets
+from deltamux.adapters.checkpoint.fields import Fields, refuse_field
+from deltamux.adapters.checkpoint.files import CONFIG
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.checkpoint.strict_json import Json, quoted
+from deltamux.adapters.payloads.low_rank_delta import Factors
+from deltamux.adapters.peft.lora_config import HARMLESS, UNSERVED
+from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.per_module import as_rank, as_scale
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import read_targets
 from deltamux.base.structure import SiteSpec
 from deltamux.errors import InvalidArgument
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from deltamux.adapters.adapterhub_model import read_adapterhub_config
-from deltamux.adapters.bottleneck_config import BottleneckConfig, read_bottleneck_config
+from deltamux.adapters.adapterhub.bottleneck_config import BottleneckConfig, read_bottleneck_config
+from deltamux.adapters.adapterhub.keyed_tensors import KeyedTensors
+from deltamux.adapters.adapterhub.language_head import take_language_head
+from deltamux.adapters.adapterhub.layer_ends import LayerEnds, layer_ends
+from deltamux.adapters.adapterhub.model import read_adapterhub_config
+from deltamux.adapters.adapterhub.phm import PhmWeights, Position
+from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.keyed_tensors import KeyedTensors
-from deltamux.adapters.language_head import take_language_head
-from deltamux.adapters.layer_ends import LayerEnds, layer_ends
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import to_serving
-from deltamux.adapters.phm import PhmWeights, Position
+from deltamux.adapters.payloads.rounding import to_serving
 from deltamux.adapters.primitives.bottleneck import Bottleneck
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import InvalidArgument

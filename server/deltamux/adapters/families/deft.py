@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from deltamux.adapters.fields import refuse_field
-from deltamux.adapters.low_rank_delta import Factors
-from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.per_module import as_rank, as_scale
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.targets import read_targets
+from deltamux.adapters.checkpoint.fields import refuse_field
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.payloads.low_rank_delta import Factors
+from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.per_module import as_rank, as_scale
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import read_targets
 from deltamux.base.structure import SiteSpec
 
 _P, _R = "deft_P", "deft_R"

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltamux.adapters.low_rank_delta import Factors
-from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.per_module import PerModule, read_ranks
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.targets import read_targets
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.payloads.low_rank_delta import Factors
+from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.per_module import PerModule, read_ranks
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import read_targets
 from deltamux.base.structure import SiteSpec
 
 _A, _B, _BOUND, _NORMS = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"

@@ -8,20 +8,22 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from deltamux.adapters import delta_format as words
+from deltamux.adapters.checkpoint import delta_format as words
+from deltamux.adapters.checkpoint.fields import Fields, as_integer
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.checkpoint.strict_json import Json
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.fields import Fields, as_integer
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import ModuleTensors, is_copy, other_base, to_serving
+from deltamux.adapters.payloads.base_fit import is_copy, other_base
+from deltamux.adapters.payloads.replacement import replacement
+from deltamux.adapters.payloads.rounding import to_serving
+from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.trained_tokens import token_payload
 from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.adapters.primitives.norm_parameters import NormParameters
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.row_bias import RowBias
 from deltamux.adapters.primitives.sign_delta import SignDelta
 from deltamux.adapters.primitives.sparse_delta import SparseDelta
-from deltamux.adapters.replacement import replacement
-from deltamux.adapters.strict_json import Json
-from deltamux.adapters.trained_tokens import token_payload
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import FailedPrecondition, InvalidArgument
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deltamux.adapters.adapterhub_linears import Given, LinearMethod, Read
+from deltamux.adapters.adapterhub.linears import Given, LinearMethod, Read
 from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.adapters.primitives.row_scale import OutputScale
 from deltamux.base.structure import SiteSpec

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamux.adapters.drawn_places import DrawnPlaces, read_places
-from deltamux.adapters.low_rank_delta import Change, Factors, low_rank_is_smaller
-from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.per_module import as_scale
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.targets import read_targets
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.payloads.low_rank_delta import Change, Factors, low_rank_is_smaller
+from deltamux.adapters.peft.drawn_places import DrawnPlaces, read_places
+from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.per_module import as_scale
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import read_targets
 from deltamux.base.structure import SiteSpec
 
 _SPECTRUM = "fourierft_spectrum"

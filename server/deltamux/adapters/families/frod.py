@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamux.adapters.checkpoint.fields import as_number, unsupported
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.checkpoint.strict_json import Json
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.fields import as_number, unsupported
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_family import parse_modules
-from deltamux.adapters.module_tensors import ModuleTensors, other_base
+from deltamux.adapters.payloads.base_fit import other_base
+from deltamux.adapters.peft.module_family import parse_modules
+from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import Targets, read_targets
 from deltamux.adapters.primitives.dense import Dense
 from deltamux.adapters.primitives.payload import Payload
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.strict_json import Json
-from deltamux.adapters.targets import Targets, read_targets
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import InvalidArgument
 

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamux.adapters.checkpoint.fields import Fields, refuse_field
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.checkpoint.strict_json import Json
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.fields import Fields, refuse_field
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_family import parse_modules
-from deltamux.adapters.module_tensors import ModuleTensors
-from deltamux.adapters.per_module import as_rank
+from deltamux.adapters.peft.module_family import parse_modules
+from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.per_module import as_rank
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import Targets, read_targets
 from deltamux.adapters.primitives.dense import DenseDelta
 from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.row_bias import RowBias
 from deltamux.adapters.primitives.row_scale import RowScale
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.strict_json import Json
-from deltamux.adapters.targets import Targets, read_targets
 from deltamux.base.structure import SiteSpec, Structure
 
 # PEFT's names of the five paths, and the parts that each may have; a path that is off has zeros.

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_family import parse_modules
-from deltamux.adapters.module_tensors import ModuleTensors, other_base
+from deltamux.adapters.payloads.base_fit import other_base
+from deltamux.adapters.peft.module_family import parse_modules
+from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import LINEAR_OR_EMBEDDING, read_targets
 from deltamux.adapters.primitives.dense import DenseDelta, DenseEmbedding
 from deltamux.adapters.primitives.payload import Payload
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.targets import LINEAR_OR_EMBEDDING, read_targets
 from deltamux.base.structure import SiteSpec, Structure
 
 _A, _B = "hira_A", "hira_B"

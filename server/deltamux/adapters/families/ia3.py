@@ -8,17 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamux.adapters.checkpoint.fields import Fields, refuse_field
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.checkpoint.strict_json import Json
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.fields import Fields, refuse_field
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import ModuleTensors, other_base, to_serving
-from deltamux.adapters.patterns import Pattern, Selector
+from deltamux.adapters.payloads.base_fit import other_base
+from deltamux.adapters.payloads.rounding import to_serving
+from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.patterns import Pattern, Selector
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import LINEAR, read_selector, targeted_sites
 from deltamux.adapters.primitives.input_scale import InputScale
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.row_scale import OutputScale
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.strict_json import Json
-from deltamux.adapters.targets import LINEAR, read_selector, targeted_sites
 from deltamux.base.structure import SiteSpec, Structure
 
 # How vectors were first drawn; fan_in_fan_out says what the base shows.

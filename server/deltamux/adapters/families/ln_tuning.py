@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.checkpoint.strict_json import Json
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import ModuleTensors
-from deltamux.adapters.norm_tensors import take_norm
-from deltamux.adapters.patterns import Selector
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.strict_json import Json
-from deltamux.adapters.targets import read_selector, targeted_sites
+from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.norm_tensors import take_norm
+from deltamux.adapters.peft.patterns import Selector
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import read_selector, targeted_sites
 from deltamux.base.structure import Kind, Structure
 
 _KINDS: frozenset[Kind] = frozenset(("norm",))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from deltamux.adapters.low_rank_delta import Change, low_rank_is_smaller
-from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.per_module import read_ranks, read_scales
-from deltamux.adapters.scaled_tuner import ScaledTuner
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.targets import read_targets
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.payloads.low_rank_delta import Change, low_rank_is_smaller
+from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.per_module import read_ranks, read_scales
+from deltamux.adapters.peft.scaled_tuner import ScaledTuner
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import read_targets
 from deltamux.base.structure import SiteSpec
 
 _PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

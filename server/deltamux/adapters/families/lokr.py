@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltamux.adapters.low_rank_delta import Change, Factors, low_rank_is_smaller
-from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import ModuleTensors, other_base
-from deltamux.adapters.per_module import read_ranks, read_scales
-from deltamux.adapters.scaled_tuner import ScaledTuner
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.targets import read_targets
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.payloads.base_fit import other_base
+from deltamux.adapters.payloads.low_rank_delta import Change, Factors, low_rank_is_smaller
+from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.per_module import read_ranks, read_scales
+from deltamux.adapters.peft.scaled_tuner import ScaledTuner
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import read_targets
 from deltamux.base.structure import SiteSpec
 from deltamux.errors import InvalidArgument
 

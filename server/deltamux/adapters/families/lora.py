@@ -8,24 +8,26 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from deltamux.adapters.base_shift import part_taken_out
-from deltamux.adapters.expert_tensors import ExpertTarget, expert_targets, take_experts
+from deltamux.adapters.checkpoint.fields import unsupported
+from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.fields import unsupported
-from deltamux.adapters.lora_config import LoraConfig, read_lora_config
-from deltamux.adapters.low_rank_delta import Factors
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import PREFIX, ModuleTensors, other_base, to_serving
-from deltamux.adapters.per_module import require_served_rank
+from deltamux.adapters.payloads.base_fit import other_base
+from deltamux.adapters.payloads.low_rank_delta import Factors
+from deltamux.adapters.payloads.rounding import to_serving
+from deltamux.adapters.peft.base_shift import part_taken_out
+from deltamux.adapters.peft.expert_tensors import ExpertTarget, expert_targets, take_experts
+from deltamux.adapters.peft.lora_config import LoraConfig, read_lora_config
+from deltamux.adapters.peft.module_tensors import PREFIX, ModuleTensors
+from deltamux.adapters.peft.per_module import require_served_rank
+from deltamux.adapters.peft.targets import targeted_sites
+from deltamux.adapters.peft.trained_biases import take_bias_shifts
+from deltamux.adapters.peft.trained_tokens import TOKEN_ROWS, take_trained_tokens
+from deltamux.adapters.peft.weight_tying import require_tied, targeted_pair
 from deltamux.adapters.primitives.embedding_low_rank import EmbeddingLowRank
 from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.row_bias import RowBias
 from deltamux.adapters.primitives.row_scale import RowScale
-from deltamux.adapters.targets import targeted_sites
-from deltamux.adapters.trained_biases import take_bias_shifts
-from deltamux.adapters.trained_tokens import TOKEN_ROWS, take_trained_tokens
-from deltamux.adapters.weight_tying import require_tied, targeted_pair
 from deltamux.base.structure import Kind, SiteSpec, Structure
 from deltamux.errors import InvalidArgument
 

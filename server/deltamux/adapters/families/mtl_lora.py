@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from deltamux.adapters.adapterhub_linears import Given, LinearMethod, Read
-from deltamux.adapters.fields import as_integer, as_number, unsupported
+from deltamux.adapters.adapterhub.linears import Given, LinearMethod, Read
+from deltamux.adapters.checkpoint.fields import as_integer, as_number, unsupported
+from deltamux.adapters.checkpoint.strict_json import quoted
 from deltamux.adapters.primitives.low_rank import LowRank
-from deltamux.adapters.strict_json import quoted
 from deltamux.base.structure import SiteSpec
 
 _MAX_UPS = 1 << 10

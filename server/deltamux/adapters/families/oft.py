@@ -10,17 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamux.adapters.checkpoint.fields import (
+    Fields,
+    as_integer,
+    as_number,
+    refuse_field,
+    unsupported,
+)
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.checkpoint.strict_json import Json, quoted
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.fields import Fields, as_integer, as_number, refuse_field, unsupported
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_family import parse_modules
-from deltamux.adapters.module_tensors import ModuleTensors
+from deltamux.adapters.payloads.rotations import cayley, side_by_side, skew_symmetric
+from deltamux.adapters.peft.module_family import parse_modules
+from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import LINEAR_OR_EMBEDDING, Targets, read_targets
 from deltamux.adapters.primitives.block_rotation import InputRotation, OutputRotation
 from deltamux.adapters.primitives.payload import Payload
-from deltamux.adapters.rotations import cayley, side_by_side, skew_symmetric
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.strict_json import Json, quoted
-from deltamux.adapters.targets import LINEAR_OR_EMBEDDING, Targets, read_targets
 from deltamux.base.structure import SiteSpec, Structure
 
 _LINEAR, _EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"

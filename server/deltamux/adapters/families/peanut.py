@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from deltamux.adapters.fields import as_integer, refuse_field
-from deltamux.adapters.low_rank_delta import Factors
-from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.per_module import as_rank, as_scale
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.targets import read_targets
+from deltamux.adapters.checkpoint.fields import as_integer, refuse_field
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.payloads.low_rank_delta import Factors
+from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.per_module import as_rank, as_scale
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import read_targets
 from deltamux.base.structure import SiteSpec
 
 _A, _B = "peanut_A.weight", "peanut_B.weight"

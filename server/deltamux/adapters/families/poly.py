@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamux.adapters.fields import Fields, as_integer, refuse_field, unsupported
-from deltamux.adapters.low_rank_delta import Factors
-from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import other_base
-from deltamux.adapters.per_module import as_rank
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.targets import read_targets
+from deltamux.adapters.checkpoint.fields import Fields, as_integer, refuse_field, unsupported
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.payloads.base_fit import other_base
+from deltamux.adapters.payloads.low_rank_delta import Factors
+from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.per_module import as_rank
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import read_targets
 from deltamux.base.structure import SiteSpec
 
 _A, _B, _LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"

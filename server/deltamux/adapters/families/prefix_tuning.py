@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamux.adapters.checkpoint.fields import unsupported
+from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.fields import unsupported
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import to_serving
-from deltamux.adapters.primitives.virtual_tokens import KeyValuePrefix
-from deltamux.adapters.prompt_tensors import (
+from deltamux.adapters.payloads.rounding import to_serving
+from deltamux.adapters.peft.prompt_tensors import (
     PROMPT,
     prefix_site,
     read_prompt_fields,
@@ -21,6 +20,7 @@ from deltamux.adapters.prompt_tensors import (
     require_shape,
     require_tensors,
 )
+from deltamux.adapters.primitives.virtual_tokens import KeyValuePrefix
 from deltamux.base.structure import Structure
 
 

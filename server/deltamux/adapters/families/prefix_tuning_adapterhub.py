@@ -7,22 +7,22 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from deltamux.adapters.adapterhub_model import (
+from deltamux.adapters.adapterhub.keyed_tensors import KeyedTensors
+from deltamux.adapters.adapterhub.language_head import take_language_head
+from deltamux.adapters.adapterhub.model import (
     ModelNames,
     layers,
     read_adapterhub_config,
     take_layers,
     take_text,
 )
+from deltamux.adapters.checkpoint.fields import Fields, as_integer, unsupported
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.checkpoint.strict_json import quoted
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.fields import Fields, as_integer, unsupported
-from deltamux.adapters.keyed_tensors import KeyedTensors
-from deltamux.adapters.language_head import take_language_head
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import to_serving
+from deltamux.adapters.payloads.rounding import to_serving
+from deltamux.adapters.peft.prompt_tensors import prefix_site
 from deltamux.adapters.primitives.virtual_tokens import KeyValuePrefix
-from deltamux.adapters.prompt_tensors import prefix_site
-from deltamux.adapters.strict_json import quoted
 from deltamux.base.structure import Structure
 
 _MAX_SIZE = 1 << 20

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamux.adapters.checkpoint.fields import Fields, as_integer, unsupported
+from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.fields import Fields, as_integer, unsupported
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import to_serving
-from deltamux.adapters.primitives.virtual_tokens import VirtualTokens
-from deltamux.adapters.prompt_tensors import (
+from deltamux.adapters.payloads.rounding import to_serving
+from deltamux.adapters.peft.prompt_tensors import (
     PROMPT,
     read_prompt_fields,
     require_read,
     require_shape,
     require_tensors,
 )
+from deltamux.adapters.primitives.virtual_tokens import VirtualTokens
 from deltamux.base.structure import Structure
 from deltamux.errors import InvalidArgument
 

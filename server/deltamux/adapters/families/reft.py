@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamux.adapters.adapterhub_model import AdapterHubConfig, read_adapterhub_config
+from deltamux.adapters.adapterhub.keyed_tensors import KeyedTensors
+from deltamux.adapters.adapterhub.language_head import take_language_head
+from deltamux.adapters.adapterhub.layer_ends import layer_ends
+from deltamux.adapters.adapterhub.model import AdapterHubConfig, read_adapterhub_config
+from deltamux.adapters.checkpoint.fields import Fields, as_integer, refuse_field, unsupported
+from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.fields import Fields, as_integer, refuse_field, unsupported
-from deltamux.adapters.keyed_tensors import KeyedTensors
-from deltamux.adapters.language_head import take_language_head
-from deltamux.adapters.layer_ends import layer_ends
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import to_serving
+from deltamux.adapters.payloads.rounding import to_serving
 from deltamux.adapters.primitives.bottleneck import SumBottleneck
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import InvalidArgument

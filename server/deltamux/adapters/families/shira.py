@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamux.adapters.checkpoint.fields import as_integer
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.checkpoint.strict_json import Json
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.fields import as_integer
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import ModuleTensors, other_base, to_serving
-from deltamux.adapters.patterns import Selector
+from deltamux.adapters.payloads.base_fit import other_base
+from deltamux.adapters.payloads.rounding import to_serving
+from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.patterns import Selector
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import LINEAR, read_selector, targeted_sites
 from deltamux.adapters.primitives.sparse_delta import SparseDelta
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.strict_json import Json
-from deltamux.adapters.targets import LINEAR, read_selector, targeted_sites
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import InvalidArgument
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamux.adapters.fields import as_integer, refuse_field
-from deltamux.adapters.low_rank_delta import Factors
-from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import ModuleTensors
-from deltamux.adapters.per_module import MAX_RANK, as_rank
-from deltamux.adapters.seeds import as_kept, as_seed
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.strict_json import Json
-from deltamux.adapters.targets import read_targets
+from deltamux.adapters.checkpoint.fields import as_integer, refuse_field
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.checkpoint.strict_json import Json
+from deltamux.adapters.payloads.low_rank_delta import Factors
+from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.per_module import MAX_RANK, as_rank
+from deltamux.adapters.peft.seeds import as_kept, as_seed
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import read_targets
 from deltamux.base.structure import SiteSpec
 
 _A, _B, _P = "tinylora_A", "tinylora_B", "tinylora_P"

@@ -8,21 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamux.adapters.checkpoint.fields import Fields
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.checkpoint.strict_json import Json
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.fields import Fields
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import ModuleTensors
-from deltamux.adapters.patterns import Selector
-from deltamux.adapters.shared_fields import PROVENANCE, refuse_executable, require_generation
-from deltamux.adapters.strict_json import Json
-from deltamux.adapters.targets import read_selector, targeted_sites
-from deltamux.adapters.trained_tokens import (
+from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.patterns import Selector
+from deltamux.adapters.peft.shared_fields import PROVENANCE, refuse_executable, require_generation
+from deltamux.adapters.peft.targets import read_selector, targeted_sites
+from deltamux.adapters.peft.trained_tokens import (
     INDICES_FIELD,
     TOKEN_ROWS,
     read_tokens,
     tied_token_rows,
 )
-from deltamux.adapters.weight_tying import require_tied
+from deltamux.adapters.peft.weight_tying import require_tied
 from deltamux.base.structure import Kind, Structure
 
 _KINDS: frozenset[Kind] = frozenset(("embedding", "head"))

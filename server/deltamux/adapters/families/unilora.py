@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltamux.adapters.fields import as_integer
-from deltamux.adapters.low_rank_delta import Factors
-from deltamux.adapters.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_tensors import ModuleTensors, other_base
-from deltamux.adapters.per_module import as_rank
-from deltamux.adapters.seeds import as_kept, as_seed
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.targets import read_targets
+from deltamux.adapters.checkpoint.fields import as_integer
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.payloads.base_fit import other_base
+from deltamux.adapters.payloads.low_rank_delta import Factors
+from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.per_module import as_rank
+from deltamux.adapters.peft.seeds import as_kept, as_seed
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import read_targets
 from deltamux.base.structure import SiteSpec
 
 _THETA = "unilora_theta_d"

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from deltamux.adapters.checkpoint.fields import Fields, refuse_field, unsupported
+from deltamux.adapters.checkpoint.manifest import Manifest, member_of_union
 from deltamux.adapters.family import Family, Parsed
-from deltamux.adapters.fields import Fields, refuse_field, unsupported
-from deltamux.adapters.manifest import Manifest, member_of_union
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.unserved import refusal
 from deltamux.base.structure import Structure

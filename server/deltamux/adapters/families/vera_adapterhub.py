@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from deltamux.adapters.adapterhub_linears import Given, LinearMethod, Read
-from deltamux.adapters.fields import unsupported
+from deltamux.adapters.adapterhub.linears import Given, LinearMethod, Read
+from deltamux.adapters.checkpoint.fields import unsupported
 from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.base.structure import SiteSpec
 

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamux.adapters.drawn_places import DrawnPlaces, read_places
+from deltamux.adapters.checkpoint.fields import unsupported
+from deltamux.adapters.checkpoint.manifest import Manifest
+from deltamux.adapters.checkpoint.strict_json import Json, quoted
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.fields import unsupported
-from deltamux.adapters.manifest import Manifest
-from deltamux.adapters.module_family import parse_modules
-from deltamux.adapters.module_tensors import ModuleTensors
-from deltamux.adapters.per_module import as_scale
+from deltamux.adapters.peft.drawn_places import DrawnPlaces, read_places
+from deltamux.adapters.peft.module_family import parse_modules
+from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.per_module import as_scale
+from deltamux.adapters.peft.shared_fields import tuner_fields
+from deltamux.adapters.peft.targets import Targets, read_targets
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.sparse_delta import SparseDelta
-from deltamux.adapters.shared_fields import tuner_fields
-from deltamux.adapters.strict_json import Json, quoted
-from deltamux.adapters.targets import Targets, read_targets
 from deltamux.base.structure import SiteSpec, Structure
 
 _SPECTRUM = "waveft_spectrum"

@@ -1,0 +1,1 @@
+"""What the families that AdapterHub trains have in common."""

@@ -1,0 +1,1 @@
+"""The files that are an adapter: opened, checked and read, whoever wrote them."""

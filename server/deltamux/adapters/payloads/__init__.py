@@ -1,0 +1,1 @@
+"""Changes of a module as payloads, from whichever checkpoint they come."""

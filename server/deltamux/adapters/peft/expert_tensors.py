@@ -1,0 +1,105 @@
+"""LoRA at the experts of a mixture, which PEFT finds by the names of their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltamux.adapters.checkpoint.fields import unsupported
+from deltamux.adapters.checkpoint.files import WEIGHTS
+from deltamux.adapters.checkpoint.strict_json import quoted
+from deltamux.adapters.checkpoint.tensors import require_finite
+from deltamux.adapters.peft.module_tensors import PREFIX
+from deltamux.adapters.primitives.expert_low_rank import ExpertLowRank
+from deltamux.base.experts import PROJECTIONS, Experts
+from deltamux.base.structure import Structure
+from deltamux.errors import FailedPrecondition, InvalidArgument
+
+
+@dataclass(frozen=True)
+class ExpertTarget:
+    """One layer of a mixture; `key` begins the names of its tensors."""
+
+    experts: Experts
+    projection: str
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.experts.name}.{self.projection}"
+
+
+def expert_targets(parameters: Iterable[str], structure: Structure) -> list[ExpertTarget]:
+    """The layers that target_parameters means.
+
+    Raises FailedPrecondition (UNSUPPORTED_FEATURE) for a name that means none: PEFT adapts any
+    parameter, a router's too.
+    """
+    parameters = tuple(parameters)
+    names = [
+        f"{mixture}.{projection}" for mixture in structure.experts for projection in PROJECTIONS
+    ]
+    for parameter in parameters:
+        if not any(_means(parameter, name) for name in names):
+            raise unsupported(f"target_parameters with {quoted(parameter)}, no layer of experts,")
+    targets = []
+    for mixture in structure.experts.values():
+        meant = [
+            projection
+            for projection in PROJECTIONS
+            if any(_means(parameter, f"{mixture.name}.{projection}") for parameter in parameters)
+        ]
+        # PEFT wraps the first parameter first, so that it lies deepest.
+        for depth, projection in enumerate(reversed(meant)):
+            key = PREFIX + mixture.name + ".base_layer" * depth
+            targets.append(ExpertTarget(mixture, projection, key))
+    return targets
+
+
+def take_experts(
+    targets: Iterable[ExpertTarget],
+    tensors: dict[str, Tensor],
+    rank_of: Callable[[str], int],
+    scale_of: Callable[[str], float],
+    dtype: torch.dtype,
+) -> dict[str, ExpertLowRank]:
+    """Takes their tensors out of `tensors`; payloads by the name of the parameter.
+
+    A is stored expert by expert, B rank by rank: [experts * rank, in] and [out, rank * experts].
+    """
+    payloads = {}
+    for target in targets:
+        count, rank = target.experts.count, rank_of(target.name)
+        out, width = target.experts.weight(target.projection).shape[1:]
+        a = _take(tensors, f"{target.key}.lora_A.weight", (count * rank, width))
+        b = _take(tensors, f"{target.key}.lora_B.weight", (out, rank * count))
+        by_expert = b.view(out, rank, count).permute(2, 1, 0) * scale_of(target.name)
+        payload = ExpertLowRank.of(a.view(count, rank, width).to(dtype), by_expert.to(dtype))
+        for tensor in payload.tensors:
+            require_finite(f"{target.name}, scaled and in {dtype},", tensor)
+        payloads[target.name] = payload
+    return payloads
+
+
+def _means(parameter: str, name: str) -> bool:
+    return name == parameter or name.endswith(f".{parameter}")
+
+
+def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = tensors.pop(name, None)
+    if tensor is None:
+        message = f"{WEIGHTS} lacks {quoted(name)}, which the adapter needs"
+        raise InvalidArgument(message, reason="MISSING_TENSORS")
+    if not tensor.is_floating_point():
+        message = f"{WEIGHTS}: {quoted(name)} has dtype {tensor.dtype}"
+        raise InvalidArgument(message, reason="MALFORMED_WEIGHTS")
+    if tensor.shape != shape:
+        raise FailedPrecondition(
+            f"{quoted(name)} of {tuple(tensor.shape)}, where the config and the experts of this "
+            f"base need {shape}",
+            reason="BASE_MISMATCH",
+        )
+    return tensor.float()

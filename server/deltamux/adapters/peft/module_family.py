@@ -1,0 +1,64 @@
+"""What most families come down to: payloads for each module that the config targets, and biases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from deltamux.adapters.family import Parsed
+from deltamux.adapters.payloads.rounding import rounded
+from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.targets import Targets
+from deltamux.adapters.peft.trained_biases import take_bias_shifts
+from deltamux.adapters.primitives.dense import Dense, DenseDelta, DenseEmbedding
+from deltamux.adapters.primitives.low_rank import LowRank
+from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.row_bias import RowBias
+from deltamux.base.structure import SiteSpec, Structure
+
+
+def parse_modules(
+    targets: Targets,
+    sites: Iterable[SiteSpec],
+    modules: ModuleTensors,
+    structure: Structure,
+    dtype: torch.dtype,
+    read: Callable[[SiteSpec], Iterable[Payload]],
+) -> Parsed:
+    """Calls `read` for each site; rounds its float32 payloads once, and adds trained biases.
+
+    Raises as Family.parse does.
+    """
+    sites = list(sites)
+    shifts = take_bias_shifts(targets.trained_biases, sites, modules, structure)
+    notes = modules.drop_base_copies()
+    found = {site.name: list(read(site)) for site in sites}
+    for name, shift in shifts.items():
+        _add_shift(found.setdefault(name, []), shift)
+    modules.require_none_left()
+    payloads = {
+        name: tuple(rounded(structure.sites[name], payload, dtype) for payload in of_site)
+        for name, of_site in found.items()
+        if of_site
+    }
+    everything = [payload for of_site in payloads.values() for payload in of_site]
+    rank = max((p.a.shape[0] for p in everything if isinstance(p, LowRank)), default=0)
+    return Parsed(payloads, rank, modules.taken, (*notes, *_note_on_dense(everything)))
+
+
+def _add_shift(payloads: list[Payload], shift: Tensor) -> None:
+    for index, payload in enumerate(payloads):
+        if isinstance(payload, RowBias):
+            payloads[index] = RowBias(payload.bias + shift)
+            return
+    payloads.append(RowBias(shift))
+
+
+def _note_on_dense(payloads: Iterable[Payload]) -> tuple[str, ...]:
+    dense = [p for p in payloads if isinstance(p, Dense | DenseDelta | DenseEmbedding)]
+    if not dense:
+        return ()
+    size = sum(tensor.numel() * tensor.element_size() for p in dense for tensor in p.tensors)
+    return (f"converted to dense matrices at {len(dense)} modules, {size} bytes",)

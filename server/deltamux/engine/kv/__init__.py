@@ -1,0 +1,1 @@
+"""The KV cache: its pages, and which sequence holds which."""

@@ -1,0 +1,1 @@
+"""Steps that come again: captured as CUDA graphs, or recorded on a CPU."""

@@ -1,0 +1,110 @@
+"""Steps on a CPU that only decode, recorded when the same sequences come again.
+
+For a few rows of a small model, Python and torch take as long to find out what is to be computed as
+the C code takes to read a layer. From one token to the next nothing of it changes but numbers.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+
+import structlog
+import torch
+from torch import Tensor
+
+from deltamux.adapters.sites.device_sites import DeviceSites
+from deltamux.engine.replay.recording import Recording
+from deltamux.engine.step.batch import StepBatch, StepInputs
+from deltamux.engine.step.replays import Forward
+from deltamux.engine.transfer import Upload
+
+_log = structlog.get_logger(__name__)
+
+# Steps alike before one is recorded: to record one costs about as much as three replays spare.
+STEPS_BEFORE = 2
+# Of all that is recorded. Where a step's own memory is larger, its calls are a small part of it.
+_MOST_BYTES = 64 << 20
+_MOST_STEPS = 32
+
+# Rows, the slots that they belong to, and what is in these.
+_Key = tuple[object, ...]
+
+
+class _RecordedStep:
+    """A step as it was run once, and may be run again for other tokens of the same sequences."""
+
+    def __init__(self, inputs: StepInputs, forward: Forward) -> None:
+        """Runs it. Raises CannotRecord where it has to be run anew every time."""
+        self._inputs = replace(
+            inputs,
+            input_ids=inputs.input_ids.clone(),
+            position_ids=inputs.position_ids.clone(),
+            slot_mapping=inputs.slot_mapping.clone(),
+        )
+        self._recording = Recording()
+        with self._recording.record():
+            self.logits = forward(self._inputs, self._inputs.sampled_rows)
+
+    @property
+    def bytes(self) -> int:
+        return self._recording.bytes
+
+    def run(self, inputs: StepInputs) -> Tensor:
+        """`logits` of a step of as many rows, of the same slots."""
+        own = self._inputs
+        own.input_ids.copy_(inputs.input_ids)
+        own.position_ids.copy_(inputs.position_ids)
+        own.slot_mapping.copy_(inputs.slot_mapping)
+        for plan in own.attention.plans.values():
+            plan.read(inputs.attention)
+        self._recording.replay()
+        return self.logits
+
+
+class RecordedSteps:
+    """The recorded steps of one runner, in float32 with C code for attention."""
+
+    def __init__(self, forward: Forward, sites: DeviceSites, most_bytes: int = _MOST_BYTES) -> None:
+        self._forward = forward
+        self._sites = sites
+        self._most_bytes = most_bytes
+        self._upload = Upload(sites.device)
+        # The one used last at the end; None where it cannot be recorded.
+        self._recorded: OrderedDict[_Key, _RecordedStep | None] = OrderedDict()
+        # What came last, and how often in a row.
+        self._last: _Key = ()
+        self._times = 0
+
+    @property
+    def bytes(self) -> int:
+        """What all recorded steps take."""
+        return sum(step.bytes for step in self._recorded.values() if step is not None)
+
+    @torch.inference_mode()
+    def run(self, step: StepBatch) -> Tensor | None:
+        """Logits [S, W], float32, until the next call; None for a step that is not replayed."""
+        if step.pooled or step.awaiting.size or len(step.input_ids) > len(step.sampled):
+            return None
+        segments = step.token_segments
+        key = (len(step.input_ids), segments, *self._sites.occupants(segments.slots))
+        if key in self._recorded:
+            self._recorded.move_to_end(key)
+            recorded = self._recorded[key]
+            return None if recorded is None else recorded.run(step.send(self._upload))
+        self._times = self._times + 1 if key == self._last else 0
+        self._last = key
+        return self._record(key, step) if self._times >= STEPS_BEFORE else None
+
+    def _record(self, key: _Key, step: StepBatch) -> Tensor | None:
+        try:
+            recorded = _RecordedStep(step.send(self._upload), self._forward)
+        except Exception as error:
+            # Run eagerly, such a step fails by itself if it must.
+            _log.debug("cannot record a step", rows=len(step.input_ids), error=repr(error))
+            self._recorded[key] = None
+            return None
+        self._recorded[key] = recorded if recorded.bytes <= self._most_bytes else None
+        while self.bytes > self._most_bytes or len(self._recorded) > _MOST_STEPS:
+            self._recorded.popitem(last=False)
+        return recorded.logits

@@ -1,0 +1,1 @@
+"""One step on the device, from sequences to logits and hidden states."""
