@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from deltamux.frontend.detokenizer import CONTEXT, LONGEST, Detokenizer, StopStrings
 from deltamux.frontend.tokenizer import Tokenizer
@@ -63,12 +66,47 @@ def test_a_token_is_decoded_once_and_seldom_twice(tokenizer, reference, monkeypa
     assert max(decoded) <= LONGEST + 1
 
 
+def byte_fallback() -> Tokenizer:
+    """What Llama 2 and Gemma do with a character that is no token: one token a byte of it.
+
+    They decode a row of such tokens together, and all of it is replaced where one byte is too many.
+    """
+    vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}
+    vocabulary |= {"▁": 257, "a": 258, "b": 259}
+    backend = RustTokenizer(
+        models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>")
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+BYTE_FALLBACK = byte_fallback()
+
+
+@given(text=st.text("ab é中😀😁", max_size=20), prompt=st.text("ab é中😀😁", max_size=8))
+def test_rows_of_characters_in_byte_tokens_are_never_decoded_from_within_one(text, prompt) -> None:
+    before, ids = (list(BYTE_FALLBACK._encode((part, "")).token_ids) for part in (prompt, text))
+    assert "".join(streamed(BYTE_FALLBACK, before, ids)) == text
+
+
+def test_tokens_that_each_end_one_character_and_begin_the_next_are_not_cut() -> None:
+    first, across, last = "ãĥ", "«ãĥ", "«"  # of ル, whose bytes are e3 83 ab
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: number for number, piece in enumerate([*alphabet, first, across])}
+    backend = RustTokenizer(models.BPE(vocab=vocabulary, merges=[("ã", "ĥ"), ("«", first)]))
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    pieces = [first, *[across] * 8, last, "a"]
+    assert (
+        "".join(streamed(tokenizer, [], [vocabulary[piece] for piece in pieces])) == "ル" * 9 + "a"
+    )
+
+
 def test_a_word_keeps_the_space_that_the_prompt_asks_for() -> None:
     """Tokenizers of the SentencePiece kind drop the first space of what they decode."""
-    from tokenizers import Tokenizer as RustTokenizer
-    from tokenizers import decoders, models
-    from transformers import PreTrainedTokenizerFast
-
     backend = RustTokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "c": 2}, unk_token="c"))
     backend.decoder = decoders.Metaspace()
     tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))

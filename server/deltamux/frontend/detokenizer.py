@@ -11,7 +11,7 @@ CONTEXT = 6
 # Tokens that may become context before it is cut: then a token costs one decoding, seldom two.
 LONGEST = 12
 # A character has at most 4 bytes and a token at least one: what is incomplete, three more
-# tokens may complete. Older bytes never will make a character.
+# tokens may complete. Older bytes that make no character by then never will.
 PATIENCE = 3
 INCOMPLETE = "\ufffd"
 
@@ -25,9 +25,12 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         # The window that is decoded; its first `_shown` ids are `_text`, which is out already.
-        self._window = list(prompt[-CONTEXT:])
+        self._window = self._context(prompt)
         self._shown = len(self._window)
         self._text = self._decode(self._window)
+        # Where the window may begin later: at the end of something shown, so that it begins with no
+        # half character. Beside one, some tokenizers can read no other bytes either.
+        self._start = self._shown
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty in the middle of a character."""
@@ -37,7 +40,9 @@ class Detokenizer:
             end -= PATIENCE
             if end <= self._shown:
                 return ""
-            text = self._decode(self._window[:end])
+            whole, text = text, self._decode(self._window[:end])
+            if not whole.startswith(text):
+                return ""  # it ends in the middle of a character that is complete by now
         return self._show(end, text)
 
     def flush(self) -> str:
@@ -47,11 +52,22 @@ class Detokenizer:
     def _show(self, end: int, text: str) -> str:
         """What is new in `text`, that of the first `end` ids."""
         new = text[len(self._text) :]
-        if end > LONGEST:
-            del self._window[: end - CONTEXT]
-            end, text = CONTEXT, self._decode(self._window[:CONTEXT])
+        if end > LONGEST and end - self._start >= CONTEXT:
+            del self._window[: self._start]
+            end -= self._start
+            text, self._start = self._decode(self._window[:end]), end
+        elif end <= CONTEXT:
+            self._start = end
         self._shown, self._text = end, text
         return new
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The prompt's last ids, some more where the first of them would be part of a character."""
+        for count in range(CONTEXT, CONTEXT + PATIENCE):
+            window = list(prompt[-count:])
+            if not self._decode(window).startswith(INCOMPLETE):
+                return window
+        return list(prompt[-CONTEXT - PATIENCE :])
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, self._skip_special_tokens)
