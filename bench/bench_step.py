@@ -1,4 +1,5 @@
-"""Times a whole step of the engine's runner on the CPU: base, one adapter, all distinct, in turns.
+"""Times a whole step of the engine's runner on the CPU: base, one adapter, all distinct, and all
+but one distinct, a mix of its own in every step; in turns.
 
 python bench/bench_step.py --model FOLDER [--batch 16] [--rounds 30] [--json out.json]
 
@@ -12,7 +13,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import cycle, repeat
 from pathlib import Path
 
 import torch
@@ -29,6 +31,9 @@ from deltamux.engine.sequence import Sequence as Request
 from deltamux.engine.step.runner import ModelRunner
 from deltamux.wire.messages import Sampling
 from deltamux_kernels import native
+
+# Of each row's adapter.
+Slots = Sequence[int | None]
 
 BLOCK = 16
 PROMPT = 128
@@ -58,7 +63,7 @@ class Steps:
             assert self.sites.reserve(slot, adapter)
             self.sites.write(slot, adapter)
 
-    def prefill(self, slots: Sequence[int | None], chunk: int) -> None:
+    def prefill(self, slots: Slots, chunk: int) -> None:
         """All prompts from the start, in steps of as many as make `chunk` tokens."""
         together = chunk // PROMPT
         for first in range(0, len(slots), together):
@@ -71,11 +76,11 @@ class Steps:
             request.num_computed = PROMPT
             request.tokens.append(1)
 
-    def decode(self, slots: Sequence[int | None]) -> None:
+    def decode(self, slots: Slots) -> None:
         """One token of the first sequences, always the same one."""
         self.runner.run(self.decoding(slots))
 
-    def decoding(self, slots: Sequence[int | None]) -> list[Scheduled]:
+    def decoding(self, slots: Slots) -> list[Scheduled]:
         for request, slot in zip(self._requests, slots, strict=False):
             request.slot = slot
         return [Scheduled(request, 1) for request in self._requests[: len(slots)]]
@@ -89,23 +94,26 @@ def _request(index: int, blocks: int) -> Request:
 
 def measure(steps: Steps, batch: int, rounds: int, chunk: int) -> dict[str, dict[str, float]]:
     """Median milliseconds of a decode step and of all prompts, by mode."""
-    modes: dict[str, list[int | None]] = {
-        "base": [None] * batch,
-        "one": [min(3, batch - 1)] * batch,
-        "distinct": list(range(batch)),
+    distinct = list(range(batch))
+    modes: dict[str, Iterator[Slots]] = {
+        "base": repeat([None] * batch),
+        "one": repeat([min(3, batch - 1)] * batch),
+        "distinct": repeat(distinct),
+        "changing": cycle([*distinct[:n], distinct[n - 1], *distinct[n + 1 :]] for n in distinct),
     }
     times: dict[str, dict[str, list[float]]] = {mode: {} for mode in modes}
     for slots in modes.values():
-        steps.prefill(slots, chunk)
+        steps.prefill(next(slots), chunk)
         for _ in range(STEPS_BEFORE + 1):
-            steps.decode(slots)
+            steps.decode(next(slots))
     for mode, work, repeats in _turns(modes, rounds):
         for _ in range(repeats):
+            slots = next(modes[mode])
             start = time.perf_counter()
             if work == "decode":
-                steps.decode(modes[mode])
+                steps.decode(slots)
             else:
-                steps.prefill(modes[mode], chunk)
+                steps.prefill(slots, chunk)
             times[mode].setdefault(work, []).append(time.perf_counter() - start)
     return {
         mode: {work: 1e3 * statistics.median(found) for work, found in of_mode.items()}
@@ -113,7 +121,7 @@ def measure(steps: Steps, batch: int, rounds: int, chunk: int) -> dict[str, dict
     }
 
 
-def _turns(modes: dict[str, list[int | None]], rounds: int) -> Iterator[tuple[str, str, int]]:
+def _turns(modes: Iterable[str], rounds: int) -> Iterator[tuple[str, str, int]]:
     for number in range(rounds):
         for mode in modes:
             if number % 10 == 0:

@@ -19,7 +19,7 @@ class DeviceSegments(Segments):
     def __init__(self, tiles: torch.Tensor, slots: int) -> None:
         """`tiles` int32 [capacity, 3] of (slot, start, rows)."""
         # What a step works out is given from the start.
-        vars(self).update(device=tiles.device, tiles=tiles, slots=frozenset({slots}))
+        vars(self).update(device=tiles.device, tiles=tiles, table=tiles, slots=frozenset({slots}))
 
     def __bool__(self) -> bool:
         return True

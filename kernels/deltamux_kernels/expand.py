@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import no_type_check
 
 import torch
 
 from deltamux_kernels._triton import overlap, tl, triton
+from deltamux_kernels.native.library import INTEGER, POINTER, function
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.products import NativeProducts
 from deltamux_kernels.segments import TILE_ROWS, Segments
@@ -56,10 +59,33 @@ def expand_native(
     y: torch.Tensor, h: NativeProducts, b: PackedMatrices, columns: Columns, segments: Segments
 ) -> None:
     """`expand` in C, in float32."""
-    if y.stride(1) == 1:
-        h.layout.expand(b, columns.first).expand(y, h.values, b.arena, b.width)
-    else:
-        expand_torch(y, h.pieces(), b, columns, segments)
+    # The C code adds to columns that lie side by side.
+    result = y if y.stride(1) == 1 else y.contiguous()
+    _native()(
+        result.data_ptr(),
+        result.stride(0),
+        h.values.data_ptr(),
+        h.values.stride(0),
+        b.arena.data_ptr(),
+        b.offsets.data_ptr(),
+        b.rows.data_ptr(),
+        columns.table.data_ptr(),
+        b.width,
+        segments.table.data_ptr(),
+        len(segments.table),
+    )
+    if result is not y:
+        y.copy_(result)
+
+
+@cache
+def _native() -> Callable[..., None]:
+    return function(
+        "expand",
+        *(POINTER, INTEGER) * 2,  # y and h, with the distance of their rows
+        *(POINTER, POINTER, POINTER, POINTER, INTEGER),  # B, and its columns of h
+        *(POINTER, INTEGER),  # spans, how many
+    )
 
 
 def expand_torch(

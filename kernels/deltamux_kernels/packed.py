@@ -20,10 +20,10 @@ class PackedMatrices:
     """One row-major matrix [rows, width] per slot, for one site; a slot may have none.
 
     All sites share one flat `arena`; a matrix takes `rows * width` of its elements, from a multiple
-    of `ALIGNMENT` on, and no padding. `version` changes with every change of a matrix.
-    `offsets` (int64, elements) and `rows` (int32, 0 = no matrix), both [slots + 1], live on the
-    arena's device for the Triton forms; `views` holds the same matrices for the torch forms. The
-    slot after the last never has a matrix: tiles that name it end their programs at once.
+    of `ALIGNMENT` on, and no padding. `offsets` (int64, elements) and `rows` (int32, 0 = none),
+    both [slots + 1], live on the arena's device for the Triton and C forms; `views` holds the same
+    matrices for the torch forms. The slot after the last never has a matrix: tiles that name it end
+    their programs at once.
     """
 
     def __init__(
@@ -42,8 +42,6 @@ class PackedMatrices:
         self.views: list[torch.Tensor | None] = [None] * slots
         self.transposed: list[torch.Tensor | None] = [None] * slots
         self._rows_on_host = [0] * slots
-        self._offset_on_host = [0] * slots
-        self.version = object()
 
     def write(self, slot: int, offset: int, matrix: torch.Tensor) -> None:
         """Copy `matrix` [rows, width] to `arena[offset:]` and make it the slot's own.
@@ -65,11 +63,9 @@ class PackedMatrices:
 
     def _point(self, slot: int, offset: int, rows: int) -> None:
         view = self.arena[offset : offset + rows * self.width].view(rows, self.width)
-        self._offset_on_host[slot] = offset
         self._rows_on_host[slot] = rows
         self.views[slot] = view if rows else None
         self.transposed[slot] = view.t() if rows else None
-        self.version = object()
 
     def clear(self, slot: int) -> None:
         """Forget the slot's matrix; its extent belongs to the caller again."""
@@ -77,7 +73,6 @@ class PackedMatrices:
         self._rows_on_host[slot] = 0
         self.views[slot] = None
         self.transposed[slot] = None
-        self.version = object()
 
     def extend(self, rows: int) -> bool:
         """Makes launches of `CapturedSegments` reach matrices of so many rows; True if those that
@@ -91,10 +86,6 @@ class PackedMatrices:
     def rows_of(self, slot: int) -> int:
         """Rows of the slot's matrix; 0 when it has none."""
         return self._rows_on_host[slot]
-
-    def offset_of(self, slot: int) -> int:
-        """Where the slot's matrix begins in the arena, in elements."""
-        return self._offset_on_host[slot]
 
     def most_rows(self, slots: Iterable[int]) -> int:
         """Rows of the tallest matrix among `slots`; 0 when none has one."""

@@ -26,8 +26,9 @@ COUNTERS_A_TILE = 64
 class Segments:
     """Spans of rows `(slot, start, end)`, sorted by start and disjoint; other rows have no adapter.
 
-    `spans` serves the torch forms. The Triton forms read `tiles`, the same rows cut into tiles of
-    at most `TILE_ROWS`, so that no program exists for a slot that has no row in the step.
+    `spans` serves the torch forms, and as a `table` those in C. The Triton forms read `tiles`, the
+    same rows cut into tiles of at most `TILE_ROWS`, so that no program exists for a slot that has
+    no row in the step.
     """
 
     spans: tuple[Span, ...]
@@ -51,9 +52,10 @@ class Segments:
         return frozenset(slot for slot, _, _ in self.spans)
 
     @cached_property
-    def layouts(self) -> dict[PackedMatrices, object]:
-        """What an op remembers of these spans for its matrices, as long as decode repeats them."""
-        return {}
+    def table(self) -> torch.Tensor:
+        """`(slot, start, rows)` of every span: int32 [spans, 3]."""
+        rows = [(slot, start, end - start) for slot, start, end in self.spans]
+        return device_table(rows, columns=3, device=self.device)
 
     @cached_property
     def tiles(self) -> torch.Tensor:

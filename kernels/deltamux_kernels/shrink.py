@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import TypeAlias, no_type_check
 
 import torch
 
 from deltamux_kernels import native
 from deltamux_kernels._triton import overlap, tl, triton
+from deltamux_kernels.native.library import INTEGER, POINTER, function
 from deltamux_kernels.packed import PackedMatrices
-from deltamux_kernels.products import Layout, NativeProducts
+from deltamux_kernels.products import NativeProducts
 from deltamux_kernels.segments import COUNTERS_A_TILE, TILE_ROWS, Segments
 from deltamux_kernels.tiles import load_tile
 
 # What `shrink` hands to `expand`, opaque in between. From the torch form one [rows, rank] per span
-# (None where the slot has no matrix); from the Triton form float32 [T, R], in which only the
-# columns of a row's own rank are ever written or read.
+# (None where the slot has no matrix); from the others float32 [T, R], in which only the columns of
+# a row's own rank are ever written or read.
 Shrunk: TypeAlias = "list[torch.Tensor | None] | NativeProducts | torch.Tensor"
 
 # Elements of K that are summed before anything else is added. It is the same for every shape, so
@@ -44,10 +47,30 @@ def shrink(x: torch.Tensor, a: PackedMatrices, segments: Segments) -> Shrunk:
 def shrink_native(x: torch.Tensor, a: PackedMatrices, segments: Segments) -> NativeProducts:
     """`shrink` in C, in float32."""
     x = x if x.stride(1) == 1 else x.contiguous()
-    layout = Layout.of(a, segments)
-    h = x.new_empty(layout.size)
-    layout.shrink.shrink(x, h, a.arena, a.width)
-    return NativeProducts(h, layout)
+    h = new_products(x, segments.most_rows(a))
+    _native()(
+        x.data_ptr(),
+        x.stride(0),
+        h.data_ptr(),
+        h.stride(0),
+        a.arena.data_ptr(),
+        a.offsets.data_ptr(),
+        a.rows.data_ptr(),
+        a.width,
+        segments.table.data_ptr(),
+        len(segments.table),
+    )
+    return NativeProducts(h, a, segments)
+
+
+@cache
+def _native() -> Callable[..., None]:
+    return function(
+        "shrink",
+        *(POINTER, INTEGER) * 2,  # x and h, with the distance of their rows
+        *(POINTER, POINTER, POINTER, INTEGER),  # A
+        *(POINTER, INTEGER),  # spans, how many
+    )
 
 
 def shrink_torch(

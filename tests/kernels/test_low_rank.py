@@ -215,7 +215,7 @@ def test_decode_steps_of_many_adapters_agree_with_the_formula(
 def test_repeated_and_changed_spans_each_get_their_own_rows(
     form: str, pack: Pack, dtype: torch.dtype
 ) -> None:
-    """The work list of a decode step is kept for the next one, and only for the same spans."""
+    """Spans are kept for the next step, and matrices are found where they are then."""
     shrink = shrink_native if form == "native" else shrink_torch
     a, b = [torch.eye(4)[:2] for _ in range(6)], [torch.full((2, 3), float(s)) for s in range(6)]
     packed_a, packed_b, columns = pack(a, 4), pack(b, 3), Columns(6, torch.device("cpu"))

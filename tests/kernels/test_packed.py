@@ -13,7 +13,7 @@ def test_a_matrix_takes_its_own_elements_and_nothing_beside_them() -> None:
     assert torch.equal(arena[320:335], torch.arange(15.0))
     assert arena[:320].isnan().all() and arena[335:].isnan().all()
     assert packed.rows_of(1) == 3 and packed.rows.tolist() == [0, 3, 0]
-    assert packed.offsets[1] == packed.offset_of(1) == 320
+    assert packed.offsets[1] == 320
     assert packed.most_rows({0, 1}) == 3 and packed.most_rows({0}) == 0
 
 

@@ -22,10 +22,10 @@
 #define CHUNK 32
 #define STRIP (2048 / PANEL)
 
-/* Rows start .. start + rows - 1 of the step meet the matrix [rank, width] at arena + matrix; their
- * products with A are at h + first, one row every `stride`. */
+/* Rows start .. start + rows - 1 of the step meet the matrix [ranks[slot], width] at arena +
+ * offsets[slot]. */
 typedef struct {
-    int64_t start, rows, matrix, rank, first, stride;
+    int32_t slot, start, rows;
 } Span;
 
 static int64_t chunks(int64_t size, int64_t of) { return (size + of - 1) / of; }
@@ -68,12 +68,13 @@ static void shrink_chunk(const float *x, int64_t x_row, int64_t rows, const floa
 }
 
 /* h[t, j] = sum_k x[t, k] A_s[j, k]. A unit of work is a chunk of rows by one row of A. */
-void shrink(const float *x, int64_t x_row, float *h, const float *arena, int64_t width,
-            const Span *spans, int64_t count)
+void shrink(const float *x, int64_t x_row, float *h, int64_t h_row, const float *arena,
+            const int64_t *offsets, const int32_t *ranks, int64_t width, const Span *spans,
+            int64_t count)
 {
     int64_t total = 0;
     for (int64_t s = 0; s < count; s++)
-        total += chunks(spans[s].rows, CHUNK) * spans[s].rank;
+        total += chunks(spans[s].rows, CHUNK) * ranks[spans[s].slot];
 #pragma omp parallel if (total * width > ALONE)
     {
         int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
@@ -81,16 +82,16 @@ void shrink(const float *x, int64_t x_row, float *h, const float *arena, int64_t
         int64_t before = 0;
         for (int64_t s = 0; s < count && before < end; s++) {
             const Span span = spans[s];
-            int64_t units = chunks(span.rows, CHUNK) * span.rank;
+            const float *a = arena + offsets[span.slot];
+            int64_t rank = ranks[span.slot], units = chunks(span.rows, CHUNK) * rank;
             int64_t unit = begin > before ? begin - before : 0;
             int64_t last = least(end - before, units);
             before += units;
             for (int64_t n; unit < last; unit += n) {
-                int64_t t = unit / span.rank * CHUNK, j = unit % span.rank;
-                n = least(span.rank - j, last - unit);
-                shrink_chunk(x + (span.start + t) * x_row, x_row, least(span.rows - t, CHUNK),
-                             arena + span.matrix + j * width, n, width,
-                             h + span.first + t * span.stride + j, span.stride);
+                int64_t t = unit / rank * CHUNK, j = unit % rank, row = span.start + t;
+                n = least(rank - j, last - unit);
+                shrink_chunk(x + row * x_row, x_row, least(span.rows - t, CHUNK), a + j * width, n,
+                             width, h + row * h_row + j, h_row);
             }
         }
     }
@@ -156,14 +157,15 @@ static void expand_chunk(float *y, int64_t y_row, int64_t rows, const float *h, 
         add_row(y + t * y_row, h + t * stride, b, rank, width, columns);
 }
 
-/* y[t, n] += sum_j h[t, j] B_s[j, n]. A unit of work is a chunk of rows by a panel of columns, and
- * weighs as much as the rank. */
-void expand(float *y, int64_t y_row, const float *h, const float *arena, int64_t width,
+/* y[t, n] += sum_j h[t, columns[s] + j] B_s[j, n]. A unit of work is a chunk of rows by a panel of
+ * columns, and weighs as much as the rank. */
+void expand(float *y, int64_t y_row, const float *h, int64_t h_row, const float *arena,
+            const int64_t *offsets, const int32_t *ranks, const int32_t *columns, int64_t width,
             const Span *spans, int64_t count)
 {
     int64_t panels = chunks(width, PANEL), total = 0;
     for (int64_t s = 0; s < count; s++)
-        total += chunks(spans[s].rows, CHUNK) * panels * spans[s].rank;
+        total += chunks(spans[s].rows, CHUNK) * panels * ranks[spans[s].slot];
 #pragma omp parallel if (total * PANEL > ALONE)
     {
         int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
@@ -171,19 +173,19 @@ void expand(float *y, int64_t y_row, const float *h, const float *arena, int64_t
         int64_t before = 0;
         for (int64_t s = 0; s < count && before < end; s++) {
             const Span span = spans[s];
-            if (!span.rank)
+            const float *b = arena + offsets[span.slot];
+            int64_t rank = ranks[span.slot], units = chunks(span.rows, CHUNK) * panels;
+            if (!rank)
                 continue;
-            int64_t units = chunks(span.rows, CHUNK) * panels;
-            int64_t unit = begin > before ? chunks(begin - before, span.rank) : 0;
-            int64_t last = least(chunks(end - before, span.rank), units);
-            before += units * span.rank;
+            int64_t unit = begin > before ? chunks(begin - before, rank) : 0;
+            int64_t last = least(chunks(end - before, rank), units);
+            before += units * rank;
             for (int64_t n; unit < last; unit += n) {
-                int64_t t = unit / panels * CHUNK, panel = unit % panels;
-                n = least(least(panels - panel, STRIP), last - unit);
-                expand_chunk(y + (span.start + t) * y_row + panel * PANEL, y_row,
-                             least(span.rows - t, CHUNK), h + span.first + t * span.stride,
-                             span.stride, arena + span.matrix + panel * PANEL, span.rank, width,
-                             least(n * PANEL, width - panel * PANEL));
+                int64_t t = unit / panels * CHUNK, n0 = unit % panels * PANEL, row = span.start + t;
+                n = least(least(panels - unit % panels, STRIP), last - unit);
+                expand_chunk(y + row * y_row + n0, y_row, least(span.rows - t, CHUNK),
+                             h + row * h_row + columns[span.slot], h_row, b + n0, rank, width,
+                             least(n * PANEL, width - n0));
             }
         }
     }
