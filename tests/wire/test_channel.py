@@ -54,6 +54,12 @@ def link(tmp_path: Path) -> Iterator[Link]:
     context.term()
 
 
+def test_a_deadline_may_lie_years_ahead(link: Link) -> None:
+    link.socket.send(encode(LAST))
+    link.engine.wait(1e9)
+    assert link.engine.receive() == [LAST]
+
+
 LAST = Cancel("last")
 NO_MESSAGES = {
     "nothing": b"",

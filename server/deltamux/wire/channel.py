@@ -22,6 +22,9 @@ from deltamux.wire.messages import (
 
 _log = structlog.get_logger(__name__)
 
+# Milliseconds, some 24 days: a poll cannot be told to wait longer.
+_LONGEST_WAIT = 2**31 - 1
+
 # What bytes that are no message may raise.
 _NO_MESSAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
@@ -71,8 +74,8 @@ class EngineEnd:
         self._poller.register(file_descriptor, zmq.POLLIN)
 
     def wait(self, timeout: float | None) -> None:
-        """Blocks until something arrived, or for `timeout` seconds."""
-        self._poller.poll(None if timeout is None else int(timeout * 1000))
+        """Blocks until something arrived, or for `timeout` seconds; it may return sooner."""
+        self._poller.poll(None if timeout is None else int(min(timeout * 1000, _LONGEST_WAIT)))
 
     def receive(self) -> list[ToEngine]:
         """All messages that have arrived, without blocking.
