@@ -1,4 +1,4 @@
-"""Adapters at linear layers that share one product: as without it, and as in PEFT."""
+"""Sites: at linear layers that share one product, as without it and as in PEFT; of no rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from deltamux.base.stacked_linears import StackedLinear
+from deltamux_kernels.segments import Segments
 
+CPU = torch.device("cpu")
 LORA = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"])
 # What acts on outputs, in place, and what reads the base's weight.
 AFTER: tuple[peft.PeftConfig, ...] = (
@@ -70,3 +72,13 @@ def test_inputs_of_their_own_cost_no_products_of_the_siblings(
             served.logits(ids, [0, None, 0, None, None])
         work.append(counter.get_total_flops())
     assert work[0] == work[1]
+
+
+def test_all_that_acts_at_a_head_takes_a_step_that_samples_nothing(serve: Callable) -> None:
+    """One that brings chunks of prompts alone."""
+    served = serve("llama")
+    head = served.model.lm_head
+    for acting in (head, *head.banks.values()):
+        acting.slots.add(0)
+    served.rows.set(Segments.build([(0, 0, 3)], CPU), Segments.build([], CPU))
+    assert head(torch.empty(1, 0, head.spec.in_features)).shape == (1, 0, head.spec.out_features)

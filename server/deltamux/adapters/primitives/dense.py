@@ -41,7 +41,7 @@ class DenseBank:
         """Nothing to keep: weight and bias are alone in their stores."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        grouped_dense(y, x.reshape(y.shape[0], -1), self._weights, self._biases, segments)
+        grouped_dense(y, x.flatten(0, -2), self._weights, self._biases, segments)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class DenseDeltaBank:
         """Nothing to keep: a delta is alone in its store."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        dense_delta(y, x.reshape(y.shape[0], -1), self._deltas, segments)
+        dense_delta(y, x.flatten(0, -2), self._deltas, segments)
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,4 +39,4 @@ class SignDeltaBank:
         """Nothing to keep: both parts are alone in their stores."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        sign_delta(y, x.reshape(y.shape[0], -1), self._matrices, segments)
+        sign_delta(y, x.flatten(0, -2), self._matrices, segments)

@@ -53,4 +53,4 @@ class SparseDeltaBank:
         self._matrices.placed(slot)
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        sparse_delta(y, x.reshape(y.shape[0], -1), self._matrices, segments)
+        sparse_delta(y, x.flatten(0, -2), self._matrices, segments)

@@ -60,4 +60,4 @@ class HeadTokenBank(_TokenBank):
     """A head without bias gives these tokens logits from their own rows."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        token_columns(y, x.reshape(y.shape[0], -1), self._table, segments)
+        token_columns(y, x.flatten(0, -2), self._table, segments)
