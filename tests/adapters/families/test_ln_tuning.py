@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deltamux.errors import DeltamuxError
+from deltamux_kernels import native
 
 Make = Callable[..., Any]
 
@@ -49,8 +50,9 @@ def test_norms_of_queries_and_keys_by_head(tune: Make, save: Make, as_in_peft: M
     [("llama", LLAMA), ("qwen3", ["q_norm", "k_norm"]), ("gpt2", ["ln_1"]), ("gemma2", LLAMA)],
 )
 def test_captured_steps_stand_for_norms(
-    name: str, targets: list[str], tune: Make, serve: Make
+    name: str, targets: list[str], tune: Make, serve: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
     served = serve(name)
     served.load(0, tune(name, peft.LNTuningConfig(target_modules=targets)))
     assert not served.sites.eager_slots

@@ -86,8 +86,8 @@ class DeviceSites:
         self._allocator = ArenaAllocator(arena_bytes // self._item, ALIGNMENT)
         arena = huge_pages.zeros(self._allocator.capacity, dtype, device)
         factory = BankFactory(arena, slots, structure)
-        if device.type == "cpu":
-            native.available()  # compiled now, not in somebody's first step
+        # Compiled now, not in somebody's first step.
+        self._in_c = device.type == "cpu" and native.available() and dtype == torch.float32
         self.prefixes = factory.prefixes
         self._sites = {
             spec.name: _install(model, spec, factory.banks(spec), rows)
@@ -143,7 +143,7 @@ class DeviceSites:
             stack.offset = offset
             taken.append(stack)
         self._layouts[slot] = layout
-        if any(store.host_read for store in layout.stacks):
+        if self._is_read_by_host(layout):
             self.eager_slots.add(slot)
         else:
             self._extend_captures(layout)
@@ -198,6 +198,12 @@ class DeviceSites:
         if adapter.head is not None:
             layout.add([], self.task_heads, adapter.head)
         return layout
+
+    def _is_read_by_host(self, layout: _Layout) -> bool:
+        """Whether something of it is not found by slot, in tables; in C, low rank alone is."""
+        if self._in_c:
+            return any(not isinstance(bank, LowRankBank) for _, bank, _ in layout.placements)
+        return any(store.host_read for store in layout.stacks)
 
     def _extend_captures(self, layout: _Layout) -> None:
         """Makes what is captured from now on act for such an adapter; see `CapturedSegments`."""

@@ -1,7 +1,8 @@
-"""Steps on a CPU that only decode, recorded when the same sequences come again.
+"""Steps on a CPU that only decode, recorded when such a step comes again.
 
 For a few rows of a small model, Python and torch take as long to find out what is to be computed as
-the C code takes to read a layer. From one token to the next nothing of it changes but numbers.
+the C code takes to read a layer. From one token to the next nothing of it changes but numbers. What
+is recorded of low rank alone serves any adapters; of others, those in the same slots and rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from deltamux.engine.replay.recording import Recording
 from deltamux.engine.step.batch import StepBatch, StepInputs
 from deltamux.engine.step.replays import Forward
 from deltamux.engine.transfer import Upload
+from deltamux_kernels import CapturedSegments, Segments
 
 _log = structlog.get_logger(__name__)
 
@@ -27,15 +29,22 @@ STEPS_BEFORE = 2
 _MOST_BYTES = 64 << 20
 _MOST_STEPS = 32
 
-# Rows, the slots that they belong to, and what is in these.
+# Rows, and whatever else must be as it was.
 _Key = tuple[object, ...]
 
 
 class _RecordedStep:
-    """A step as it was run once, and may be run again for other tokens of the same sequences."""
+    """A step as it was run once, and may be run again for other tokens, and other adapters if it
+    has `segments` for any."""
 
-    def __init__(self, inputs: StepInputs, forward: Forward) -> None:
+    def __init__(
+        self, inputs: StepInputs, forward: Forward, segments: CapturedSegments | None
+    ) -> None:
         """Runs it. Raises CannotRecord where it has to be run anew every time."""
+        self._segments = segments
+        if segments is not None:
+            segments.fill(inputs.token_segments)
+            inputs = replace(inputs, token_segments=segments, sampled_segments=segments)
         self._inputs = replace(
             inputs,
             input_ids=inputs.input_ids.clone(),
@@ -51,13 +60,15 @@ class _RecordedStep:
         return self._recording.bytes
 
     def run(self, inputs: StepInputs) -> Tensor:
-        """`logits` of a step of as many rows, of the same slots."""
+        """`logits` of a step with the same key."""
         own = self._inputs
         own.input_ids.copy_(inputs.input_ids)
         own.position_ids.copy_(inputs.position_ids)
         own.slot_mapping.copy_(inputs.slot_mapping)
         for plan in own.attention.plans.values():
             plan.read(inputs.attention)
+        if self._segments is not None:
+            self._segments.fill(inputs.token_segments)
         self._recording.replay()
         return self.logits
 
@@ -86,8 +97,7 @@ class RecordedSteps:
         """Logits [S, W], float32, until the next call; None for a step that is not replayed."""
         if step.pooled or step.awaiting.size or len(step.input_ids) > len(step.sampled):
             return None
-        segments = step.token_segments
-        key = (len(step.input_ids), segments, *self._sites.occupants(segments.slots))
+        key = self._key(step)
         if key in self._recorded:
             self._recorded.move_to_end(key)
             recorded = self._recorded[key]
@@ -96,9 +106,19 @@ class RecordedSteps:
         self._last = key
         return self._record(key, step) if self._times >= STEPS_BEFORE else None
 
+    def _key(self, step: StepBatch) -> _Key:
+        rows, segments = len(step.input_ids), step.token_segments
+        if self._any_adapters(segments):
+            return rows, self._sites.growth
+        return rows, segments, *self._sites.occupants(segments.slots)
+
+    def _any_adapters(self, segments: Segments) -> bool:
+        """Whether all that these rows have is found where other adapters' would be."""
+        return bool(segments) and segments.slots.isdisjoint(self._sites.eager_slots)
+
     def _record(self, key: _Key, step: StepBatch) -> Tensor | None:
         try:
-            recorded = _RecordedStep(step.send(self._upload), self._forward)
+            recorded = _RecordedStep(step.send(self._upload), self._forward, self._captured(step))
         except Exception as error:
             # Run eagerly, such a step fails by itself if it must.
             _log.debug("cannot record a step", rows=len(step.input_ids), error=repr(error))
@@ -108,3 +128,9 @@ class RecordedSteps:
         while self.bytes > self._most_bytes or len(self._recorded) > _MOST_STEPS:
             self._recorded.popitem(last=False)
         return recorded.logits
+
+    def _captured(self, step: StepBatch) -> CapturedSegments | None:
+        if not self._any_adapters(step.token_segments):
+            return None
+        rows, sites = len(step.input_ids), self._sites
+        return CapturedSegments(rows, sites.num_slots, sites.device)
