@@ -86,6 +86,17 @@ async def test_a_request_carries_its_adapter_to_the_engine(harness, folder: Path
     assert stored.read_bytes() == b"one"
 
 
+async def test_one_in_memory_whose_copy_has_left_the_disk_is_served(harness, tmp_path) -> None:
+    """Its first request looks for a tokenizer beside it."""
+    harness.engine.answer_all()
+    # The disk tier of these tests has room for one of them.
+    for name in ("a", "b"):
+        folder = make_folder(tmp_path / name, name.encode() * 600_000)
+        await harness.adapters.LoadAdapter(load(name, folder))
+    for name in ("a", "b", "a"):
+        assert (await harness.collect(generate(name)))[-1].HasField("usage")
+
+
 async def test_a_swap_is_for_new_requests_only(harness, tmp_path: Path, folder: Path) -> None:
     first = asyncio.ensure_future(harness.adapters.LoadAdapter(load("a", folder)))
     command = await harness.engine.receive(LoadAdapter)

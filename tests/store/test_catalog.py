@@ -36,6 +36,15 @@ async def test_a_registered_adapter_is_read_at_its_first_request(store, files):
     assert store.catalog.get("a").active_requests == 0
 
 
+async def test_files_come_back_to_disk_for_a_request_that_has_not_read_them(store, files):
+    version = (await store.catalog.load("a", str(files.write("a", seed=1)))).facts.version
+    store.disk.purge(version)
+    for has_read in (True, False):
+        lease = await store.catalog.resolve("a", lambda digest, has_read=has_read: has_read)
+        assert (lease.version, version in store.disk) == (version, not has_read)
+        lease.release()
+
+
 async def test_500_first_requests_cause_one_ingest_and_one_load(store, files, monkeypatch):
     store.catalog.register("a", str(files.write("a", seed=1)))
     ingest = Mock(wraps=store.disk.ingest)

@@ -98,12 +98,15 @@ async def test_a_copy_evicted_from_disk_is_made_anew(store, files):
     torch.testing.assert_close(await store.served(lease), files.delta(1), atol=1e-6, rtol=0)
 
 
-async def test_after_a_restart_of_the_engine_pins_are_restored(store, files, make_device):
+@pytest.mark.parametrize("evicted", [False, True])
+async def test_after_a_restart_of_the_engine_pins_are_restored(store, files, make_device, evicted):
     for name in ("a", "b"):
         await store.catalog.load(name, str(files.write(name, seed=ord(name))))
-    await store.catalog.pin("a", True)
+    pinned = await store.catalog.pin("a", True)
+    if evicted:
+        store.disk.purge(pinned.version)
     device = make_device(slots=2)
     store.engine.replace(device.cache(), device.loader)
     await store.catalog.engine_restarted()
-    assert store.catalog.get("a").tier == "device"
+    assert (store.catalog.get("a").tier, store.catalog.get("a").pinned) == ("device", True)
     assert store.catalog.get("b").tier == "disk"

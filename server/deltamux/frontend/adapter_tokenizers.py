@@ -32,6 +32,10 @@ class AdapterTokenizers:
         self._added: dict[str, tuple[AddedToken, ...] | FailedPrecondition] = {}
         self._extended = lru_cache(_TOKENIZERS)(base.extended)
 
+    def has_read(self, digest: str) -> bool:
+        """Whether the files of this content are needed no more."""
+        return digest in self._added
+
     async def of(self, lease: Lease | None) -> Tokenizer:
         """Raises FailedPrecondition (TOKENIZER_MISMATCH) for an adapter whose tokenizer has other
         words than the base's beside added tokens."""

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import grpc
 from structlog.contextvars import bind_contextvars
 
+from deltamux.frontend.adapter_tokenizers import AdapterTokenizers
 from deltamux.frontend.deadline import deadline
 from deltamux.frontend.engine_client import EngineClient
 from deltamux.frontend.printable import printable
@@ -52,10 +53,17 @@ class Call(Generic[Request]):
 class Calls:
     """Begins calls and finds them a place in the engine."""
 
-    def __init__(self, engine: EngineClient, catalog: Catalog, default_deadline: float) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        catalog: Catalog,
+        tokenizers: AdapterTokenizers,
+        default_deadline: float,
+    ) -> None:
         """`default_deadline`: seconds for a call that brings no deadline."""
         self._engine = engine
         self._catalog = catalog
+        self._tokenizers = tokenizers
         self._default_deadline = default_deadline
 
     @asynccontextmanager
@@ -88,7 +96,7 @@ class Calls:
         if not reference:
             yield None
             return
-        lease = await self._catalog.resolve(reference)
+        lease = await self._catalog.resolve(reference, self._tokenizers.has_read)
         try:
             bind_contextvars(adapter=lease.name, version=lease.version)
             yield lease

@@ -35,8 +35,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         default_deadline: float,
     ) -> None:
         """`default_deadline`: seconds for a call that brings no deadline."""
-        self._calls = Calls(engine, catalog, default_deadline)
         self._tokenizers = AdapterTokenizers(tokenizer)
+        self._calls = Calls(engine, catalog, self._tokenizers, default_deadline)
         self._pooled = PooledCalls(self._calls, self._tokenizers, metrics)
         self._defaults = defaults
         self._metrics = metrics

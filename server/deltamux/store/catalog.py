@@ -64,14 +64,19 @@ class Catalog:
         """Makes `name` known; raises AlreadyExists if it is, with another source."""
         self._registry.register(name, source)
 
-    async def resolve(self, reference: str) -> Lease:
+    async def resolve(
+        self, reference: str, has_read: Callable[[str], bool] = lambda digest: True
+    ) -> Lease:
         """A lease on the version that `reference` means, which is on disk or closer by then.
+
+        `has_read(digest)` tells whether the caller wants nothing of its files any more: otherwise
+        they are on disk, even if memory has all that the engine needs.
 
         Raises NotFound for all that is not known, FailedPrecondition for an adapter that is unfit.
         """
         wanted = Reference.parse(reference)
         version = self._registry.find(wanted)
-        if version is None or not self._versions.present(version):
+        if version is None or not self._suffices(version, has_read):
             await self._prepared(self._registry.registration(wanted))
             version = self._registry.find(wanted)
         if version is None:
@@ -145,6 +150,12 @@ class Catalog:
         """Gives up all work under way."""
         self._background.close()
 
+    def _suffices(self, version: Version, has_read: Callable[[str], bool]) -> bool:
+        """Whether a request can be served from where the version is."""
+        if version.content.tier == "disk" or not has_read(version.digest):
+            return version.digest in self._disk
+        return True
+
     async def _prepared(self, registration: Registration) -> None:
         """Waits for the one reading of the source that all first requests share."""
         if registration.failure is not None and self._clock() < registration.failed_until:
@@ -173,7 +184,7 @@ class Catalog:
         if registration not in self._registry:
             raise Reference(registration.name).not_found()
         live = registration.live
-        if live is not None and self._versions.present(live):
+        if live is not None and live.digest in self._disk:
             return
         digest = await self._contents.ingest(registration.source)
         if live is not None and live.digest != digest:
@@ -229,7 +240,8 @@ class Catalog:
     async def _pin(self, wanted: Reference, pinned: bool) -> AdapterFacts:
         async with self._locks(wanted.name):
             registration = self._registry.registration(wanted)
-            if pinned:
+            live = registration.live
+            if pinned and (live is None or not self._versions.present(live)):
                 await self._read_source(registration)
             version = self._registry.find(wanted)
             if version is not None and version.pinned != pinned:
@@ -256,7 +268,7 @@ class Catalog:
     async def _repair(self, content: Content) -> None:
         registration = next(iter(content.versions)).registration
         try:
-            await self._contents.load(content, registration.source, "host", pinned=False)
+            await self._contents.load(content, content.source, "host", pinned=False)
         except DataLoss:
             # The source has other content by now: that is the next version.
             await self.refresh(registration.name)

@@ -63,7 +63,10 @@ class Contents:
         return await asyncio.to_thread(self.disk.ingest, Path(source))
 
     async def load(self, content: Content, source: str, tier: str, pinned: bool) -> None:
-        """Brings content on disk up to `tier`; a damaged copy is read again from its source."""
+        """Brings content up to `tier`; a copy that is damaged or gone is made anew from its source.
+
+        Raises DataLoss if the source has other content by now.
+        """
         if tier == "disk" and not pinned:
             return
         content.loading += 1
@@ -71,18 +74,9 @@ class Contents:
             try:
                 await self._load(content, tier, pinned)
             except DataLoss:
-                await self.replace(content, source)
-                await self._load(content, tier, pinned)
+                await self._load_anew(content, source, tier, pinned)
         finally:
             content.loading -= 1
-
-    async def replace(self, content: Content, source: str) -> None:
-        """Makes the copy on disk anew. Raises DataLoss if the source has other content by now."""
-        await asyncio.to_thread(self.disk.purge, content.digest)
-        digest = await self.ingest(source)
-        self.disk.unhold(digest)
-        if digest != content.digest:
-            raise DataLoss("the stored adapter is damaged and its source has changed")
 
     async def pin(self, version: Version, pinned: bool) -> None:
         """Sets a version's pin; the content stays pinned while any of its versions is."""
@@ -107,11 +101,21 @@ class Contents:
     async def _pin_again(self, content: Content) -> None:
         if any(version.pinned for version in content.versions):
             try:
-                await self._load(content, "device", pinned=True)
+                await self.load(content, content.source, "device", pinned=True)
             except DeltamuxError as error:
                 _log.error("pin lost", adapter_version=content.digest, error=error.message)
                 for version in content.versions:
                     version.pinned = False
+
+    async def _load_anew(self, content: Content, source: str, tier: str, pinned: bool) -> None:
+        await asyncio.to_thread(self.disk.purge, content.digest)
+        digest = await self.ingest(source)
+        try:
+            if digest != content.digest:
+                raise DataLoss("the stored adapter is damaged and its source has changed")
+            await self._load(content, tier, pinned)
+        finally:
+            self.disk.unhold(digest)
 
     async def _load(self, content: Content, tier: str, pinned: bool) -> None:
         path = str(self.disk.path(content.digest))

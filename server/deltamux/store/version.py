@@ -26,6 +26,11 @@ class Content:
     # Loads that the catalog itself has asked for.
     loading: int = 0
 
+    @property
+    def source(self) -> str:
+        """Where one of its names has it from."""
+        return next(iter(self.versions)).registration.source
+
 
 @dataclass(eq=False)
 class Version:
