@@ -16,7 +16,7 @@ Task = Literal["generation", "sequence", "token", "features"]
 # The call of the inference service.
 Call = Literal["Generate", "Classify", "Embed"]
 
-_TASKS: Mapping[Json, Task] = {
+_TASKS: Mapping[str, Task] = {
     "CAUSAL_LM": "generation",
     "SEQ_CLS": "sequence",
     "TOKEN_CLS": "token",
@@ -41,10 +41,11 @@ def split_task(manifest: Manifest) -> tuple[Task, Manifest]:
         return "generation", manifest
     fields = dict(manifest.fields)
     task = fields.pop("task_type", None)
-    if task is not None and task not in _TASKS:
+    if task is None:
+        return _task_of_class(fields.get("auto_mapping")), replace(manifest, fields=fields)
+    if not isinstance(task, str) or task not in _TASKS:
         raise unsupported(f"task_type = {quoted(task)}")
-    known = _task_of_class(fields.get("auto_mapping")) if task is None else _TASKS[task]
-    return known, replace(manifest, fields=fields, task=None if task is None else known)
+    return _TASKS[task], replace(manifest, fields=fields, task=_TASKS[task])
 
 
 def require_fit(task: str, call: Call) -> None:

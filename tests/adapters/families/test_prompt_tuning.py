@@ -135,8 +135,15 @@ def test_several_tasks_are_refused(tune: Make, refusal: Make) -> None:
     assert error.reason == "UNSUPPORTED_FEATURE" and "cannot name its task" in error.message
 
 
-@pytest.mark.parametrize("part", ["prefix_task_cols", "prefix_task_rows"])
-@pytest.mark.parametrize("change", [lambda t: t[..., 1:], lambda t: t.repeat(2, 1, 1)])
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        *((part, lambda t: t[..., 1:]) for part in ("prefix_task_cols", "prefix_task_rows")),
+        *((part, lambda t: t.repeat(2, 1, 1)) for part in ("prefix_task_cols", "prefix_task_rows")),
+        ("prompt_embeddings", lambda t: t[1:]),
+        ("prompt_embeddings", lambda t: t[0]),
+    ],
+)
 def test_factors_of_another_shape_are_refused(
     part: str, change: Callable[[Tensor], Tensor], tune: Make, refusal: Make
 ) -> None:

@@ -195,7 +195,7 @@ def test_a_head_that_overflows_the_serving_dtype_is_refused(
     assert caught.value.reason == "NON_FINITE"
 
 
-@pytest.mark.parametrize("task", ["SEQ_2_SEQ_LM", "QUESTION_ANS", 3])
+@pytest.mark.parametrize("task", ["SEQ_2_SEQ_LM", "QUESTION_ANS", 3, ["SEQ_CLS"]])
 def test_other_tasks_are_refused(task: object, classifier: Make, serve: Make) -> None:
     folder = classifier("llama", "SEQ_CLS", lora("SEQ_CLS"))
     fields = json.loads((folder / CONFIG).read_text())

@@ -20,7 +20,7 @@ from deltamux.adapters.peft.prompt_tensors import (
     require_tensors,
 )
 from deltamux.adapters.primitives.virtual_tokens import VirtualTokens
-from deltamux.base.structure import Structure
+from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import InvalidArgument
 
 _COLUMNS, _ROWS = "prefix_task_cols", "prefix_task_rows"
@@ -58,7 +58,8 @@ class PromptTuning:
         fields, tokens = read_prompt_fields(manifest)
         require_read(fields, self.harmless)
         (prompt,) = require_tensors(tensors, PROMPT)
-        return _parsed(prompt, tokens, structure, dtype, prompt.numel())
+        site = _embedding_for(prompt, tokens, structure)
+        return _parsed(site, prompt, dtype, prompt.numel())
 
 
 PROMPT_TUNING = PromptTuning("prompt_tuning", "PROMPT_TUNING", _INIT)
@@ -114,6 +115,7 @@ class MultitaskPromptTuning:
             fields, (*_INIT, "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task")
         )
         prompt, columns, rows = require_tensors(tensors, PROMPT, _COLUMNS, _ROWS)
+        site = _embedding_for(prompt, tokens, structure)
         if columns.shape != (1, tokens, rank) or rows.shape != (1, rank, prompt.shape[-1]):
             raise InvalidArgument(
                 f"{_COLUMNS} of {tuple(columns.shape)} and {_ROWS} of {tuple(rows.shape)} are not "
@@ -122,7 +124,7 @@ class MultitaskPromptTuning:
             )
         folded = prompt.float() * (columns[0].float() @ rows[0].float())
         parameters = prompt.numel() + columns.numel() + rows.numel()
-        return _parsed(folded, tokens, structure, dtype, parameters)
+        return _parsed(site, folded, dtype, parameters)
 
 
 def _read_rank(fields: Fields) -> int:
@@ -132,12 +134,15 @@ def _read_rank(fields: Fields) -> int:
     return as_integer("num_ranks", fields.take("num_ranks"), 1, 1 << 16)
 
 
-def _parsed(
-    prompt: Tensor, tokens: int, structure: Structure, dtype: torch.dtype, parameters: int
-) -> Parsed:
+def _embedding_for(prompt: Tensor, tokens: int, structure: Structure) -> SiteSpec:
+    """The embedding of the base; raises where it is out of reach or has rows of another width."""
     site = structure.sites.get(structure.embedding)
     if site is None:
         raise unsupported("a prompt for a base whose embedding is replaced or out of reach")
     require_shape(PROMPT, prompt, tokens, site.out_features)
+    return site
+
+
+def _parsed(site: SiteSpec, prompt: Tensor, dtype: torch.dtype, parameters: int) -> Parsed:
     payloads = {site.name: (VirtualTokens(to_serving(site, prompt, dtype)),)}
-    return Parsed(payloads, 0, parameters, (f"{tokens} virtual tokens",))
+    return Parsed(payloads, 0, parameters, (f"{len(prompt)} virtual tokens",))
