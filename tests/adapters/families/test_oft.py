@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def folder(tune: Make) -> Path:
         ({"oft_block_size": 16}, "BASE_MISMATCH"),
         ({"block_share": True}, "BASE_MISMATCH"),
         ({"num_cayley_neumann_terms": 0}, "BAD_FIELD"),
+        ({"use_cayley_neumann": 0}, "BAD_FIELD"),
         ({"target_modules": ["q_proj", "k_proj"]}, "MISSING_TENSORS"),
         ({"target_modules": ["k_proj"]}, "MISSING_TENSORS"),
         ({"bias": "lora_only"}, "BAD_FIELD"),
@@ -77,6 +79,13 @@ def test_what_does_not_fit_is_refused(
     changes: dict[str, Any], reason: str, folder: Path, refusal: Make
 ) -> None:
     assert refusal("llama", folder, **changes).reason == reason
+
+
+def test_a_null_is_off_as_in_peft(folder: Path, tmp_path: Path, as_in_peft: Make) -> None:
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    fields = json.loads((copied / CONFIG).read_text())
+    (copied / CONFIG).write_text(json.dumps({**fields, "use_cayley_neumann": None}))
+    as_in_peft("llama", [folder, copied])
 
 
 def test_an_exact_transform_is_the_same_in_older_versions(

@@ -13,21 +13,22 @@ from deltamux.errors import FailedPrecondition, InvalidArgument
 class Fields:
     """The fields of an adapter_config.json that have not been taken yet.
 
-    A field that is missing or null has its default. Every `take` raises InvalidArgument
-    (BAD_FIELD) for a value of another type or out of range.
+    A field that is missing has its default; null is a value, of what is off or not said. Every
+    `take` raises InvalidArgument (BAD_FIELD) for a value of another type or out of range.
     """
 
     def __init__(self, values: Mapping[str, Json]) -> None:
-        self._left = {name: value for name, value in values.items() if value is not None}
+        self._left = dict(values)
 
     def take(self, name: str, default: Json = None) -> Json:
         """The value whatever its type, or the default."""
         return self._left.pop(name, default)
 
     def take_bool(self, name: str, default: bool = False) -> bool:
-        value = self.take(name)
+        """Null is false, as it is to the libraries, whatever the default."""
+        value = self.take(name, default)
         if value is None:
-            return default
+            return False
         return value if isinstance(value, bool) else refuse_field(name, value, "true or false")
 
     def take_names(self, name: str) -> tuple[str, ...]:
@@ -60,8 +61,11 @@ class Fields:
                 raise unsupported(f"{name} = {quoted(value)}")
 
     def require_none_left(self) -> None:
-        """Raises FailedPrecondition (UNKNOWN_FIELD) for a field that nobody took."""
+        """Raises FailedPrecondition (UNKNOWN_FIELD) for a field that nobody took and that says
+        something."""
         for name, value in self._left.items():
+            if value is None:
+                continue
             raise FailedPrecondition(
                 f"{CONFIG}: {quoted(name)} = {quoted(value)} is not understood; "
                 "remove it only if it does not change what the adapter computes",

@@ -107,7 +107,7 @@ class _Config:
 
 def _read_config(values: Mapping[str, Json]) -> _Config:
     with tuner_fields(values, _HARMLESS) as fields:
-        if fields.take("save_projection") is False:
+        if not fields.take_bool("save_projection", True):
             raise unsupported("FRoD whose bases are not in the file")
         rate = fields.take("sparse_rate", 0.01)
         density = 0.0 if rate in (0, 0.0) else as_number("sparse_rate", rate, 1)

@@ -120,7 +120,7 @@ def _terms(fields: Fields) -> int | None:
         "num_cayley_neumann_terms", fields.take("num_cayley_neumann_terms", 5), 1, _MAX_TERMS
     )
     version = fields.take("peft_version")
-    if fields.take("use_cayley_neumann") is False:
+    if not fields.take_bool("use_cayley_neumann", True):
         return None
     if not _settled(version):
         raise unsupported(

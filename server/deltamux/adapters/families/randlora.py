@@ -39,7 +39,7 @@ class Randlora(LowRankFamily):
 
     def read(self, manifest: Manifest) -> Tuner:
         with tuner_fields(manifest.fields, _HARMLESS) as fields:
-            if fields.take("save_projection") is False:
+            if not fields.take_bool("save_projection", True):
                 raise unsupported("RandLoRA whose random bases are not in the file")
             rank = as_rank("r", fields.take("r", 32))
             return _Randlora(

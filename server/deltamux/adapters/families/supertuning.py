@@ -72,7 +72,7 @@ class _Config:
 
 def _read_config(values: Mapping[str, Json]) -> _Config:
     with tuner_fields(values, _HARMLESS) as fields:
-        if fields.take("save_precomputed_indices") is False:
+        if not fields.take_bool("save_precomputed_indices", True):
             raise unsupported("Super-Tuning whose places are not in the file")
         sparsity = fields.take("sparsity", 0.99)
         if sparsity not in (0, 0.0):

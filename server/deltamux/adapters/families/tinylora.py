@@ -36,7 +36,7 @@ class TinyLora(LowRankFamily):
 
     def read(self, manifest: Manifest) -> Tuner:
         with tuner_fields(manifest.fields, _HARMLESS) as fields:
-            saved = fields.take_bool("save_projection")
+            saved = fields.take_bool("save_projection", True)
             return _TinyLora(
                 read_targets(fields, "tinylora_only"),
                 Names((_A, _B, _P) if saved else (_A, _B), shared=_VECTORS),

@@ -35,7 +35,7 @@ class Vera(LowRankFamily):
             if fields.take_bool("sample_at_inference"):
                 raise unsupported("sample_at_inference, with random answers,")
             rank = as_rank("r", fields.take("r"))
-            shared = (f"{name}_A", f"{name}_B") if fields.take_bool("save_projection") else ()
+            shared = (f"{name}_A", f"{name}_B") if fields.take_bool("save_projection", True) else ()
             return _Vera(
                 read_targets(fields, f"{name}_only"),
                 Names((f"{name}_lambda_b", f"{name}_lambda_d"), shared=shared),
