@@ -36,7 +36,13 @@ LINEAR = ["q_proj", "v_proj", "down_proj"]
         (
             "gpt_neox",
             peft.FourierFTConfig(
-                target_modules=["dense"], n_frequency=40, n_frequency_pattern={"attention.dense": 3}
+                target_modules=["dense"],
+                n_frequency=40,
+                n_frequency_pattern={
+                    # PEFT puts no brackets around a key here, so that this one has two ends.
+                    "0.attention|dense": 5,
+                    "gpt_neox.layers.1.attention.dense": 3,
+                },
             ),
         ),
     ],
@@ -64,6 +70,9 @@ def folder(tune: Make) -> Path:
     ("fields", "reason"),
     [
         ({"scaling": 0}, "BAD_FIELD"),
+        ({"n_frequency": 21}, "BASE_MISMATCH"),
+        ({"n_frequency_pattern": {"q_proj": 19}}, "BASE_MISMATCH"),
+        ({"n_frequency_pattern": {"k_proj": 20}}, "BAD_FIELD"),
         ({"target_modules": ["k_proj"]}, "MISSING_TENSORS"),
         ({"a_new_field": 3}, "UNKNOWN_FIELD"),
     ],
@@ -78,6 +87,7 @@ def test_what_does_not_fit_is_refused(
     ("part", "change", "reason"),
     [
         ("spectrum", lambda t: t.repeat(60), "BASE_MISMATCH"),
+        ("spectrum", lambda t: t[:-1], "BASE_MISMATCH"),
     ],
 )
 def test_wrong_tensors_are_refused(

@@ -46,7 +46,11 @@ def test_the_smaller_of_two_exact_forms(tune: Make, serve: Make) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"r": 2}, "RANK_MISMATCH"),
+        ({"r": 2}, "BASE_MISMATCH"),
+        ({"r": 9}, "MISSING_TENSORS"),
+        ({"decompose_both": True}, "MISSING_TENSORS"),
+        ({"decompose_factor": 2}, "BASE_MISMATCH"),
+        ({"decompose_factor": "-1"}, "BAD_FIELD"),
         ({"alpha": None}, "BAD_FIELD"),
         ({"rank_pattern": {"k_proj": 3}}, "BAD_FIELD"),
         ({"target_modules": ["q_proj"]}, "EXTRA_TENSORS"),

@@ -73,6 +73,8 @@ def folder(tune: Make) -> Path:
     [
         ({"wavelet_family": "db2"}, "UNSUPPORTED_FEATURE"),
         ({"random_loc_seed": -1}, "BAD_FIELD"),
+        ({"n_frequency": 19}, "BASE_MISMATCH"),
+        ({"n_frequency_pattern": {"q_proj": 21}}, "BASE_MISMATCH"),
         ({"target_modules": ["k_proj"]}, "MISSING_TENSORS"),
         ({"a_new_field": 3}, "UNKNOWN_FIELD"),
     ],
@@ -87,6 +89,7 @@ def test_what_does_not_fit_is_refused(
     ("part", "change", "reason"),
     [
         ("spectrum", lambda t: t.repeat(60), "BASE_MISMATCH"),
+        ("spectrum", lambda t: t[:-1], "BASE_MISMATCH"),
         ("spectrum", lambda t: t[None], "SHAPE_MISMATCH"),
     ],
 )

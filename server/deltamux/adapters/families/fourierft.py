@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +14,15 @@ from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.payloads.low_rank_delta import Change, Factors, low_rank_is_smaller
 from deltamux.adapters.peft.drawn_places import DrawnPlaces, read_places
 from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.peft.per_module import as_scale
+from deltamux.adapters.peft.patterns import ONCE_ENDS
+from deltamux.adapters.peft.per_module import PerModule, as_scale, read_frequencies
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
 from deltamux.base.structure import SiteSpec
 
 _SPECTRUM = "fourierft_spectrum"
 
-# How coefficients were first drawn, and how many each module has, which their tensors show.
-_HARMLESS = ("fan_in_fan_out", "init_weights", "n_frequency", "n_frequency_pattern")
+_HARMLESS = ("fan_in_fan_out", "init_weights")
 
 
 class Fourierft(LowRankFamily):
@@ -35,6 +37,7 @@ class Fourierft(LowRankFamily):
                 read_targets(fields, "fourier_only"),
                 Names((_SPECTRUM,)),
                 read_places(fields),
+                read_frequencies(fields, ONCE_ENDS),
                 as_scale("scaling", fields.take("scaling", 150.0)),
             )
 
@@ -42,10 +45,16 @@ class Fourierft(LowRankFamily):
 @dataclass(frozen=True, eq=False)
 class _Fourierft(Tuner):
     places: DrawnPlaces
+    counts: PerModule[int]
     scale: float
 
+    @property
+    def tables(self) -> Sequence[PerModule[Any]]:
+        return (self.counts,)
+
     def change(self, site: SiteSpec, given: Given) -> Change:
-        values = given.modules.take(site.name, _SPECTRUM, 1).float() * self.scale
+        shape = (self.counts.of(site.name),)
+        values = given.modules.take_shaped(site, _SPECTRUM, shape) * self.scale
         places = self.places.of(site, len(values))
         if low_rank_is_smaller(site, 2 * len(values)):
             return _waves(site, places, values / (site.in_features * site.out_features))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from deltamux.adapters.family import Parsed
 from deltamux.adapters.peft.drawn_places import DrawnPlaces, read_places
 from deltamux.adapters.peft.module_family import parse_modules
 from deltamux.adapters.peft.module_tensors import ModuleTensors
-from deltamux.adapters.peft.per_module import as_scale
+from deltamux.adapters.peft.per_module import PerModule, as_scale, read_frequencies
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import Targets, read_targets
 from deltamux.adapters.primitives.payload import Payload
@@ -24,14 +24,7 @@ from deltamux.base.structure import SiteSpec, Structure
 
 _SPECTRUM = "waveft_spectrum"
 
-# How coefficients were first drawn, and how many each module has, which their tensors show.
-_HARMLESS = (
-    "fan_in_fan_out",
-    "init_weights",
-    "n_frequency",
-    "n_frequency_pattern",
-    "proportional_parameters",
-)
+_HARMLESS = ("fan_in_fan_out", "init_weights")
 
 
 class Waveft:
@@ -53,14 +46,15 @@ class Waveft:
         modules = ModuleTensors(tensors, structure, {_SPECTRUM: _SPECTRUM})
 
         def read(site: SiteSpec) -> list[Payload]:
-            spectrum = modules.take(site.name, _SPECTRUM, 1).float()
-            rows, columns = config.places.of(site, len(spectrum))
+            number = config.number(site, sites)
+            spectrum = modules.take_shaped(site, _SPECTRUM, (number,))
+            rows, columns = config.places.of(site, number)
             values = spectrum * config.scale
             if config.transforms:
                 rows, columns, values = _haar(site, rows, columns, values)
             return [_sparse(site, rows, columns, values)]
 
-        sites = config.targets.sites(structure)
+        sites = config.targets.sites(structure, (config.numbers,))
         return parse_modules(config.targets, sites, modules, structure, dtype, read)
 
 
@@ -68,22 +62,39 @@ class Waveft:
 class _Config:
     targets: Targets
     places: DrawnPlaces
+    # Of the coefficients of each module, or on average where they follow the modules' sizes.
+    numbers: PerModule[int]
+    proportional: bool
     scale: float
     # Whether what was trained are coefficients, not the numbers themselves.
     transforms: bool
 
+    def number(self, site: SiteSpec, sites: Sequence[SiteSpec]) -> int:
+        """How many coefficients a module has, which is one of `sites`."""
+        if not self.proportional:
+            return self.numbers.of(site.name)
+        share = _elements(site) / sum(map(_elements, sites))
+        return max(1, round(share * (self.numbers.default * len(sites))))
+
 
 def _read_config(values: Mapping[str, Json]) -> _Config:
     with tuner_fields(values, _HARMLESS) as fields:
-        wavelet, transforms = fields.take("wavelet_family", "db1"), fields.take("use_idwt")
-        if transforms is not False and wavelet != "db1":
+        wavelet = fields.take("wavelet_family", "db1")
+        transforms = fields.take_bool("use_idwt", True)
+        if transforms and wavelet != "db1":
             raise unsupported(f"wavelet_family = {quoted(wavelet)}, whose filters it lacks,")
         return _Config(
             targets=read_targets(fields, "waveft_only"),
             places=read_places(fields),
+            numbers=read_frequencies(fields),
+            proportional=fields.take_bool("proportional_parameters"),
             scale=as_scale("scaling", fields.take("scaling", 25.0)),
-            transforms=transforms is not False,
+            transforms=transforms,
         )
+
+
+def _elements(site: SiteSpec) -> int:
+    return site.in_features * site.out_features
 
 
 def _haar(

@@ -10,9 +10,10 @@ from deltamux.errors import FailedPrecondition
 
 
 def other_base(site: SiteSpec, what: str) -> FailedPrecondition:
-    """The refusal of tensors that were trained on modules of another size."""
+    """The refusal of tensors that were trained on modules of another size, or otherwise than the
+    config says."""
     return FailedPrecondition(
-        f"{site.name}: {what} do not fit the base model's module, "
+        f"{site.name}: {what} do not fit the config and the base model's module, "
         f"which maps {site.in_features} to {site.out_features}",
         reason="BASE_MISMATCH",
     )

@@ -56,23 +56,37 @@ class Pattern:
         return match is not None, None if index is None else int(index)
 
 
-class PatternTable(Generic[Value]):
-    """PEFT's rank_pattern and alpha_pattern: the first key that ends a module's name counts."""
+# How PEFT's tables mean modules: a key matches the end of a name.
+ENDS = r"(.*\.)?({})$"
+# As they meant them once: a whole name is none, and what stands in a key is not kept together.
+ONCE_ENDS = r".*\.{}$"
 
-    def __init__(self, values: Mapping[str, Value]) -> None:
-        self._rules = [(Pattern(key, r"(.*\.)?({})$"), key, value) for key, value in values.items()]
+
+class PatternTable(Generic[Value]):
+    """PEFT's rank_pattern and alpha_pattern: the first key that matches a module's name counts.
+
+    A key that is the whole name counts where none matches.
+    """
+
+    def __init__(self, values: Mapping[str, Value], template: str = ENDS) -> None:
+        self._rules = [(Pattern(key, template), key, value) for key, value in values.items()]
         if sum(pattern.size for pattern, _, _ in self._rules) > _MAX_PROGRAMS:
             raise InvalidArgument("the patterns are too large", reason="UNSUPPORTED_PATTERN")
 
     def get(self, name: str, default: Value) -> Value:
         """The value for a module, or `default`."""
         matching = (value for pattern, _, value in self._rules if pattern.begins(name))
-        return next(matching, default)
+        same = (value for _, key, value in self._rules if key == name)
+        return next(matching, next(same, default))
 
     def idle_keys(self, names: Iterable[str]) -> list[str]:
-        """Keys that match none of `names`."""
+        """Keys that mean none of `names`."""
         names = list(names)
-        return [key for pattern, key, _ in self._rules if not any(map(pattern.begins, names))]
+        return [
+            key
+            for pattern, key, _ in self._rules
+            if key not in names and not any(map(pattern.begins, names))
+        ]
 
 
 class LayerFilter:

@@ -8,14 +8,14 @@ from typing import Generic, TypeVar
 from deltamux.adapters.checkpoint.fields import Fields, as_integer, as_number
 from deltamux.adapters.checkpoint.files import CONFIG
 from deltamux.adapters.checkpoint.strict_json import Json, quoted
-from deltamux.adapters.peft.patterns import PatternTable
+from deltamux.adapters.peft.patterns import ENDS, PatternTable
 from deltamux.errors import FailedPrecondition, InvalidArgument
 
 Number = TypeVar("Number", int, float)
 
 MAX_RANK = 4096
 
-_MAX_CONFIG_RANK = (1 << 31) - 1
+_MAX_COUNT = (1 << 31) - 1
 _MAX_SCALE = 1e6
 
 
@@ -23,12 +23,12 @@ class PerModule(Generic[Number]):
     """`default`, except where a key of `table` ends a module's name; `field` names the table."""
 
     def __init__(self, default: Number, field: str, table: PatternTable[Number]) -> None:
-        self._default: Number = default
+        self.default: Number = default
         self._field = field
         self._table: PatternTable[Number] = table
 
     def of(self, module: str) -> Number:
-        return self._table.get(module, self._default)
+        return self._table.get(module, self.default)
 
     def require_used(self, modules: Iterable[str]) -> None:
         """Raises InvalidArgument (BAD_FIELD) for a key that ends the name of none of `modules`."""
@@ -47,9 +47,18 @@ def read_scales(fields: Fields, name: str, table: str = "alpha_pattern") -> PerM
     return _read(fields, name, table, as_scale)
 
 
+def read_frequencies(fields: Fields, template: str = ENDS) -> PerModule[int]:
+    """Takes n_frequency and n_frequency_pattern, whose keys are put into the template."""
+    return _read(fields, "n_frequency", "n_frequency_pattern", as_count, template)
+
+
+def as_count(name: str, value: Json) -> int:
+    return as_integer(name, value, 1, _MAX_COUNT)
+
+
 def as_rank(name: str, value: Json) -> int:
     """Raises FailedPrecondition (RANK_TOO_LARGE) above MAX_RANK."""
-    rank = as_integer(name, value, 1, _MAX_CONFIG_RANK)
+    rank = as_count(name, value)
     require_served_rank(f"{CONFIG}: {name}", rank)
     return rank
 
@@ -69,10 +78,14 @@ def require_served_rank(subject: str, rank: int) -> None:
 
 
 def _read(
-    fields: Fields, name: str, table: str, read: Callable[[str, Json], Number]
+    fields: Fields,
+    name: str,
+    table: str,
+    read: Callable[[str, Json], Number],
+    template: str = ENDS,
 ) -> PerModule[Number]:
     values = {
         key: read(f"{table}[{quoted(key)}]", value)
         for key, value in fields.take_table(table).items()
     }
-    return PerModule(read(name, fields.take(name)), table, PatternTable(values))
+    return PerModule(read(name, fields.take(name)), table, PatternTable(values, template))
