@@ -7,10 +7,12 @@ import asyncio
 import pytest
 
 from deltamux.errors import StartupError, Unavailable
+from deltamux.frontend.request_stream import RequestStream
 from deltamux.wire.messages import (
     AdapterFailed,
     AdapterMoved,
     Cancel,
+    Progress,
     Sampling,
     StartupFailed,
     Stopping,
@@ -62,6 +64,25 @@ async def test_a_failure_reaches_a_task_that_waits_for_something_else(harness) -
     with pytest.raises(Unavailable, match="gone"):
         await task
     assert task.cancelling() == 0
+
+
+async def test_a_failure_right_behind_progress_reaches_who_is_held_up_with_that(harness) -> None:
+    """The reader has only been woken when it comes, and goes on to write to a stalled client."""
+    streams: list[RequestStream] = []
+
+    async def call() -> None:
+        async with harness.client.admit("r") as stream:
+            stream.submit(submission(stream.key))
+            streams.append(stream)
+            async for _ in stream:
+                await asyncio.Event().wait()
+
+    task = asyncio.create_task(call())
+    await harness.until(lambda: streams)
+    streams[0].push(Progress("", 0, (5,)))
+    harness.client.fail_all(Unavailable("gone", reason="ENGINE_LOST"))
+    with pytest.raises(Unavailable, match="gone"):
+        await asyncio.wait_for(task, 5)
 
 
 async def test_a_cancelled_task_stays_cancelled_when_the_engine_dies_too(harness) -> None:

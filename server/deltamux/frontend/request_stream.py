@@ -128,9 +128,8 @@ class RequestStream:
         if self._error is not None:
             return
         self._error = error
-        if self._waiter is not None:
-            self._wake()
-        elif self._task is not None:
+        self._wake()
+        if self._task is not None:
             asyncio.get_running_loop().call_later(INTERRUPT_SECONDS, self._interrupt)
 
     def _interrupt(self) -> None:
