@@ -8,6 +8,7 @@ import pytest
 
 from deltamux import __version__
 from deltamux.cli import COMMANDS, main
+from deltamux.cli.generate import Generate
 from deltamux.cli.serve import Serve
 
 
@@ -76,8 +77,22 @@ def test_help_speaks_in_our_words(capsys):
         ),
         (
             ["serve", "--model", "m", "--adapter", "no-path"],
-            "deltamux serve: --adapter: expected NAME=PATH",
+            "deltamux serve: --adapter no-path: expected NAME=PATH",
         ),
+        (
+            ["serve", "--model", "m", "--adapter", "no-path="],
+            "deltamux serve: --adapter no-path=: expected NAME=PATH",
+        ),
+        (
+            ["serve", "--model", "m", "--adapter", "a=/x", "--adapter", "a=/y"],
+            "deltamux serve: --adapter a=/y: a is given twice",
+        ),
+        (
+            ["serve", "--model", "m", "--kv-cache-bytes", "lots"],
+            "deltamux serve: --kv-cache-bytes lots: "
+            "expected a size: 4GiB, 500MB or a number of bytes",
+        ),
+        (["generate", ""], "deltamux generate: PROMPT is required"),
         (
             ["generate", "hello", "--temperature", "-1"],
             "deltamux generate: --temperature -1: input should be greater than or equal to 0",
@@ -149,6 +164,30 @@ def test_environment_is_read_after_flags(monkeypatch):
     monkeypatch.setenv("DELTAMUX_PORT", "1234")
     assert parse().frontend().model == "from-environment"
     assert parse("--port", "4321").frontend().port == 4321
+
+
+@pytest.mark.parametrize(
+    "text", ["a,b", " end ", "\n", "[x", '{"a": 1}', 'say "x"', "back\\", '\\"', "null", "1", "é"]
+)
+def test_a_repeated_word_is_taken_as_it_stands(text):
+    options = Generate.parse("deltamux generate", ["hello", "--stop", text, "--stop", "b"])
+    assert options.stop == [text, "b"]
+    folders = parse("--model", "m", "--adapter", f"n={text}", "--adapter", "b=/y").adapter
+    assert {name: str(path) for name, path in folders.items()} == {"n": text, "b": "/y"}
+
+
+def test_what_is_repeatable_is_json_in_the_environment(monkeypatch, capsys):
+    monkeypatch.setenv("DELTAMUX_MODEL", "m")
+    monkeypatch.setenv("DELTAMUX_ADAPTER", '{"a": "/x", "b": "/y"}')
+    assert parse().store().adapters == {"a": "/x", "b": "/y"}
+    monkeypatch.setenv("DELTAMUX_ADAPTER", "a=/x")
+    monkeypatch.setenv("DELTAMUX_STOP", "end")
+    assert run("serve") == 2
+    assert run("generate", "hello") == 2
+    assert capsys.readouterr().err == (
+        'deltamux serve: DELTAMUX_ADAPTER: expected JSON, {"NAME": "PATH"}\n'
+        'deltamux generate: DELTAMUX_STOP: expected JSON, ["TEXT"]\n'
+    )
 
 
 def test_unreachable_server_is_one_line(capsys):

@@ -58,6 +58,19 @@ def test_taken_port_is_named(fails, flag):
     assert line == f"cannot listen on 127.0.0.1:{port}: Address already in use"
 
 
+def test_one_port_for_two_listeners_is_named(fails):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    line = fails("--model", MODEL, "--port", port, "--admin-port", port)
+    assert line == f"cannot listen on 127.0.0.1:{port}: Address already in use"
+
+
+def test_a_name_that_no_adapter_can_have_is_refused_before_the_model_is_loaded(fails):
+    folder = weights_path() / "adapters" / "rot13"
+    line = fails("--model", MODEL, "--adapter", f"../x={folder}")
+    assert line.startswith(f"--adapter ../x={folder}: an adapter's name is ")
+
+
 def test_address_of_another_machine_is_named(fails):
     line = fails("--model", MODEL, "--host", "192.0.2.1", "--port", "8000")
     assert line.startswith("cannot listen on 192.0.2.1:8000: ")

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, NoReturn, Self
 from pydantic import Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
-    CliApp,
     CliSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -40,15 +39,18 @@ class Command(BaseSettings):
     @classmethod
     def parse(cls, program: str, arguments: Sequence[str]) -> Self:
         """Reads flags and environment; raises UsageError, exits after printing --help."""
-        source = CliSettingsSource[Any](
-            cls,
-            root_parser=_Parser(cls, program),
-            add_argument_method=_Parser.add_field,
-        )
+        parser = _Parser(cls, program)
         try:
-            return CliApp.run(cls, cli_args=list(arguments), cli_settings_source=source)
+            source = CliSettingsSource[Any](
+                cls,
+                cli_parse_args=list(arguments),
+                root_parser=parser,
+                add_argument_method=_Parser.add_field,
+            )
+            given: dict[str, Any] = {"_cli_settings_source": source, **parser.repeated}
+            return cls(**given)
         except ValidationError as error:
-            raise UsageError(f"{program}: {_first_problem(error)}") from None
+            raise UsageError(f"{program}: {_first_problem(cls, error)}") from None
         except SettingsError as error:
             raise UsageError(f"{program}: {_unreadable(cls, str(error))}") from None
 
@@ -85,6 +87,8 @@ class _Parser(argparse.ArgumentParser):
         )
         self._titles = command.sections
         self._section: argparse._ActionsContainer = self
+        # The values of repeatable options, by field.
+        self.repeated: dict[str, Any] = {}
 
     def add_field(self, *names: str, **settings: Any) -> argparse.Action:
         """What pydantic-settings calls for every field, in their order."""
@@ -98,6 +102,8 @@ class _Parser(argparse.ArgumentParser):
         if len(names) > 1:
             # A shortcut is there because the field could not be called so itself.
             names = names[1:]
+        if settings.get("action") == "append":
+            settings["action"] = _Named if "=" in metavar else _Repeated
         container = self._section if names[0].startswith("-") else self
         return container.add_argument(*names, **settings)
 
@@ -110,19 +116,50 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message}")
 
 
-def _first_problem(error: ValidationError) -> str:
+class _Repeated(argparse.Action):
+    """Keeps every word as it stands; pydantic-settings would look for commas and JSON in it."""
+
+    def __call__(self, parser: Any, namespace: Any, word: Any, flag: str | None = None) -> None:
+        parser.repeated.setdefault(self.dest, []).append(word)
+
+
+class _Named(argparse.Action):
+    """NAME=VALUE; refuses a word without either, and a name that was given before."""
+
+    def __call__(self, parser: Any, namespace: Any, word: Any, flag: str | None = None) -> None:
+        named = parser.repeated.setdefault(self.dest, {})
+        name, _, value = word.partition("=")
+        if not (name and value):
+            parser.error(f"{flag} {word}: expected {self.metavar}")
+        if name in named:
+            parser.error(f"{flag} {word}: {name} is given twice")
+        named[name] = value
+
+
+def _first_problem(command: type[Command], error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
-    name = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else ""
+    field = str(problem["loc"][0]) if problem["loc"] else ""
+    name = f"--{field.replace('_', '-')}"
     if problem["type"] == "missing":
-        return f"--{name} is required"
+        # Only what stands without a flag is required and has no word for its value.
+        return f"{name if _word(command, field) else field.upper()} is required"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"].startswith("byte_size"):
+        message = "expected a size: 4GiB, 500MB or a number of bytes"
     message = message[:1].lower() + message[1:]
-    return f"--{name} {problem['input']}: {message}" if name else message
+    return f"{name} {problem['input']}: {message}" if field else message
 
 
 def _unreadable(command: type[Command], message: str) -> str:
-    """A value that is not of its option's form, NAME=PATH for one."""
-    if not (field := re.match(r"Parsing error encountered for (\w+)", message)):
+    """A value of the environment that is no JSON: those of a flag were looked at before."""
+    if not (field := re.search(r'for field "(\w+)"', message)):
         return message
-    wanted = (command.model_fields[field[1]].description or "").partition("|")[0]
-    return f"--{field[1].replace('_', '-')}: expected {wanted}"
+    word = _word(command, field[1])
+    name, _, value = word.partition("=")
+    form = f'{{"{name}": "{value}"}}' if value else f'["{word}"]'
+    return f"DELTAMUX_{field[1].upper()}: expected JSON, {form}"
+
+
+def _word(command: type[Command], field: str) -> str:
+    """What stands for the value of this option in its --help."""
+    return (command.model_fields[field].description or "").partition("|")[0]

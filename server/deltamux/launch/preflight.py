@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 from deltamux.adapters.checkpoint.header import check_weights
 from deltamux.adapters.checkpoint.manifest import read_manifest
 from deltamux.config import FrontendConfig, StoreConfig
 from deltamux.errors import DeltamuxError, StartupError
+from deltamux.store.names import check_name
 
 
 def check(frontend: FrontendConfig, store: StoreConfig) -> None:
     """Raises StartupError for folders that are missing or unfit, and for ports that are taken."""
     _check_model(frontend.model)
     _check_adapters(store)
-    for port in (frontend.port, frontend.admin_port, frontend.metrics_port):
-        if port:
-            _check_port(frontend.host, port)
+    _check_ports(frontend.host, (frontend.port, frontend.admin_port, frontend.metrics_port))
 
 
 def check_folder(folder: Path) -> None:
@@ -39,6 +39,7 @@ def _check_model(model: str) -> None:
 def _check_adapters(config: StoreConfig) -> None:
     for name, folder in config.adapters.items():
         try:
+            check_name(name)
             check_folder(Path(folder))
         except DeltamuxError as error:
             raise StartupError(f"--adapter {name}={folder}: {error.message}") from error
@@ -46,10 +47,14 @@ def _check_adapters(config: StoreConfig) -> None:
         raise StartupError(f"--adapter-dir {config.adapter_dir}: no such folder")
 
 
-def _check_port(host: str, port: int) -> None:
+def _check_ports(host: str, ports: tuple[int | None, ...]) -> None:
+    """All at once, so that one given twice is taken too."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        reason = (error.strerror or str(error)).partition(" (")[0]
-        raise StartupError(f"cannot listen on {host}:{port}: {reason}") from error
+    with ExitStack() as opened:
+        for port in ports:
+            try:
+                if port:
+                    opened.enter_context(socket.create_server((host, port), family=family))
+            except OSError as error:
+                reason = (error.strerror or str(error)).partition(" (")[0]
+                raise StartupError(f"cannot listen on {host}:{port}: {reason}") from error
