@@ -42,6 +42,20 @@ def configure(log_format: str = "auto", log_level: str = "info") -> None:
     logging.basicConfig(handlers=[handler], level=log_level.upper(), force=True)
 
 
+def take_in_transformers() -> None:
+    """From here on transformers and the hub's client, which write lines of their own and draw bars,
+    are events of this log; bars are for people at a terminal alone."""
+    # Takes seconds to import, unlike the rest of this module.
+    from transformers.utils.logging import disable_progress_bar
+
+    for name in ("transformers", "huggingface_hub"):
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.propagate = True
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+
+
 def _renderers(log_format: str) -> list[Processor]:
     if log_format == "console" or (log_format == "auto" and sys.stderr.isatty()):
         # The default formatter shows local variables, and with them prompts.

@@ -1,6 +1,7 @@
 """The real server as a process of its own: how it starts, survives, drains and ends."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -195,6 +196,8 @@ def test_sigterm_ends_what_does_not_fit_into_the_grace(arguments, environment, t
         assert (error.code, error.reason) == ("UNAVAILABLE", "DRAINING")
         assert server.process.wait(PATIENCE) == 0
         assert not alive(engine)
+    written = server.log().splitlines()
+    assert written and all(json.loads(line)["event"] for line in written), "other than JSON"
     assert list((tmp_path / "tmp").iterdir()) == []
 
 

@@ -39,6 +39,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     logs.configure(config.log_format, config.log_level)
+    logs.take_in_transformers()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     link = EngineEnd(address)

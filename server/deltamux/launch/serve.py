@@ -11,6 +11,7 @@ from typing import Any
 
 import structlog
 
+from deltamux import logs
 from deltamux.config import EngineConfig, FrontendConfig, StoreConfig
 from deltamux.errors import StartupError, Unavailable
 from deltamux.frontend.defaults import GenerationDefaults
@@ -36,6 +37,7 @@ def serve(frontend: FrontendConfig, engine: EngineConfig, store: StoreConfig) ->
     Raises StartupError when it cannot serve, or can no more, and KeyboardInterrupt when a second
     signal cut the draining short.
     """
+    logs.take_in_transformers()
     asyncio.run(_live(frontend, engine, store))
 
 
