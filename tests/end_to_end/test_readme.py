@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
+from deltamux.client import Client
 from deltamux.demo.server import Server
 from deltamux.demo.tasks import weights_path
 
@@ -28,6 +29,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         *("--device", "cpu", "--threads", "1", "--adapter-cache-dir", str(cache)),
     ) as server:
         yield server
+
+
+def test_server_info_names_each_family_once(server: Server):
+    with Client(server.target, timeout=60) as client:
+        families = list(client.server_info().families)
+    assert "lora" in families and families == sorted(set(families))
 
 
 def blocks(language: str) -> list[str]:

@@ -165,7 +165,8 @@ def _ready(config: EngineConfig, base: Base, limits: Limits) -> Ready:
         kv_cache_tokens=limits.kv_cache_tokens,
         block_size=config.block_size,
         adapter_slots=config.max_adapter_slots,
-        families=tuple(family.name for family in FAMILIES),
+        # Several may go by one name: PEFT's LoRA and AdapterHub's.
+        families=tuple(sorted({family.name for family in FAMILIES})),
         generates=limits.generates,
         tells_pairs_apart=limits.token_types > 1,
     )
