@@ -204,3 +204,15 @@ async def test_tenants_and_traffic_are_not_served(harness, refusal, folder: Path
     ):
         got = await refusal(call)
         assert (got.code, got.reason) == ("UNIMPLEMENTED", reason)
+
+
+async def test_a_name_that_none_can_have_is_refused_by_its_own_field(harness, refusal) -> None:
+    adapters, bad = harness.adapters, "../up"
+    for call in (
+        adapters.LoadAdapter(v1.LoadAdapterRequest(name=bad, source="/a")),
+        adapters.UnloadAdapter(v1.UnloadAdapterRequest(name=bad)),
+        adapters.GetAdapter(v1.GetAdapterRequest(name=bad)),
+        adapters.UpdateAdapter(v1.UpdateAdapterRequest(name=bad, pinned=True)),
+    ):
+        got = await refusal(call)
+        assert (got.reason, got.fields) == ("INVALID_ADAPTER_NAME", ("name",))

@@ -89,7 +89,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
 
 def _check_load(request: v1.LoadAdapterRequest) -> None:
-    check_name(request.name)
+    check_name(request.name, "name")
     _refuse_tenant(bool(request.tenant))
     _check_source(request.source)
     device = request.upto in (inference_pb2.TIER_UNSPECIFIED, inference_pb2.TIER_DEVICE)

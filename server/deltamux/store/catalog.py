@@ -97,7 +97,7 @@ class Catalog:
         Raises InvalidArgument (also if the digest is not `expect_version`), FailedPrecondition,
         ResourceExhausted or Aborted; the version that was live stays so then.
         """
-        check_name(name)
+        check_name(name, "name")
         return await self._background.finish(self._load(name, source, upto, pinned, expect_version))
 
     async def refresh(self, name: str) -> None:
@@ -109,18 +109,18 @@ class Catalog:
 
     async def pin(self, reference: str, pinned: bool) -> AdapterFacts:
         """Pins a version on the device, or unpins it."""
-        return await self._background.finish(self._pin(Reference.parse(reference), pinned))
+        return await self._background.finish(self._pin(Reference.parse(reference, "name"), pinned))
 
     async def unload(self, reference: str, purge: bool = False) -> None:
         """Forgets a name, or one version; returns when its last request has ended.
 
         Raises NotFound, or FailedPrecondition while it is pinned.
         """
-        await self._background.finish(self._unload(Reference.parse(reference), purge))
+        await self._background.finish(self._unload(Reference.parse(reference, "name"), purge))
 
     def get(self, reference: str) -> AdapterFacts:
         """Raises NotFound."""
-        wanted = Reference.parse(reference)
+        wanted = Reference.parse(reference, "name")
         return facts(self._registry.registration(wanted), self._registry.find(wanted))
 
     def page(

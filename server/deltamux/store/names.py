@@ -18,19 +18,21 @@ class Reference:
 
     name: str
     version: str = ""
+    # Of the request that it stands in.
+    field: str = "adapter"
 
     @classmethod
-    def parse(cls, text: str) -> Reference:
+    def parse(cls, text: str, field: str = "adapter") -> Reference:
         """Raises InvalidArgument for what can be no reference."""
         name, at, version = text.partition("@")
-        check_name(name)
+        check_name(name, field)
         if at and not _VERSION.fullmatch(version):
             raise InvalidArgument(
                 "a version is 64 lower-case hexadecimal characters, or at least the first 8",
                 reason="INVALID_ADAPTER_VERSION",
-                field="adapter",
+                field=field,
             )
-        return cls(name, version)
+        return cls(name, version, field)
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}" if self.version else self.name
@@ -40,12 +42,12 @@ class Reference:
         return NotFound(f"adapter {str(self)!r} is not known", reason="ADAPTER_NOT_FOUND")
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, field: str = "adapter") -> None:
     """Raises InvalidArgument unless `name` may be an adapter's."""
     if not _NAME.fullmatch(name) or {".", ".."} & set(name.split("/")):
         raise InvalidArgument(
             "an adapter's name is 1 to 200 of A-Z a-z 0-9 . _ / -, begins with a letter or digit "
             "and has no segment . or ..",
             reason="INVALID_ADAPTER_NAME",
-            field="adapter",
+            field=field,
         )

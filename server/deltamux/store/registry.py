@@ -64,7 +64,7 @@ class Registry:
             raise InvalidArgument(
                 f"{str(wanted)!r} may mean {len(matches)} versions",
                 reason="AMBIGUOUS_ADAPTER_VERSION",
-                field="adapter",
+                field=wanted.field,
             )
         if not matches:
             raise wanted.not_found()
