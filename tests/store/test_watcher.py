@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from deltamux.errors import FailedPrecondition
 from deltamux.store.content import content_digest
 from deltamux.store.watcher import FolderWatcher
 
@@ -43,6 +44,15 @@ async def test_what_is_no_adapter_or_has_no_fit_name_is_passed_over(store, files
     files.write("half", seed=1)
     await watcher.look()
     assert names(store) == ["half"]
+
+
+async def test_weights_that_are_missing_are_the_answer_of_the_first_request(store, files, watcher):
+    weights = files.write("a", seed=1) / "adapter_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    await watcher.look()
+    with pytest.raises(FailedPrecondition) as refused:
+        await store.catalog.resolve("a")
+    assert refused.value.reason == "PICKLE_REFUSED"
 
 
 async def test_changed_content_is_swapped_in_when_it_has_come_to_rest(store, files, watcher):

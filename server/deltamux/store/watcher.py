@@ -8,6 +8,7 @@ from pathlib import Path
 
 import structlog
 
+from deltamux.adapters.checkpoint.files import CONFIG
 from deltamux.errors import DeltamuxError
 from deltamux.store.catalog import Catalog
 from deltamux.store.content import Fingerprint, fingerprint
@@ -18,6 +19,7 @@ _log = structlog.get_logger(__name__)
 class FolderWatcher:
     """Registers new subfolders at once and takes in changed ones when they have come to rest.
 
+    One without weights, or with a pickle, is known too, so that requests are told what it lacks.
     A subfolder that disappears stays known: requests are served from the copy on disk.
     """
 
@@ -43,7 +45,7 @@ class FolderWatcher:
         for name in self._seen.keys() - self._known.keys():
             self._register(name)
         resting = (name for name, seen in self._seen.items() if before.get(name) == seen)
-        changed = [name for name in resting if self._known[name] != self._seen[name]]
+        changed = [name for name in resting if self._seen[name] not in ((), self._known[name])]
         await asyncio.gather(*map(self._refresh, changed))
 
     def _register(self, name: str) -> None:
@@ -65,16 +67,17 @@ class FolderWatcher:
 
 
 def _adapters(folder: Path) -> dict[str, Fingerprint]:
-    """Subfolders that hold both files of an adapter."""
-    found = {}
+    """Subfolders with the config of an adapter; () for one whose weights are not there."""
+    found: dict[str, Fingerprint] = {}
     try:
         names = os.listdir(folder)
     except OSError as error:
         _log.warning("adapter folder cannot be read", error=os.strerror(error.errno or 0))
         return {}
     for name in names:
-        try:
-            found[name] = fingerprint(folder / name)
-        except OSError:
-            continue  # No adapter, or none yet.
+        if os.path.lexists(folder / name / CONFIG):
+            try:
+                found[name] = fingerprint(folder / name)
+            except OSError:
+                found[name] = ()
     return found
