@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -253,6 +254,16 @@ def test_purge_deletes_the_copy(files, make_disk, tmp_path):
     disk.purge(digest)
     assert (digest in disk, disk.used_bytes, os.listdir(tmp_path / "cache")) == (False, 0, [])
     disk.unhold(digest)
+
+
+def test_a_cache_that_somebody_deleted_is_made_anew(files, make_disk, tmp_path):
+    disk, folders = make_disk(), [files.write(str(seed), seed) for seed in range(2)]
+    shutil.rmtree(tmp_path / "cache")
+    first = disk.ingest(folders[0])
+    shutil.rmtree(tmp_path / "cache")
+    disk.unhold(first)
+    disk.purge(first)
+    assert os.listdir(disk.path(disk.ingest(folders[1])))
 
 
 def test_servers_may_share_the_folder(files, tmp_path):

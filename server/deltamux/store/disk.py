@@ -149,7 +149,7 @@ class DiskStore:
 
     @contextmanager
     def _temporary_folder(self) -> Iterator[Path]:
-        folder = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{os.getpid()}-", dir=self._root))
+        folder = self._work_folder()
         try:
             yield folder
         finally:
@@ -177,11 +177,16 @@ class DiskStore:
     def _detach(self, digest: str) -> Path:
         """Takes a copy out of sight at once; deleting its files is left to the caller."""
         self.used_bytes -= self._copies.pop(digest)
-        trash = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{os.getpid()}-", dir=self._root))
+        trash = self._work_folder()
         # Another server that shares the folder may have been faster.
         with suppress(FileNotFoundError):
             os.rename(self.path(digest), trash / digest)
         return trash
+
+    def _work_folder(self) -> Path:
+        """A folder of this process's own, also where somebody has deleted the cache."""
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{os.getpid()}-", dir=self._root))
 
     def _sweep(self) -> None:
         """Takes over the copies of earlier runs, and deletes what those left unfinished."""
@@ -262,7 +267,9 @@ def _is_running(process: str) -> bool:
 
 def _translated(error: OSError) -> DeltamuxError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceExhausted("the disk is full", reason="DISK_FULL", retry_after=30.0)
+        return ResourceExhausted(
+            "--adapter-cache-dir: the disk is full", reason="DISK_FULL", retry_after=30.0
+        )
     if isinstance(error, FileNotFoundError):
         return _changed()
     return Unavailable(
