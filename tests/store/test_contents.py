@@ -107,6 +107,8 @@ async def test_after_a_restart_of_the_engine_pins_are_restored(store, files, mak
         store.disk.purge(pinned.version)
     device = make_device(slots=2)
     store.engine.replace(device.cache(), device.loader)
+    store.catalog.engine_lost()
+    assert [row.tier for row in store.catalog.page(9)[0]] == ["disk", "disk"]
     await store.catalog.engine_restarted()
     assert (store.catalog.get("a").tier, store.catalog.get("a").pinned) == ("device", True)
     assert store.catalog.get("b").tier == "disk"

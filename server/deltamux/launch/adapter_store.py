@@ -31,7 +31,7 @@ class AdapterStore:
     def __init__(self, config: StoreConfig, engine: EngineClient, metrics: Metrics) -> None:
         self._config = config
         self._loop = asyncio.get_running_loop()
-        self.catalog = Catalog(_disk(config), engine)
+        self.catalog = Catalog(_disk(config), engine, unread=metrics.load_failed)
         self._watcher: asyncio.Task[None] | None = None
         engine.on_adapter_moved = self.catalog.moved
         engine.on_adapter_failed = self.catalog.failed
@@ -50,6 +50,9 @@ class AdapterStore:
             watcher = FolderWatcher(self._config.adapter_dir, self.catalog)
             await watcher.look()
             self._watcher = asyncio.create_task(watcher.run())
+
+    def engine_lost(self) -> None:
+        self.catalog.engine_lost()
 
     async def engine_restarted(self) -> None:
         """Brings back what was pinned; the rest comes back when it is asked for."""

@@ -122,6 +122,7 @@ class _Server:
 
     async def _engine_lost(self) -> None:
         assert self._servers is not None
+        self._store.engine_lost()
         await self._servers.health.set_serving(False)
 
     async def _engine_back(self) -> None:

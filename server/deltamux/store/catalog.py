@@ -51,9 +51,11 @@ class Catalog:
         disk: DiskStore,
         engine: AdapterEngine,
         clock: Callable[[], float] = time.monotonic,
+        unread: Callable[[str], None] = lambda reason: None,
     ) -> None:
+        """`unread(reason)` is told of every source that cannot be read, or is refused on sight."""
         self._disk = disk
-        self._contents = Contents(disk, engine)
+        self._contents = Contents(disk, engine, unread)
         self._clock = clock
         self._registry = Registry()
         self._locks = KeyedLock()
@@ -141,6 +143,10 @@ class Catalog:
         content = self._contents.get(event.digest)
         if content is not None and event.reason == DataLoss.reason and not content.loading:
             self._background.start(self._repair(content))
+
+    def engine_lost(self) -> None:
+        """Nothing is in memory until the next engine loads it."""
+        self._contents.lost()
 
     async def engine_restarted(self) -> None:
         """Returns when all that is pinned is on the device again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -30,9 +31,13 @@ class AdapterEngine(Protocol):
 class Contents:
     """A content exists while some version means it; with the last one the engine drops it."""
 
-    def __init__(self, disk: DiskStore, engine: AdapterEngine) -> None:
+    def __init__(
+        self, disk: DiskStore, engine: AdapterEngine, unread: Callable[[str], None]
+    ) -> None:
+        """`unread(reason)` is told of sources that cannot be read, or are refused on sight."""
         self.disk = disk
         self._engine = engine
+        self._unread = unread
         self._contents: dict[str, Content] = {}
 
     def get(self, digest: str) -> Content | None:
@@ -60,7 +65,11 @@ class Contents:
 
     async def ingest(self, source: str) -> str:
         """Copies the source to disk and returns its digest; the copy is held once."""
-        return await asyncio.to_thread(self.disk.ingest, Path(source))
+        try:
+            return await asyncio.to_thread(self.disk.ingest, Path(source))
+        except DeltamuxError as error:
+            self._unread(error.reason)
+            raise
 
     async def load(self, content: Content, source: str, tier: str, pinned: bool) -> None:
         """Brings content up to `tier`; a copy that is damaged or gone is made anew from its source.
@@ -92,10 +101,13 @@ class Contents:
             content.tier = event.tier
             content.info = event.info or content.info
 
-    async def restarted(self) -> None:
-        """A new engine has nothing: what is pinned is brought back."""
+    def lost(self) -> None:
+        """The engine is gone, and with it all that it had."""
         for content in self._contents.values():
             content.tier = "disk"
+
+    async def restarted(self) -> None:
+        """A new engine has nothing: what is pinned is brought back."""
         await asyncio.gather(*map(self._pin_again, list(self._contents.values())))
 
     async def _pin_again(self, content: Content) -> None:
