@@ -31,7 +31,7 @@ def paged_attention_triton(
     query = query if query.stride(2) == 1 else query.contiguous()
     out = query.new_empty(tokens, heads, value_dim)
     group = triton.next_power_of_2(heads // kv_heads)
-    rows, keys, warps = _tiling(max(key_dim, value_dim), batch.decodes, is_hopper(query))
+    rows, keys, warps = _tiling(max(key_dim, value_dim), query, batch.decodes)
     tile = max(1, rows // group)
     tiles = batch.query_tiles(tile)
     splits, partial, counters = _splits(query, batch, tiles.shape[0] * kv_heads, group, value_dim)
@@ -75,14 +75,18 @@ def paged_attention_triton(
     return out
 
 
-def _tiling(dim: int, decodes: bool, hopper: bool) -> tuple[int, int, int]:
-    """Rows of a query tile, keys of one product, warps."""
+def _tiling(dim: int, query: torch.Tensor, decodes: bool) -> tuple[int, int, int]:
+    """Rows of a query tile, keys of one product, warps: what fits shared memory and registers."""
+    size, hopper = dim * query.element_size(), is_hopper(query)
+    if size > 256:
+        rows = PREFILL_ROWS // 2 if size <= 1024 else PREFILL_ROWS // 4
+        keys = 32 if size <= 512 else 16
+        return (DECODE_ROWS, keys, 4) if decodes else (rows, keys, 8)
     if decodes:
-        return DECODE_ROWS, 32 if dim > 128 else 128 if hopper and dim > 64 else 64, 4
-    if dim > 128:
-        return PREFILL_ROWS // 2, 32, 8
-    # Elsewhere four warps spill registers at 128 dimensions.
-    return PREFILL_ROWS, 64, 4 if hopper or dim <= 64 else 8
+        return DECODE_ROWS, 128 if hopper and size > 128 else 64, 4
+    # Elsewhere four warps spill registers at 128 dimensions, and in float32 everywhere.
+    few = size <= 128 or (hopper and query.element_size() == 2)
+    return PREFILL_ROWS, 64, 4 if few else 8
 
 
 def _block(dim: int) -> int:

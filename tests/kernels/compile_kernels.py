@@ -179,7 +179,6 @@ def attention(dtype: torch.dtype, dim: int, queries: int, scoring: Scoring) -> N
     """Two sequences of `queries` rows with 8 query heads on 2 KV heads."""
     cache = torch.zeros(8, 16, 2, dim, dtype=dtype)
     query = torch.zeros(2 * queries, 8, dim, dtype=dtype)
-    key = torch.zeros(2 * queries, 2, dim, dtype=dtype)
     batch = AttentionBatch(
         (queries, queries),
         (queries, queries),
@@ -187,8 +186,13 @@ def attention(dtype: torch.dtype, dim: int, queries: int, scoring: Scoring) -> N
         torch.zeros(2, dtype=torch.int32),
         torch.zeros(2, 4, dtype=torch.int32),
     )
-    write_kv_triton(key, key, cache, cache, torch.zeros(2 * queries, dtype=torch.int64))
     paged_attention_triton(query, cache, cache, batch, scoring)
+
+
+def new_keys(dtype: torch.dtype, dim: int, rows: int) -> None:
+    """Keys and values of 2 heads into their pages."""
+    cache, key = (torch.zeros(*size, 2, dim, dtype=dtype) for size in ((8, 16), (rows,)))
+    write_kv_triton(key, key, cache, cache, torch.zeros(rows, dtype=torch.int64))
 
 
 def layer(dtype: torch.dtype, width: int, dim: int) -> None:
@@ -233,6 +237,11 @@ def compile_all(target: str, number: int) -> None:
         for dim, scoring in ((64, everything), (128, plain), (256, plain)):
             for queries in (1, 64):
                 attention(dtype, dim, queries, scoring)
+                new_keys(dtype, dim, 2 * queries)
+        if architecture == "sm_89":
+            # Of all that are served, the least shared memory and the most of it wanted.
+            for dim in (128, 256):
+                attention(torch.float32, dim, 64, plain)
         for width, dim in ((2048, 64), (4096, 128), (16384, 256)):
             layer(dtype, width, dim)
 
