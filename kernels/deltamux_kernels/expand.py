@@ -36,7 +36,7 @@ class Columns:
 
     def set(self, slot: int, column: int) -> None:
         self.first[slot] = column
-        self.table[slot] = column
+        self.table[slot].fill_(column)
 
 
 def expand(

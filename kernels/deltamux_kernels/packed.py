@@ -46,9 +46,9 @@ class PackedMatrices:
     def write(self, slot: int, offset: int, matrix: torch.Tensor) -> None:
         """Copy `matrix` [rows, width] to `arena[offset:]` and make it the slot's own.
 
-        The copy does not block: on CUDA it runs on the current stream, from pinned memory if the
-        source has it. Raises ValueError for a wrong width, an offset off `ALIGNMENT`, or a matrix
-        that does not fit the arena.
+        On CUDA the copy runs on the current stream, and is over when this returns: where the matrix
+        lies on the host, nobody else keeps it. Raises ValueError for a wrong width, an offset off
+        `ALIGNMENT`, or a matrix that does not fit the arena.
         """
         rows, width = matrix.shape
         end = offset + matrix.numel()
@@ -56,9 +56,9 @@ class PackedMatrices:
             raise ValueError(f"matrix is {width} wide, this site is {self.width}")
         if offset % ALIGNMENT or offset < 0 or end > self.arena.numel():
             raise ValueError(f"[{offset}, {end}) is no aligned extent of {self.arena.numel()}")
-        self.arena[offset:end].view(rows, width).copy_(matrix, non_blocking=True)
-        self.offsets[slot] = offset
-        self.rows[slot] = rows
+        self.arena[offset:end].view(rows, width).copy_(matrix)
+        self.offsets[slot].fill_(offset)
+        self.rows[slot].fill_(rows)
         self._point(slot, offset, rows)
 
     def _point(self, slot: int, offset: int, rows: int) -> None:
@@ -68,8 +68,12 @@ class PackedMatrices:
         self.transposed[slot] = view.t() if rows else None
 
     def clear(self, slot: int) -> None:
-        """Forget the slot's matrix; its extent belongs to the caller again."""
-        self.rows[slot] = 0
+        """Forget the slot's matrix; its extent belongs to the caller again.
+
+        Steps of other slots may be under way: nothing waits for the device, as an assignment to one
+        number of a tensor would.
+        """
+        self.rows[slot].zero_()
         self._rows_on_host[slot] = 0
         self.views[slot] = None
         self.transposed[slot] = None
@@ -105,20 +109,22 @@ class DividedMatrices(PackedMatrices):
 
     def write(self, slot: int, offset: int, matrix: torch.Tensor) -> None:
         super().write(slot, offset, matrix)
-        rows = matrix.shape[0] // self._count
-        self._divide(slot, [offset + part * rows * self.width for part in range(self._count)], rows)
+        own, rows = self._own(slot), matrix.shape[0] // self._count
+        offsets = [offset + part * rows * self.width for part in range(self._count)]
+        self.parts.offsets[own] = torch.tensor(offsets)
+        self._divide(own, offsets, rows)
 
     def clear(self, slot: int) -> None:
         super().clear(slot)
-        self._divide(slot, [0] * self._count, 0)
+        self._divide(self._own(slot), [0] * self._count, 0)
 
     def extend(self, rows: int) -> bool:
         return self.parts.extend(rows // self._count)
 
-    def _divide(self, slot: int, offsets: list[int], rows: int) -> None:
-        first = slot * self._count
-        own = slice(first, first + self._count)
-        self.parts.offsets[own] = torch.tensor(offsets)
-        self.parts.rows[own] = rows
-        for part, offset in enumerate(offsets, start=first):
+    def _own(self, slot: int) -> slice:
+        return slice(slot * self._count, (slot + 1) * self._count)
+
+    def _divide(self, own: slice, offsets: list[int], rows: int) -> None:
+        self.parts.rows[own].fill_(rows)
+        for part, offset in enumerate(offsets, start=own.start):
             self.parts._point(part, offset, rows)

@@ -1,9 +1,13 @@
 """Matrices in the arena: exact extents, refused writes, forgotten slots."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltamux_kernels import ALIGNMENT, PackedMatrices
+from deltamux_kernels.packed import DividedMatrices
 
 
 def test_a_matrix_takes_its_own_elements_and_nothing_beside_them() -> None:
@@ -23,6 +27,30 @@ def test_a_cleared_slot_has_no_matrix() -> None:
     packed.clear(0)
     assert packed.rows_of(0) == 0 and packed.rows.tolist() == [0, 0, 0]
     assert packed.views[0] is None and packed.transposed[0] is None
+
+
+class Operations(TorchDispatchMode):
+    """The names of those that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_clearing_a_slot_copies_nothing_from_the_host(divided: bool) -> None:
+    """A GPU would have to be waited for."""
+    arena = torch.zeros(128)
+    packed = DividedMatrices(arena, 2, 32, 2) if divided else PackedMatrices(arena, 2, 32)
+    packed.write(1, 0, torch.ones(4, 32))
+    with Operations() as operations:
+        packed.clear(1)
+    assert "zero_" in operations.names and "copy_" not in operations.names
+    assert not packed.rows.any() and not (divided and packed.parts.rows.any())
 
 
 def test_writing_converts_to_the_arenas_dtype() -> None:

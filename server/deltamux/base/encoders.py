@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -85,15 +84,16 @@ def shared_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def padded_positions(token_ids: Tensor, starts: Tensor, padding: int) -> Tensor:
-    """Positions [T] of packed `token_ids` [T], for sequences that begin at `starts` [B].
+    """Positions [T] of packed `token_ids` [T], for sequences that begin at `starts` [B + 1], the
+    last of which is T. Waits for nothing.
 
     p(t) = padding + the number of tokens up to t that are no padding; padding itself has `padding`.
     """
     counts = token_ids != padding
     upto = counts.cumsum(0)
-    before = (upto - counts.long())[starts]
-    lengths = torch.diff(starts, append=starts.new_tensor([len(token_ids)]))
-    return (upto - before.repeat_interleave(lengths)) * counts + padding
+    before = (upto - counts.long())[starts[:-1]]
+    lengths = starts.diff()
+    return (upto - before.repeat_interleave(lengths, output_size=len(token_ids))) * counts + padding
 
 
 class _Pooler(nn.Module):

@@ -74,8 +74,9 @@ class EncoderRunner:
     def _positions(self, inputs: StepInputs) -> Tensor:
         if not self._skips_padding:
             return inputs.position_ids
-        starts = inputs.attention.query_starts[:-1].long()
-        return padded_positions(inputs.input_ids[0], starts, self._base.config.pad_token_id)[None]
+        padding = self._base.config.pad_token_id
+        starts = inputs.attention.query_starts
+        return padded_positions(inputs.input_ids[0], starts.long(), padding)[None]
 
     def _types(self, batch: StepBatch) -> dict[str, Tensor]:
         """Which of its two texts each token belongs to, where a prompt has two."""
