@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,19 @@ async def test_engine_that_dies_unheard_is_an_error_too(tmp_path, monkeypatch):
     supervisor, _ = make_supervisor(EngineConfig(MODEL), tmp_path)
     with pytest.raises(StartupError, match="the engine exited with code 1 before it was ready"):
         await supervisor.start()
+
+
+async def test_a_process_that_cannot_be_had_is_tried_for_again(tmp_path, monkeypatch):
+    """As where there is no memory or no descriptor for one, but for a moment."""
+    monkeypatch.setattr(supervisor, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(engine_process, "PROGRAM", ("/bin/false",))
+    engine, lost = EngineClient(8, Metrics("m")), partial(asyncio.sleep, 0)
+    watched = Supervisor(EngineConfig(MODEL), tmp_path, engine, lost, never)
+    with pytest.raises(StartupError):
+        await watched.start()
+    monkeypatch.setattr(engine_process, "PROGRAM", (str(tmp_path / "nothing"),))
+    with pytest.raises(StartupError, match=r"gave up after 5 .*: No such file"):
+        await watched.keep_alive()
 
 
 async def test_restarting_gives_up_with_one_line(tmp_path, monkeypatch):

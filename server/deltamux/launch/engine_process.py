@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 
 from deltamux.config import EngineConfig
+from deltamux.errors import StartupError
 
 # What is started: another one can stand in for it that speaks its language.
 PROGRAM: tuple[str, ...] = (sys.executable, "-m", "deltamux.engine")
@@ -27,14 +28,18 @@ class EngineProcess:
 
     @classmethod
     async def start(cls, config: EngineConfig, address: str) -> EngineProcess:
-        process = await asyncio.create_subprocess_exec(
-            *PROGRAM,
-            "--socket",
-            address,
-            stdin=asyncio.subprocess.PIPE,
-            # A terminal's Ctrl-C is for the front end alone, which then drains.
-            start_new_session=True,
-        )
+        """Raises StartupError where the machine has no process to give."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *PROGRAM,
+                "--socket",
+                address,
+                stdin=asyncio.subprocess.PIPE,
+                # A terminal's Ctrl-C is for the front end alone, which then drains.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise StartupError(f"no process for the engine: {error.strerror}") from error
         assert process.stdin is not None
         with contextlib.suppress(ConnectionError):
             process.stdin.write(json.dumps(asdict(config)).encode() + b"\n")

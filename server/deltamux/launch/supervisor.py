@@ -58,12 +58,12 @@ class Supervisor:
         started = time.monotonic()
         address = f"ipc://{self._folder}/engine-{next(self._lives)}"
         self._engine.attach(FrontendEnd(address))
-        self._process = process = await EngineProcess.start(self._config, address)
         try:
+            self._process = process = await EngineProcess.start(self._config, address)
             ready = await self._ready(process)
         except StartupError as error:
             self._engine.fail_all(error)
-            await process.stop(STOP_GRACE)
+            await self.stop()
             raise
         seconds = round(time.monotonic() - started, 3)
         log.info("engine ready", pid=process.pid, seconds=seconds, device=ready.device)
