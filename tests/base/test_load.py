@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,14 @@ def test_devices_that_are_not_there(folder: Path, device: str, words: str) -> No
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one")
     assert words in refusal(str(folder), device)
+
+
+def test_kernels_run_on_the_gpu_that_is_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with suppress(AssertionError, RuntimeError):  # here is none
+        load_base(str(folder), "cuda:1")
+    assert chosen == [torch.device("cuda:1")]

@@ -77,10 +77,14 @@ def load_base(model: str, device: str = "cpu", dtype: str = "auto") -> Base:
     """Loads the model in a local folder, or of a hub id, on one device.
 
     `dtype` is "float32", "bfloat16", "float16" or "auto": the checkpoint's own on a GPU, float32 on
-    a CPU. No code of the checkpoint is run. Raises StartupError when there is no such model, its
-    weights are incomplete, or deltamux cannot serve its architecture.
+    a CPU. No code of the checkpoint is run. A GPU becomes the current one of this thread. Raises
+    StartupError when there is no such model, its weights are incomplete, or deltamux cannot serve
+    its architecture.
     """
     place = _device(device)
+    if place.type == "cuda":
+        # There Triton launches kernels and events are recorded, wherever their tensors lie.
+        torch.cuda.set_device(place)
     config = _config(model)
     loaded, missing = _weights(model, config, _dtype(dtype, place))
     return adopt(loaded.to(place), missing)
