@@ -12,8 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.primitives import low_rank
+from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.row_bias import RowBias
+from deltamux.adapters.primitives.virtual_tokens import KeyValuePrefix
 from deltamux.adapters.sites import device_sites as sites_module
+from deltamux_kernels import native
 
 Make = Callable[..., Any]
 
@@ -192,3 +197,20 @@ def test_an_adapter_without_a_product_wakes_no_sibling(
     adapted = count_calls(monkeypatch, sites_module.Site, "_adapt")
     served.logits(ids, [0] * 5)
     assert len(adapted) == 2
+
+
+def test_captured_steps_are_outgrown_by_what_they_read_alone(
+    serve: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values of a prefix go to the cache between two steps."""
+    monkeypatch.setattr(native, "available", lambda: False)
+    sites = serve("llama").sites
+    payloads: list[tuple[str, Payload]] = [
+        ("model.embed_tokens", KeyValuePrefix(torch.zeros(2, 2, 40, 16))),
+        ("model.layers.0.self_attn.q_proj", RowBias(torch.zeros(32))),
+    ]
+    growths = []
+    for slot, (name, payload) in enumerate(payloads):
+        assert sites.reserve(slot, Adapter("", "", 0, 0, "", {name: (payload,)}))
+        growths.append(sites.growth)
+    assert growths == [0, 1]

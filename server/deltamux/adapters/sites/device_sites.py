@@ -56,6 +56,8 @@ class _Layout:
     """Where an adapter's tensors belong, as long as it is in a slot."""
 
     stacks: dict[PackedMatrices, _Stack] = field(default_factory=dict)
+    # Those of them that sites read in a step.
+    acting: set[PackedMatrices] = field(default_factory=set)
     placements: list[tuple[Acting, Bank, list[int]]] = field(default_factory=list)
 
     def add(self, sites: Acting, bank: Bank, payload: Payload) -> None:
@@ -63,6 +65,8 @@ class _Layout:
         pieces = bank.pieces(payload)
         rows = [self.stacks.setdefault(store, _Stack()).add(matrix) for store, matrix in pieces]
         self.placements.append((sites, bank, rows))
+        if sites:
+            self.acting.update(store for store, _ in pieces)
 
 
 class DeviceSites:
@@ -207,7 +211,7 @@ class DeviceSites:
 
     def _extend_captures(self, layout: _Layout) -> None:
         """Makes what is captured from now on act for such an adapter; see `CapturedSegments`."""
-        grown = [store.extend(stack.rows) for store, stack in layout.stacks.items()]
+        grown = [store.extend(layout.stacks[store].rows) for store in layout.acting]
         self.growth += any(grown)
         for sites, bank, _ in layout.placements:
             for acting in (bank, *sites):
