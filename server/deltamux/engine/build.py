@@ -144,8 +144,12 @@ def _device_sites(config: EngineConfig, base: Base, rows: Rows, arena: int) -> D
 def _adapter_cache(
     config: EngineConfig, base: Base, sites: DeviceSites, link: EngineEnd
 ) -> AdapterCache:
+    stream = torch.cuda.Stream(base.device) if base.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
     def parse(folder: Path, digest: str) -> Adapter:
-        return parse_adapter(folder, digest, base.structure, base.dtype)
+        # What is computed of the base's weights is queued beside the steps, not between them.
+        with torch.cuda.stream(stream):
+            return parse_adapter(folder, digest, base.structure, base.dtype)
 
     loader = Loader(parse, sites.write, alone=base.device.type == "cpu")
     link.wake_on(loader.fileno())

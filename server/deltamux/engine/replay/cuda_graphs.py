@@ -62,6 +62,15 @@ class GraphCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Step) -> Step:
+        try:
+            return self._captured(step)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                # Up to torch 2.12, no other capture may use the pool of one that was broken off.
+                self._pool = torch.cuda.graph_pool_handle()
+            raise
+
+    def _captured(self, step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         # Around both, since a capture that fails leaves its own stream the current one.
