@@ -196,9 +196,10 @@ def save(base: Callable[[str], PreTrainedModel], tmp_path_factory: Any) -> Calla
 
 @pytest.fixture(scope="session")
 def tune(base: Callable[[str], PreTrainedModel], tmp_path_factory: Any) -> Callable[..., Path]:
-    """tune(name, config, seed) -> the folder of an adapter whose trained parts were all moved."""
+    """tune(name, config, seed) -> the folder of an adapter whose trained parts were all moved;
+    further options are save_pretrained's."""
 
-    def tune(name: str, config: peft.PeftConfig, seed: int = 0) -> Path:
+    def tune(name: str, config: peft.PeftConfig, seed: int = 0, **options: object) -> Path:
         torch.manual_seed(seed)
         folder = tmp_path_factory.mktemp("adapter")
         with warnings.catch_warnings(), torch.no_grad():
@@ -207,7 +208,7 @@ def tune(base: Callable[[str], PreTrainedModel], tmp_path_factory: Any) -> Calla
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * 0.2)
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, **options)
         return folder
 
     return tune

@@ -16,6 +16,7 @@ from deltamux.adapters.family import Family
 from deltamux.adapters.peft.head_config import read_head_config
 from deltamux.adapters.peft.saved_head import take_task_head
 from deltamux.adapters.peft.saved_modules import take_saved_modules
+from deltamux.adapters.peft.second_copies import without_second_copies
 from deltamux.adapters.peft.vocabulary import take_vocabulary
 from deltamux.adapters.unserved import refusal
 from deltamux.base.structure import Structure
@@ -30,7 +31,8 @@ def parse_adapter(folder: Path, digest: str, structure: Structure, dtype: torch.
     manifest = read_manifest(folder)
     family = family_of(manifest)
     head_config = partial(read_head_config, folder)
-    trained = take_task_head(manifest, read_tensors(folder), structure, dtype, head_config)
+    tensors = without_second_copies(read_tensors(folder), structure)
+    trained = take_task_head(manifest, tensors, structure, dtype, head_config)
     vocabulary = take_vocabulary(trained.manifest, trained.tensors, trained.structure)
     saved = take_saved_modules(trained.manifest, vocabulary.tensors, vocabulary.structure, dtype)
     parsed = family.parse(saved.manifest, saved.tensors, saved.structure, dtype)

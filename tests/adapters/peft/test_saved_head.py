@@ -56,6 +56,7 @@ def lora(task: str | None, **fields: Any) -> peft.LoraConfig:
         ("llama", "SEQ_CLS", lora("SEQ_CLS", target_modules="all-linear"), "sequence", 0),
         ("llama_bias", "SEQ_CLS", lora("SEQ_CLS", bias="all"), "sequence", 0),
         ("llama", "SEQ_CLS", lora(None, modules_to_save=["score", "k_proj"]), "sequence", 0),
+        ("gpt2", "TOKEN_CLS", lora("TOKEN_CLS", bias="all", target_modules=["c_attn"]), "token", 1),
         ("llama", "SEQ_CLS", peft.IA3Config(task_type="SEQ_CLS"), "sequence", 0),
         ("llama", "SEQ_CLS", peft.LNTuningConfig(task_type="SEQ_CLS"), "sequence", 0),
     ],

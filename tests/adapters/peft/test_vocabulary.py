@@ -327,6 +327,23 @@ def test_matrices_that_do_not_fit(
     assert caught.value.reason == reason
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (HEAD.replace("weight", "base_layer.weight"), "ADDED_TOKENS"),
+        (HEAD.replace("base_model.model.", "base_model."), "EXTRA_TENSORS"),
+    ],
+)
+def test_another_matrix_beside_a_saved_one(
+    name: str, reason: str, tune_resized: Make, serve: Make, rewrite: Make
+) -> None:
+    config = lora("llama", modules_to_save=["embed_tokens", "lm_head"])
+    folder = tune_resized("llama", KNOWN + 3, config)
+    with pytest.raises(DeltamuxError) as caught:
+        serve("llama").parse(rewrite(folder, lambda t: t | {name: t[HEAD] + 1}))
+    assert caught.value.reason == reason
+
+
 def test_a_saved_module_whose_copies_differ(tune_resized: Make, serve: Make, rewrite: Make) -> None:
     config = lora("llama", modules_to_save=["embed_tokens", "lm_head"])
     twice = HEAD.replace("weight", "modules_to_save.weight")

@@ -39,12 +39,13 @@ class LnTuning:
     ) -> Parsed:
         selector = _read_selector(manifest.fields)
         modules = ModuleTensors(tensors, structure, {_WEIGHT: _WEIGHT, _BIAS: _BIAS})
+        notes = modules.drop_base_copies()
         payloads = {
             site.name: (take_norm(site, modules, structure, (_WEIGHT, _BIAS), dtype),)
             for site in targeted_sites(selector, structure, _KINDS)
         }
         modules.require_none_left()
-        return Parsed(payloads, rank=0, parameters=modules.taken)
+        return Parsed(payloads, rank=0, parameters=modules.taken, notes=notes)
 
 
 def _read_selector(values: Mapping[str, Json]) -> Selector:

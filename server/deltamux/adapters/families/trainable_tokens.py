@@ -48,6 +48,7 @@ class TrainableTokens:
     ) -> Parsed:
         config = _read_config(manifest.fields, structure)
         modules = ModuleTensors(tensors, structure, {TOKEN_ROWS: TOKEN_ROWS})
+        notes = modules.drop_base_copies()
         sites = {site.name for site in targeted_sites(config.selector, structure, _KINDS)}
         if structure.tied and structure.embedding in sites:
             sites.discard(structure.head)
@@ -58,7 +59,7 @@ class TrainableTokens:
         modules.require_none_left()
         found = tied_token_rows(dict.fromkeys(sites, config.tokens), rows, structure, dtype)
         payloads = {site: (payload,) for site, payload in found.items()}
-        return Parsed(payloads, rank=0, parameters=parameters)
+        return Parsed(payloads, rank=0, parameters=parameters, notes=notes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltamux.adapters.checkpoint.strict_json import quoted
 from deltamux.base.structure import SiteSpec
 from deltamux.errors import FailedPrecondition
 
@@ -16,6 +17,15 @@ def other_base(site: SiteSpec, what: str) -> FailedPrecondition:
         f"{site.name}: {what} do not fit the config and the base model's module, "
         f"which maps {site.in_features} to {site.out_features}",
         reason="BASE_MISMATCH",
+    )
+
+
+def differs(name: str) -> FailedPrecondition:
+    """The refusal of a tensor that is not the base's own, where nothing else is served."""
+    return FailedPrecondition(
+        f"{quoted(name)} differs from the base model's own; "
+        "adapters that replace base weights are not served",
+        reason="UNSUPPORTED_FEATURE",
     )
 
 

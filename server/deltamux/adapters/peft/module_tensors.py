@@ -8,7 +8,12 @@ from torch import Tensor
 
 from deltamux.adapters.checkpoint.files import WEIGHTS
 from deltamux.adapters.checkpoint.strict_json import quoted
-from deltamux.adapters.payloads.base_fit import is_copy, other_base, refuse_added_tokens
+from deltamux.adapters.payloads.base_fit import (
+    differs,
+    is_copy,
+    other_base,
+    refuse_added_tokens,
+)
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import FailedPrecondition, InvalidArgument
 
@@ -18,6 +23,7 @@ PREFIX = f"{_SHARED_PREFIX}model."
 _BASE_PARTS = {
     "base_layer.weight": "base weight",
     "base_layer.bias": "base bias",
+    "token_adapter.base_layer.weight": "base weight",
     "weight": "base weight",
     "bias": "base bias",
 }
@@ -146,11 +152,7 @@ class ModuleTensors:
         if part == "base weight":
             refuse_added_tokens(self._structure.sites[module], len(copy))
         if base is None or not is_copy(copy, base):
-            raise FailedPrecondition(
-                f"{quoted(name)} differs from the base model's own; "
-                "adapters that replace base weights are not served",
-                reason="UNSUPPORTED_FEATURE",
-            )
+            raise differs(name)
         return name
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.checkpoint.strict_json import quoted
-from deltamux.adapters.payloads.base_fit import is_copy
+from deltamux.adapters.payloads.base_fit import differs, is_copy
 from deltamux.adapters.payloads.rounding import to_serving
 from deltamux.adapters.peft.module_tensors import PREFIX
 from deltamux.adapters.peft.saved_modules import modules_to_save
@@ -25,7 +25,7 @@ from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.token_rows import TokenRows
 from deltamux.adapters.primitives.virtual_tokens import KeyValuePrefix, VirtualTokens
 from deltamux.base.structure import SiteSpec, Structure
-from deltamux.errors import FailedPrecondition, InvalidArgument
+from deltamux.errors import FailedPrecondition
 
 Payloads = Mapping[str, tuple[Payload, ...]]
 
@@ -34,9 +34,8 @@ MAX_ADDED = 1 << 16
 # length then takes some away.
 MAX_REMOVED = 1 << 10
 
-# Where PEFT saves the matrix of a module that was not trained, and once more that of one that was.
+# Where PEFT saves the matrix of a module that was not trained.
 _COPIES = ("weight", "base_layer.weight", "token_adapter.base_layer.weight")
-_UNTRAINED, _TRAINED = "original_module.weight", "modules_to_save.weight"
 # Prompts are saved without the wrapper that other adapters have around the model.
 _PREFIXES = (PREFIX, PREFIX.removesuffix("model."))
 _ROWS_ENDS = (TOKEN_ROWS, f"token_adapter.{TOKEN_ROWS}")
@@ -114,6 +113,7 @@ def take_vocabulary(
     not all in the checkpoint or were changed in another way than row by row.
     """
     sites = _resized(structure)
+    tensors = _without_tied_rows(manifest, tensors, structure)
     left = dict(tensors)
     given = {site.name: _take_matrices(site, left) for site in sites}
     size = _size(manifest, given, structure) if sites and manifest.library == "peft" else 0
@@ -130,7 +130,6 @@ def take_vocabulary(
         left |= rows.left
     _follow(structure, given, saved, added)
     _require_rows_only(sites, left)
-    _drop_tied_rows(manifest, structure, left)
     return Vocabulary(size, added, left, structure.with_added(size - _known(sites[0])))
 
 
@@ -147,13 +146,13 @@ def _known(site: SiteSpec) -> int:
 
 def _take_matrices(site: SiteSpec, left: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
     """By how their names end: name and matrix."""
-    ends = (*_COPIES, _UNTRAINED, _TRAINED)
-    names = {f"{prefix}{site.name}.{end}": end for prefix in _PREFIXES for end in ends}
-    return {
-        end: (name, left.pop(name))
-        for name, end in names.items()
-        if name in left and left[name].ndim == 2 and left[name].is_floating_point()
-    }
+    names = {f"{prefix}{site.name}.{end}": end for prefix in _PREFIXES for end in _COPIES}
+    found: dict[str, tuple[str, Tensor]] = {}
+    for name, end in names.items():
+        is_matrix = name in left and left[name].ndim == 2 and left[name].is_floating_point()
+        if is_matrix and end not in found:
+            found[end] = (name, left.pop(name))
+    return found
 
 
 def _size(
@@ -183,41 +182,30 @@ class _Rows:
         self._site = site
         self._base = base
         self._size = size
-        # What modules_to_save has of the base's own tokens, under its name.
+        # What modules_to_save has of the base's own tokens, under its name, and all else.
         self.left: dict[str, Tensor] = {}
 
     def read(self, given: Mapping[str, tuple[str, Tensor]], saved: bool) -> Tensor | None:
         """The matrix [size, width] that the trained model had here, None if it is not there."""
         if not saved:
-            return self._copy(given, (*_COPIES, _UNTRAINED))
-        self._copy(given, (_UNTRAINED,))
+            return self._copy(given)
+        self.left.update(given.values())
         if "weight" not in given:
             return None
         name, matrix = given["weight"]
-        if _TRAINED in given and not torch.equal(given[_TRAINED][1], matrix):
-            message = f"{quoted(given[_TRAINED][0])} and {quoted(name)} differ"
-            raise InvalidArgument(message, reason="EXTRA_TENSORS")
         self._require_width(name, matrix)
         removed = self._base[self._size :].detach().to("cpu", matrix.dtype)
         self.left[name] = torch.cat((matrix[: len(self._base)], removed))
         return matrix
 
-    def _copy(
-        self, given: Mapping[str, tuple[str, Tensor]], ends: Collection[str]
-    ) -> Tensor | None:
+    def _copy(self, given: Mapping[str, tuple[str, Tensor]]) -> Tensor | None:
         """Of what was not trained; raises where it is not the base's own, but for added tokens."""
         found = None
-        for end in ends:
-            if end in given:
-                name, found = given[end]
-                self._require_width(name, found)
-                same = slice(min(self._size, len(self._base)))
-                if not is_copy(found[same], self._base[same]):
-                    raise FailedPrecondition(
-                        f"{quoted(name)} differs from the base model's own; "
-                        "adapters that replace base weights are not served",
-                        reason="UNSUPPORTED_FEATURE",
-                    )
+        for name, found in given.values():
+            self._require_width(name, found)
+            same = slice(min(self._size, len(self._base)))
+            if not is_copy(found[same], self._base[same]):
+                raise differs(name)
         return found
 
     def _require_width(self, name: str, matrix: Tensor) -> None:
@@ -250,15 +238,18 @@ def _require_rows_only(sites: Iterable[SiteSpec], left: Mapping[str, Tensor]) ->
                 raise _refused(f"{quoted(name)} changes it in another way")
 
 
-def _drop_tied_rows(manifest: Manifest, structure: Structure, left: dict[str, Tensor]) -> None:
-    """PEFT saves the trained rows of a tied pair once, or with the resized matrices twice."""
+def _without_tied_rows(
+    manifest: Manifest, tensors: Mapping[str, Tensor], structure: Structure
+) -> Mapping[str, Tensor]:
+    """PEFT saves the trained rows of a tied pair once, or with their matrices twice."""
     if not structure.tied or manifest.type == "TRAINABLE_TOKENS":
-        return
+        return tensors
     head, embedding = (
         f"{PREFIX}{name}.{_ROWS_ENDS[1]}" for name in (structure.head, structure.embedding)
     )
-    if head in left and embedding in left and torch.equal(left[head], left[embedding]):
-        del left[head]
+    if head in tensors and embedding in tensors and torch.equal(tensors[head], tensors[embedding]):
+        return {name: tensor for name, tensor in tensors.items() if name != head}
+    return tensors
 
 
 def _trained_over(rows: Tensor | None, trained: TokenRows, known: int, size: int) -> Tensor | None:
