@@ -92,6 +92,11 @@ def test_help_speaks_in_our_words(capsys):
             "deltamux serve: --kv-cache-bytes lots: "
             "expected a size: 4GiB, 500MB or a number of bytes",
         ),
+        (
+            ["inspect", "a", "--dtype", "int4"],
+            "deltamux inspect: --dtype int4: "
+            "input should be 'auto', 'float32', 'bfloat16' or 'float16'",
+        ),
         (["generate", ""], "deltamux generate: PROMPT is required"),
         (
             ["generate", "hello", "--temperature", "-1"],

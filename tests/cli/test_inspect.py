@@ -78,8 +78,10 @@ def test_what_would_be_refused_is_said_with_the_reason(
     assert f"({reason})" in capsys.readouterr().out
 
 
-def test_no_adapter_and_no_model_are_errors(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_adapter_is_a_refusal_and_no_model_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert inspected(capsys, "no-such-folder")["refusal"]["reason"] == "MISSING_CONFIG"
-    report = inspected(capsys, str(ADAPTER), "--model", "no/such/model/anywhere")
-    assert "no/such/model/anywhere" in report["refusal"]["message"]
-    assert report["files"]["family"] == "lora"
+    assert main(["inspect", str(ADAPTER), "--model", "no/such/model/anywhere", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "", "nothing is said of the adapter"
+    assert captured.err.startswith("deltamux inspect: no/such/model/anywhere")
+    assert captured.err.count("\n") == 1

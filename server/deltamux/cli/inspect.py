@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic_settings import CliPositionalArg
 from transformers.utils.logging import disable_progress_bar
@@ -12,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from deltamux.base.load import load_base
 from deltamux.cli.command import option
 from deltamux.cli.tables import Report, in_words, print_facts, print_json, print_table
-from deltamux.errors import DeltamuxError
+from deltamux.errors import DeltamuxError, StartupError
 from deltamux.inspection.files import Files, inspect_files
 from deltamux.inspection.served import Served, inspect_served
 
@@ -26,8 +27,8 @@ class Inspect(Report):
     model: str | None = option(
         None, help="the base model to fit it to, a folder or a hub id", metavar="MODEL"
     )
-    dtype: str = option(
-        "auto", help="that the model is served in: auto, float32, bfloat16, float16", metavar="TYPE"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", help="that the model is served in"
     )
 
 
@@ -41,6 +42,10 @@ def main(arguments: Sequence[str]) -> int:
         files = inspect_files(options.adapter)
         if options.model is not None:
             served = inspect_served(options.adapter, load_base(options.model, dtype=options.dtype))
+    except StartupError as error:
+        # That the base cannot be loaded says nothing of the adapter.
+        print(f"{PROGRAM}: {error.message}", file=sys.stderr)
+        return 1
     except DeltamuxError as error:
         refusal = error
     if options.as_json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from pydantic_settings import CliPositionalArg
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -29,7 +30,7 @@ class Verify(Report):
     tolerance: float = option(
         1e-4, gt=0, help="largest difference of a logit, or in an embedding", metavar="X"
     )
-    dtype: str = option("float32", help="to compute in: float32, bfloat16, float16", metavar="TYPE")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", help="to compute in")
     device: str = option("auto", help="cpu, cuda, cuda:N or auto", metavar="DEVICE")
     reference_python: str | None = option(
         None, help="the Python that has the adapter's library, where deltamux's own has not: "
