@@ -49,9 +49,12 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
                 yield inference_pb2.GenerateResponse(text="x")
                 self.cancelled.wait(0.01)
         elif request.adapter == "unknown":
-            detail = any_pb2.Any()
-            detail.Pack(error_details_pb2.ErrorInfo(reason="ADAPTER_NOT_FOUND"))
-            status = status_pb2.Status(code=5, message="no such adapter", details=[detail])
+            details = [any_pb2.Any(), any_pb2.Any()]
+            details[0].Pack(error_details_pb2.ErrorInfo(reason="ADAPTER_NOT_FOUND"))
+            retry = error_details_pb2.RetryInfo()
+            retry.retry_delay.FromMilliseconds(2500)
+            details[1].Pack(retry)
+            status = status_pb2.Status(code=5, message="no such adapter", details=details)
             context.abort_with_status(rpc_status.to_status(status))
         else:
             yield from ANSWER
@@ -182,6 +185,7 @@ def test_error_carries_code_reason_and_message(client):
     with pytest.raises(ClientError, match="no such adapter") as caught:
         client.generate(generate_request("hi", adapter="unknown"))
     assert (caught.value.code, caught.value.reason) == ("NOT_FOUND", "ADAPTER_NOT_FOUND")
+    assert caught.value.retry_after == 2.5
 
 
 async def test_asyncio_error_carries_code_reason_and_message(server):
@@ -232,3 +236,7 @@ def test_nobody_there_is_unhealthy_and_unavailable():
         with pytest.raises(ClientError) as caught:
             client.server_info()
         assert caught.value.code == "UNAVAILABLE"
+
+
+def test_an_empty_prompt_of_token_ids_is_one():
+    assert generate_request([]).WhichOneof("input") == "token_ids"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from deltamux.cli import main
 from deltamux.config import FrontendConfig
 from deltamux.errors import StartupError
 from deltamux.frontend.defaults import GenerationDefaults
@@ -66,6 +68,11 @@ class TestWithAnAdminPort:
             stub = adapters_pb2_grpc.AdapterServiceStub(channel)
             await stub.ListAdapters(adapters_pb2.ListAdaptersRequest())
             assert "deltamux.v1.InferenceService" not in await listed(channel)
+
+    async def test_the_command_line_names_the_port_that_is_meant(self, harness, capsys) -> None:
+        target = f"127.0.0.1:{harness.servers.port}"
+        assert await asyncio.to_thread(main, ["adapters", "list", "--target", target]) == 1
+        assert "--admin-port" in capsys.readouterr().err
 
 
 class TestWithoutReflection:

@@ -7,24 +7,32 @@ from google.rpc import error_details_pb2, status_pb2
 
 
 class ClientError(Exception):
-    """A call that failed: `code` is the gRPC status by name, `reason` the server's stable word."""
+    """A call that failed: `code` is the gRPC status by name, `reason` the server's stable word.
 
-    def __init__(self, code: str, reason: str, message: str) -> None:
+    `retry_after` are the seconds after which it may succeed, where the server knows.
+    """
+
+    def __init__(
+        self, code: str, reason: str, message: str, retry_after: float | None = None
+    ) -> None:
         super().__init__(message or code)
         self.code = code
         self.reason = reason
         self.message = message or code
+        self.retry_after = retry_after
 
 
 def translated(error: grpc.RpcError) -> ClientError:
-    """The status, and the reason of its google.rpc.ErrorInfo where the server sent one."""
-    reason = ""
+    """The status, and what its details say: google.rpc.ErrorInfo and RetryInfo."""
+    reason, retry_after = "", None
     status = status_pb2.Status()
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
             status.ParseFromString(value)
     for detail in status.details:
-        info = error_details_pb2.ErrorInfo()
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
         if detail.Unpack(info):
             reason = info.reason
-    return ClientError(error.code().name, reason, error.details() or "")
+        elif detail.Unpack(retry):
+            retry_after = retry.retry_delay.ToTimedelta().total_seconds()
+    return ClientError(error.code().name, reason, error.details() or "", retry_after)

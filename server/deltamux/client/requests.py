@@ -72,4 +72,5 @@ def _fill(
     if isinstance(prompt, str):
         request.text = prompt
     else:
-        request.token_ids.ids.extend(prompt)
+        # Also an empty prompt is one of token ids.
+        request.token_ids.CopyFrom(inference_pb2.TokenIds(ids=prompt))
