@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from deltamux.adapters.checkpoint.files import CONFIG, WEIGHTS
 from deltamux.adapters.checkpoint.manifest import TYPES, Library, Manifest
 from deltamux.adapters.families import FAMILIES
+from deltamux.adapters.family import Family
 from deltamux.adapters.unserved import UNSERVED
 from deltamux.errors import FailedPrecondition
 
@@ -35,6 +36,12 @@ def test_a_type_is_claimed_by_one_family_or_has_a_reason(library: Library, type:
     manifest = Manifest(library, type, {"config": {"composition_mode": "add"}})
     claiming = [family.name for family in FAMILIES if family.claims(manifest)]
     assert len(claiming) + (type in UNSERVED[library]) == 1, claiming
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
+def test_a_family_claims_no_type_that_is_refused_as_unknown(family: Family) -> None:
+    unknown = set(getattr(family, "peft_types", ())) - TYPES["peft"]
+    assert not unknown, f"{unknown} are missing in TYPES of adapters/checkpoint/manifest.py"
 
 
 @pytest.mark.parametrize(("library", "type"), KNOWN)
