@@ -2,9 +2,9 @@
 # needs only the driver and the container toolkit. Build and run:
 #
 #   docker build -t deltamux .
-#   docker run --gpus all -p 8000:8000 -v /path/to/model:/model:ro deltamux --model /model
+#   docker run --gpus all -p 8000:8000 -p 9090:9090 -v /path/to/model:/model:ro deltamux --model /model
 #
-# Without a GPU, add `--device cpu` at the end.
+# Without a GPU, leave out `--gpus all`. docs/operations.md says what else a container needs.
 
 FROM python:3.12-slim AS build
 WORKDIR /build
