@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from deltamux.errors import Aborted, DeltamuxError, InvalidArgument, ResourceExhausted
+from deltamux.errors import Aborted, DeltamuxError, InvalidArgument, ResourceExhausted, Unavailable
 from deltamux.store import disk as disk_module
 from deltamux.store.content import content_digest
 from deltamux.store.disk import DiskStore
@@ -203,6 +203,49 @@ def test_a_source_that_changes_while_it_is_read_is_refused(files, make_disk, mon
     if change != "replace":
         weights.write_bytes(content)
     assert disk.ingest(source) in disk
+
+
+def test_a_source_that_grows_once_it_is_measured_is_refused(files, make_disk, monkeypatch):
+    source = files.write("a", seed=1)
+    disk = make_disk()
+    copy = disk_module._copy
+
+    def grown(*arguments):
+        files.write("a", seed=1, rank=3)
+        return copy(*arguments)
+
+    monkeypatch.setattr(disk_module, "_copy", grown)
+    with pytest.raises(Aborted) as error:
+        disk.ingest(source)
+    assert (error.value.reason, disk.used_bytes) == ("SOURCE_CHANGED", 0)
+
+
+def test_a_copy_that_has_just_appeared_counts_once(files, make_disk, monkeypatch, tmp_path):
+    """While the folder that it is in is synced, which takes the disk a while."""
+    used, sync = [], disk_module._sync
+    monkeypatch.setattr(
+        disk_module, "_sync", lambda folder: (used.append(disk.used_bytes), sync(folder))
+    )
+    disk = make_disk()
+    for seed in (1, 1):
+        disk.ingest(files.write("a", seed))
+    assert used == [disk.used_bytes, disk.used_bytes, 2 * disk.used_bytes, disk.used_bytes]
+
+
+def test_a_copy_whose_folder_cannot_be_synced_is_held_by_nobody(files, make_disk, monkeypatch):
+    sources = [files.write(str(seed), seed) for seed in range(2)]
+    disk = make_disk(capacity=sum(path.stat().st_size for path in sources[0].iterdir()))
+    syncs, sync = iter(range(100)), disk_module._sync
+
+    def failing(folder):
+        if next(syncs) == 1:
+            raise OSError(errno.EIO, "")
+        sync(folder)
+
+    monkeypatch.setattr(disk_module, "_sync", failing)
+    with pytest.raises(Unavailable):
+        disk.ingest(sources[0])
+    assert disk.ingest(sources[1]) in disk
 
 
 def test_the_least_recently_used_copy_that_nobody_holds_goes_first(files, make_disk):

@@ -92,10 +92,12 @@ class DiskStore:
         """
         try:
             size = self._size(source)
-            with self._reserved(size), self._temporary_folder() as temporary:
-                digest = _copy(source, temporary)
-                self._check(temporary)
-                self._publish(temporary, digest, size)
+            with self._temporary_folder() as temporary:
+                with self._reserved(size):
+                    digest = _copy(source, temporary, size)
+                    self._check(temporary)
+                    self._publish(temporary, digest, size)
+                self._sync_held(digest)
         except OSError as error:
             raise _translated(error) from error
         if unused := [name for name in _UNUSED if os.path.lexists(source / name)]:
@@ -166,7 +168,14 @@ class DiskStore:
                     raise
             self._add(digest, size)
             self._holds[digest] += 1
-        _sync(self._root)
+
+    def _sync_held(self, digest: str) -> None:
+        """Makes sure of the name that a copy has got; nobody holds it where that fails."""
+        try:
+            _sync(self._root)
+        except OSError:
+            self.unhold(digest)
+            raise
 
     def _add(self, digest: str, size: int) -> None:
         if digest not in self._copies:
@@ -211,13 +220,19 @@ class DiskStore:
             self._add(digest, size)
 
 
-def _copy(source: Path, folder: Path) -> str:
-    """Copies the files, synced, and returns the digest of what was written."""
+def _copy(source: Path, folder: Path, most: int) -> str:
+    """Copies the files, synced, and returns the digest of what was written.
+
+    Raises Aborted where they have more than `most` bytes, or change meanwhile.
+    """
     before = fingerprint(source)
     digest = ContentDigest()
     for name, opened in openers(source).items():
         with opened(source) as original, open(folder / name, "xb") as copy:
             size = os.fstat(original.fileno()).st_size
+            most -= size
+            if most < 0:
+                raise _changed()
             digest.begin(name, size)
             for chunk in chunks(original):
                 digest.update(chunk)
