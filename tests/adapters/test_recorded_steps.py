@@ -22,6 +22,7 @@ from deltamux.adapters.sites.rows import Rows
 from deltamux.base.load import adopt
 from deltamux.engine.kv.kv_cache import KVCache
 from deltamux.engine.rehearsal import recorded_agree, trial_sequence
+from deltamux.engine.replay import recorded_steps
 from deltamux.engine.replay.recorded_steps import STEPS_BEFORE, RecordedSteps
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.engine.step.batch import Pooling
@@ -256,30 +257,19 @@ def test_steps_with_prompts_and_chunks_are_not_replayed(pair: Pair) -> None:
         assert pair.other.recorded.run(batch) is None
 
 
-def test_what_takes_too_much_memory_is_not_kept(pair: Pair) -> None:
-    one = pair.decoding(None, 5)
-    assert pair.steps(3, one)[-1]
-    size = pair.other.recorded.bytes
-    assert size > 0
-    for most, replayed in ((size, True), (size - 1, False)):
-        pair.other.recorded = recorded = RecordedSteps(
-            pair.other.runner.logits, pair.other.sites, most
-        )
-        sequence = pair.decoding(None, 5)
-        pair.steps(3, sequence)
-        assert recorded.bytes <= most
-        assert pair.step(sequence) == replayed
+def test_a_step_that_takes_too_much_memory_runs_eagerly(pair: Pair) -> None:
+    for most, replayed in ((8 << 20, True), (1 << 20, False)):
+        pair.other.recorded = RecordedSteps(pair.other.runner.logits, pair.other.sites, most)
+        assert pair.steps(4, pair.decoding(None, 5, 6))[-1] == replayed
 
 
-def test_of_the_recorded_steps_those_used_last_stay(pair: Pair) -> None:
-    a, b, c = (pair.decoding(None, token) for token in (5, 6, 7))
-    assert pair.steps(3, a)[-1] and pair.steps(3, a, b)[-1]
-    # Steps of one row and of two, and a little.
-    most = pair.other.recorded.bytes * 5 // 3
-    pair.other.recorded = RecordedSteps(pair.other.runner.logits, pair.other.sites, most)
+def test_of_the_recorded_steps_those_used_last_stay(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded_steps, "_MOST_STEPS", 2)
+    a, b, c = (pair.decoding(None, token, 5) for token in (5, 6, 7))
     assert pair.steps(3, a)[-1] and pair.steps(3, a, b)[-1] and pair.step(a)
     assert pair.steps(3, a, b, c)[-1]
-    assert pair.other.recorded.bytes <= most
     assert pair.step(a) and not pair.step(a, b)
 
 

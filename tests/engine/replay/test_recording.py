@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as f
 
 from deltamux.engine.replay.recording import CannotRecord, Recording
+from deltamux.engine.replay.scratch import Scratch
 from deltamux_kernels import native, rms_norm
 from deltamux_kernels.native.panels import Panels
 
@@ -67,6 +69,7 @@ REFUSED: dict[str, Callable[[Tensor], object]] = {
     "another shape in place": lambda x: (x + 1).t_() * 2,
     "random": lambda x: x + torch.rand(WIDTH),
     "dropout": lambda x: f.dropout(x, 0.5),
+    "another layout": lambda x: x.to_sparse_csr(),
 }
 
 
@@ -82,7 +85,7 @@ def mode(request: pytest.FixtureRequest) -> object:
 
 def check(operation: Callable[[Tensor], Tensor]) -> Recording:
     """Recorded for some numbers, and replayed for others."""
-    x, recording = numbers(1).clone(), Recording()
+    x, recording = numbers(1).clone(), Recording(Scratch(1 << 26))
     with recording.record():
         y = operation(x)
     assert torch.equal(y, operation(x))
@@ -98,7 +101,7 @@ def check(operation: Callable[[Tensor], Tensor]) -> Recording:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_of_torch(name: str) -> None:
-    assert check(OPERATIONS[name]).bytes > 0
+    assert check(OPERATIONS[name]).calls
 
 
 @pytest.mark.skipif(not native.available(), reason="needs a C compiler")
@@ -112,12 +115,43 @@ def test_operations_in_c_between_others() -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_host_may_decide_by_is_refused(name: str) -> None:
     x = numbers(1)
-    with pytest.raises(CannotRecord), Recording().record():
+    with pytest.raises(CannotRecord), Recording(Scratch(1 << 26)).record():
         REFUSED[name](x)
 
 
+def test_recordings_share_their_memory() -> None:
+    """One after the other, whatever they were recorded with."""
+    scratch = Scratch(1 << 26)
+    steps = []
+    for seed, operation in enumerate(OPERATIONS.values()):
+        x, recording = numbers(seed).clone(), Recording(scratch)
+        with recording.record():
+            y = operation(x)
+        steps.append((operation, x, recording, y))
+    taken = scratch.bytes
+    assert taken == 4 << 20
+    for seed, (operation, x, recording, y) in enumerate(steps, start=9):
+        x.copy_(numbers(seed))
+        recording.replay()
+        assert torch.equal(y, operation(x))
+    assert scratch.bytes == taken
+
+
+def test_what_takes_more_memory_than_there_is_is_refused() -> None:
+    """Results that lie in a piece each, and in one of their own."""
+    for result in (4 << 20, 5 << 20):
+        for most, fits in ((3 * result, True), (3 * result - 1, False)):
+            x, recording = torch.ones(result, dtype=torch.uint8), Recording(Scratch(most))
+            with nullcontext() if fits else pytest.raises(CannotRecord), recording.record():
+                y = (x + 1) * 2 + 3
+            if fits:
+                x.fill_(2)
+                recording.replay()
+                assert (y == 9).all()
+
+
 def test_views_are_no_operations() -> None:
-    x, recording = numbers(1), Recording()
+    x, recording = numbers(1), Recording(Scratch(1 << 26))
     with recording.record():
         x.t()[2:].unsqueeze(0).flatten(1).detach()
     # One copies, since it cannot be a view.
@@ -125,7 +159,7 @@ def test_views_are_no_operations() -> None:
 
 
 def test_nothing_is_recorded_outside() -> None:
-    x, recording = numbers(1), Recording()
+    x, recording = numbers(1), Recording(Scratch(1 << 26))
     with pytest.raises(ZeroDivisionError), recording.record():
         _ = x * (1 // 0)
     f.linear(x, WEIGHT)

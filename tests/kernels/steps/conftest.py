@@ -30,6 +30,7 @@ from deltamux.engine.kv.kv_cache import KVCache
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.replay.cuda_graphs import Step, StepGraphs
 from deltamux.engine.replay.recording import Recording
+from deltamux.engine.replay.scratch import Scratch
 from deltamux.engine.replay.step_buffers import StepBuffers, StepShape
 from deltamux.engine.sequence import Scheduled, Sequence
 from deltamux.engine.step.batch import StepBatch
@@ -53,7 +54,7 @@ class LaunchRecording(Recording):
     """Launches of kernels too, which no operation of torch shows."""
 
     def __init__(self, launches: list[Any]) -> None:
-        super().__init__()
+        super().__init__(Scratch(1 << 26))
         self._launches = launches
 
     def __torch_dispatch__(self, *given: Any, **options: Any) -> Any:

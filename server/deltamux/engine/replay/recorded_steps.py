@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deltamux.adapters.sites.device_sites import DeviceSites
 from deltamux.engine.replay.recording import Recording
+from deltamux.engine.replay.scratch import Scratch
 from deltamux.engine.step.batch import StepBatch, StepInputs
 from deltamux.engine.step.replays import Forward
 from deltamux.engine.transfer import Upload
@@ -25,9 +26,9 @@ _log = structlog.get_logger(__name__)
 
 # Steps alike before one is recorded: to record one costs about as much as three replays spare.
 STEPS_BEFORE = 2
-# Of all that is recorded. Where a step's own memory is larger, its calls are a small part of it.
+# Of what one step computes in between. Where it is more, the calls are a small part of the step.
 _MOST_BYTES = 64 << 20
-_MOST_STEPS = 32
+_MOST_STEPS = 128
 
 # Rows, and whatever else must be as it was.
 _Key = tuple[object, ...]
@@ -38,7 +39,11 @@ class _RecordedStep:
     has `segments` for any."""
 
     def __init__(
-        self, inputs: StepInputs, forward: Forward, segments: CapturedSegments | None
+        self,
+        inputs: StepInputs,
+        forward: Forward,
+        segments: CapturedSegments | None,
+        scratch: Scratch,
     ) -> None:
         """Runs it. Raises CannotRecord where it has to be run anew every time."""
         self._segments = segments
@@ -51,13 +56,9 @@ class _RecordedStep:
             position_ids=inputs.position_ids.clone(),
             slot_mapping=inputs.slot_mapping.clone(),
         )
-        self._recording = Recording()
+        self._recording = Recording(scratch)
         with self._recording.record():
             self.logits = forward(self._inputs, self._inputs.sampled_rows)
-
-    @property
-    def bytes(self) -> int:
-        return self._recording.bytes
 
     def run(self, inputs: StepInputs) -> Tensor:
         """`logits` of a step with the same key."""
@@ -79,18 +80,13 @@ class RecordedSteps:
     def __init__(self, forward: Forward, sites: DeviceSites, most_bytes: int = _MOST_BYTES) -> None:
         self._forward = forward
         self._sites = sites
-        self._most_bytes = most_bytes
+        self._scratch = Scratch(most_bytes)
         self._upload = Upload(sites.device)
         # The one used last at the end; None where it cannot be recorded.
         self._recorded: OrderedDict[_Key, _RecordedStep | None] = OrderedDict()
         # What came last, and how often in a row.
         self._last: _Key = ()
         self._times = 0
-
-    @property
-    def bytes(self) -> int:
-        """What all recorded steps take."""
-        return sum(step.bytes for step in self._recorded.values() if step is not None)
 
     @torch.inference_mode()
     def run(self, step: StepBatch) -> Tensor | None:
@@ -118,16 +114,16 @@ class RecordedSteps:
 
     def _record(self, key: _Key, step: StepBatch) -> Tensor | None:
         try:
-            recorded = _RecordedStep(step.send(self._upload), self._forward, self._captured(step))
+            inputs, segments = step.send(self._upload), self._captured(step)
+            recorded = _RecordedStep(inputs, self._forward, segments, self._scratch)
         except Exception as error:
             # Run eagerly, such a step fails by itself if it must.
             _log.debug("cannot record a step", rows=len(step.input_ids), error=repr(error))
-            self._recorded[key] = None
-            return None
-        self._recorded[key] = recorded if recorded.bytes <= self._most_bytes else None
-        while self.bytes > self._most_bytes or len(self._recorded) > _MOST_STEPS:
+            recorded = None
+        self._recorded[key] = recorded
+        if len(self._recorded) > _MOST_STEPS:
             self._recorded.popitem(last=False)
-        return recorded.logits
+        return None if recorded is None else recorded.logits
 
     def _captured(self, step: StepBatch) -> CapturedSegments | None:
         if not self._any_adapters(step.token_segments):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deltamux.engine.replay.scratch import Scratch
 from deltamux_kernels import native
 
 # Those that tell the host something of a tensor's numbers, by which it may decide, random ones, and
@@ -28,26 +29,25 @@ _UNFILLED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_str
 
 
 class CannotRecord(Exception):
-    """An operation that may have to be another one the next time."""
+    """An operation that may have to be another one the next time, or needs more memory."""
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps what torch and the C code compute in `record`, and the memory that it takes.
+    """Keeps what torch and the C code compute in `record`, each result in `scratch`.
 
-    `replay` computes the same of what stands in that memory then. Views cost nothing any more, nor
-    does finding out which operations there are.
+    `replay` computes the same of what stands in the memory of what was given then. Views cost
+    nothing any more, nor does finding out which operations there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Scratch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[native.Call] = []
-        self.bytes = 0
-        # The C code knows addresses only.
-        self._made: list[Tensor] = []
+        self._scratch = scratch
 
     @contextmanager
     def record(self) -> Iterator[None]:
         """Raises CannotRecord at an operation that cannot simply be done again."""
+        self._scratch.restart()
         with _NoReading(), self, native.recording(self.calls):
             yield
 
@@ -68,13 +68,22 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._schema.is_mutable:
             self.calls.append(partial(func, *args, **kwargs))
             return out
-        given = {_memory(tensor) for tensor in _tensors((args, kwargs))}
-        made = [tensor for tensor in _tensors(out) if _memory(tensor) not in given]
-        self._made += made
-        self.bytes += sum(tensor.untyped_storage().nbytes() for tensor in made)
-        if made and func.overloadpacket.__name__ not in _UNFILLED:
-            self.calls.append(_again(func, args, kwargs, out))
-        return out
+        given = {_memory(tensor) for tensor in _tensors((args, kwargs))} - {None}
+        if all(_memory(tensor) in given for tensor in _tensors(out)):
+            return out
+        kept = _mapped(out, lambda new: new if _memory(new) in given else self._keep(new))
+        if func.overloadpacket.__name__ not in _UNFILLED:
+            self.calls.append(_again(func, args, kwargs, kept))
+        return kept
+
+    def _keep(self, new: Tensor) -> Tensor:
+        """The same numbers, where they stay."""
+        if new.layout is not torch.strided:
+            raise CannotRecord(f"a result that is {new.layout}")
+        kept = self._scratch.like(new)
+        if kept is None:
+            raise CannotRecord("a step that needs more memory than there is for it")
+        return kept.copy_(new)
 
 
 class _NoReading(TorchFunctionMode):
@@ -127,9 +136,8 @@ def _into(func: Any) -> Callable[..., Tensor] | None:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    """Those whose memory others can see."""
     if isinstance(tree, Tensor):
-        return [tree] if tree.layout == torch.strided else []
+        return [tree]
     if isinstance(tree, dict):
         tree = tree.values()
     elif not isinstance(tree, tuple | list):
@@ -137,5 +145,13 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [tensor for part in tree for tensor in _tensors(part)]
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """With `change` of each tensor in its place."""
+    if isinstance(tree, tuple | list):
+        return type(tree)([_mapped(part, change) for part in tree])
+    return change(tree) if isinstance(tree, Tensor) else tree
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Where it lies; None of one that does not lie in one piece."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else None
