@@ -309,6 +309,20 @@ def test_a_cache_that_somebody_deleted_is_made_anew(files, make_disk, tmp_path):
     assert os.listdir(disk.path(disk.ingest(folders[1])))
 
 
+def test_servers_that_start_together_sweep_one_folder(make_disk, tmp_path, monkeypatch):
+    stale = tmp_path / "cache" / ".tmp-999999999-x"
+    stale.mkdir(parents=True)
+    scan = os.scandir
+
+    def slower(folder):
+        seen = list(scan(folder))
+        stale.rmdir()
+        return seen
+
+    monkeypatch.setattr(os, "scandir", slower)
+    assert make_disk().used_bytes == 0
+
+
 def test_servers_may_share_the_folder(files, tmp_path):
     """Two stores ingest and evict in one folder; whatever is there is whole."""
     sources = [files.write(str(seed), seed) for seed in range(6)]

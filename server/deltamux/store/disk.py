@@ -199,11 +199,8 @@ class DiskStore:
 
     def _sweep(self) -> None:
         """Takes over the copies of earlier runs, and deletes what those left unfinished."""
-        folders = sorted(
-            (entry for entry in os.scandir(self._root) if entry.is_dir(follow_symlinks=False)),
-            key=lambda entry: entry.stat().st_mtime_ns,
-        )
-        for entry in folders:
+        folders = [e for e in os.scandir(self._root) if e.is_dir(follow_symlinks=False)]
+        for entry in sorted(folders, key=_changed_last):
             if entry.name.startswith(_TEMPORARY):
                 if not _is_running(entry.name.removeprefix(_TEMPORARY).partition("-")[0]):
                     shutil.rmtree(entry.path, ignore_errors=True)
@@ -218,6 +215,14 @@ class DiskStore:
             shutil.rmtree(self.path(digest), ignore_errors=True)
         else:
             self._add(digest, size)
+
+
+def _changed_last(entry: os.DirEntry[str]) -> int:
+    """In nanoseconds; 0 where another server has just taken it away."""
+    try:
+        return entry.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _copy(source: Path, folder: Path, most: int) -> str:
