@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic_settings import CliPositionalArg
-from rich.console import Console
 from rich.table import Table
 
 from deltamux.cli.command import Command, UsageError, nearest, option
+from deltamux.cli.tables import console
 from deltamux.client import DEFAULT_TARGET, Client, ClientError
 from deltamux.v1 import adapters_pb2, inference_pb2
 
@@ -124,7 +124,7 @@ def _show(adapters: Sequence[adapters_pb2.Adapter]) -> None:
             str(adapter.active_requests),
             adapter.note,
         )
-    Console().print(table)
+    console().print(table)
 
 
 def _overview() -> str:

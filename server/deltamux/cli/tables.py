@@ -15,6 +15,9 @@ from rich.table import Table
 
 from deltamux.cli.command import Command, option
 
+# A file or a pipe has no width to keep to.
+_UNFOLDED = 10_000
+
 
 class Report(Command):
     """Options of a command that ends in a report."""
@@ -35,24 +38,26 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    _console().print(table)
+    console().print(table)
 
 
 def print_facts(facts: dict[str, str]) -> None:
     """Name and value, one a line; what has no value is left out."""
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
     for name, value in facts.items():
         if value:
-            table.add_row(f"[bold]{name}", value)
-    _console().print(table)
+            table.add_row(name, value)
+    console().print(table)
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        # A file or a pipe has no width to keep to.
-        console.width = 200
-    return console
+def console() -> Console:
+    """Prints what it is given, which may look like rich's markup, and folds for terminals only."""
+    made = Console(highlight=False, markup=False, emoji=False)
+    if not made.is_terminal:
+        made.width = _UNFOLDED
+    return made
 
 
 def in_words(size: int) -> str:
