@@ -141,20 +141,20 @@ def step_buffers(config: EngineConfig, base: Base, device: torch.device) -> Step
 def run_full_step(base: Base, config: EngineConfig) -> None:
     """As many tokens as one step may have: an encoder's as few long prompts, those of a model that
     generates as many sequences, each sampled in the costliest way."""
+    tokens, longest = config.max_num_batched_tokens, base.max_model_len
     if base.encoder is not None:
-        length = min(config.max_num_batched_tokens, base.max_model_len)
-        prompts = [[0] * length] * (config.max_num_batched_tokens // length)
+        prompts = [[0] * min(longest, tokens - start) for start in range(0, tokens, longest)]
         packed_hidden(base, prompts, config.block_size)
         return
-    sequences = min(config.max_num_seqs, config.max_num_batched_tokens)
-    length = min(config.max_num_batched_tokens // sequences, base.max_model_len)
-    blocks = list(range(1, -(-length // config.block_size) + 1))
+    sequences = min(config.max_num_seqs, tokens)
+    lengths = [min(longest, (tokens + index) // sequences) for index in range(sequences)]
+    blocks = list(range(1, -(-lengths[-1] // config.block_size) + 1))
     cache = KVCache(base.layers, len(blocks) + 1, config.block_size, base.dtype, base.device)
     sampling = Sampling(temperature=1.0, top_p=0.9, seed=0)
     # All write to the same blocks: nobody reads what comes out.
     step = [
         Scheduled(trial_sequence(index, [0] * length, blocks, sampling), length)
-        for index in range(sequences)
+        for index, length in enumerate(lengths)
     ]
     ModelRunner(base, cache, Rows(base.device)).run(step)
 
