@@ -31,8 +31,10 @@ def overlap(x: torch.Tensor) -> dict[str, bool]:
 
 
 def is_hopper(x: torch.Tensor) -> bool:
-    """Whether the tensor lies on a GPU of sm_90 or later."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    """Whether the tensor lies on a GPU of sm_90 or later. AMD's count their capabilities too."""
+    if not x.is_cuda or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 __all__ = ["is_hopper", "overlap", "tl", "triton"]
