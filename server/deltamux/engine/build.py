@@ -94,7 +94,7 @@ def _max_model_len(config: EngineConfig, base: Base) -> int:
     length = config.max_model_len or base.max_model_len
     if length > base.max_model_len:
         raise StartupError(
-            f"max_model_len is {length}; the model knows {base.max_model_len} positions"
+            f"--max-model-len is {length}; the model knows {base.max_model_len} positions"
         )
     # An encoder reads a prompt in one step.
     return length if base.encoder is None else min(length, config.max_num_batched_tokens)
