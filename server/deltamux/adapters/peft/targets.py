@@ -87,7 +87,8 @@ def targeted_sites(
     ]
     if not sites and selector.targets != ():
         raise InvalidArgument(
-            "target_modules matches no module of the base model", reason="NO_TARGETS"
+            "target_modules matches no module of the base model that takes an adapter of this type",
+            reason="NO_TARGETS",
         )
     return sites
 
