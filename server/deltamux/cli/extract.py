@@ -65,8 +65,8 @@ def main(arguments: Sequence[str]) -> int:
             raise UsageError(f"{PROGRAM}: --out {options.out} has an adapter already")
     try:
         report = _run(options)
-    except DeltamuxError as error:
-        print(f"{PROGRAM}: {error.message}", file=sys.stderr)
+    except (DeltamuxError, OSError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     if options.as_json:
         print_json(report.as_json())
