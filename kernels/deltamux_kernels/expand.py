@@ -9,6 +9,7 @@ from typing import no_type_check
 import torch
 
 from deltamux_kernels._triton import overlap, tl, triton
+from deltamux_kernels.native.by_slot import BY_SLOT, by_slot
 from deltamux_kernels.native.library import INTEGER, POINTER, function
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.products import NativeProducts
@@ -66,13 +67,8 @@ def expand_native(
         result.stride(0),
         h.values.data_ptr(),
         h.values.stride(0),
-        b.arena.data_ptr(),
-        b.offsets.data_ptr(),
-        b.rows.data_ptr(),
         columns.table.data_ptr(),
-        b.width,
-        segments.table.data_ptr(),
-        len(segments.table),
+        *by_slot(b, segments),
     )
     if result is not y:
         y.copy_(result)
@@ -83,8 +79,8 @@ def _native() -> Callable[..., None]:
     return function(
         "expand",
         *(POINTER, INTEGER) * 2,  # y and h, with the distance of their rows
-        *(POINTER, POINTER, POINTER, POINTER, INTEGER),  # B, and its columns of h
-        *(POINTER, INTEGER),  # spans, how many
+        POINTER,  # columns
+        *BY_SLOT,
     )
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import no_type_check
 
 import torch
 
+from deltamux_kernels import native
 from deltamux_kernels._triton import tl, triton
+from deltamux_kernels.native.by_slot import BY_SLOT, by_slot
+from deltamux_kernels.native.library import INTEGER, POINTER, function
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import TILE_ROWS, Segments
 from deltamux_kernels.tiles import load_tile
@@ -23,8 +28,35 @@ def row_affine(
     """
     if y.device.type == "cuda":
         row_affine_triton(y, bias, g, segments)
+    elif y.dtype == torch.float32 and native.available():
+        row_affine_native(y, bias, g, segments)
     else:
         row_affine_torch(y, bias, g, segments)
+
+
+def row_affine_native(
+    y: torch.Tensor, bias: torch.Tensor | None, g: PackedMatrices, segments: Segments
+) -> None:
+    """`row_affine` in C, in float32."""
+    # The C code writes to columns that lie side by side.
+    result = y if y.stride(1) == 1 else y.contiguous()
+    _native()(
+        result.data_ptr(),
+        result.stride(0),
+        None if bias is None else bias.data_ptr(),
+        *by_slot(g, segments),
+    )
+    if result is not y:
+        y.copy_(result)
+
+
+@cache
+def _native() -> Callable[..., None]:
+    return function(
+        "row_affine",
+        *(POINTER, INTEGER, POINTER),  # y, the distance of its rows, bias
+        *BY_SLOT,
+    )
 
 
 def row_affine_torch(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import no_type_check
 
 import torch
 
+from deltamux_kernels import native
 from deltamux_kernels._triton import tl, triton
+from deltamux_kernels.native.by_slot import BY_SLOT, by_slot
+from deltamux_kernels.native.library import INTEGER, POINTER, function
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import TILE_ROWS, Segments
 from deltamux_kernels.tiles import load_tile
@@ -22,8 +27,35 @@ def row_bias(y: torch.Tensor, b: PackedMatrices, segments: Segments) -> None:
     """
     if y.device.type == "cuda":
         row_bias_triton(y, b, segments)
+    elif y.dtype == torch.float32 and native.available():
+        row_bias_native(y, b, segments)
     else:
         row_bias_torch(y, b, segments)
+
+
+def row_bias_native(y: torch.Tensor, b: PackedMatrices, segments: Segments) -> None:
+    """`row_bias` in C, in float32."""
+    # The C code adds to columns that lie side by side.
+    result = y if y.stride(-1) == 1 else y.contiguous()
+    by_head = result if y.dim() == 3 else result[:, None]
+    _native()(
+        by_head.data_ptr(),
+        by_head.stride(0),
+        by_head.stride(1),
+        by_head.shape[1],
+        *by_slot(b, segments),
+    )
+    if result is not y:
+        y.copy_(result)
+
+
+@cache
+def _native() -> Callable[..., None]:
+    return function(
+        "row_bias",
+        *(POINTER, INTEGER, INTEGER, INTEGER),  # y, the distances of its rows and heads, heads
+        *BY_SLOT,
+    )
 
 
 def row_bias_torch(y: torch.Tensor, b: PackedMatrices, segments: Segments) -> None:

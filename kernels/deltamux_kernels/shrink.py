@@ -10,6 +10,7 @@ import torch
 
 from deltamux_kernels import native
 from deltamux_kernels._triton import overlap, tl, triton
+from deltamux_kernels.native.by_slot import BY_SLOT, by_slot
 from deltamux_kernels.native.library import INTEGER, POINTER, function
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.products import NativeProducts
@@ -53,12 +54,7 @@ def shrink_native(x: torch.Tensor, a: PackedMatrices, segments: Segments) -> Nat
         x.stride(0),
         h.data_ptr(),
         h.stride(0),
-        a.arena.data_ptr(),
-        a.offsets.data_ptr(),
-        a.rows.data_ptr(),
-        a.width,
-        segments.table.data_ptr(),
-        len(segments.table),
+        *by_slot(a, segments),
     )
     return NativeProducts(h, a, segments)
 
@@ -68,8 +64,7 @@ def _native() -> Callable[..., None]:
     return function(
         "shrink",
         *(POINTER, INTEGER) * 2,  # x and h, with the distance of their rows
-        *(POINTER, POINTER, POINTER, INTEGER),  # A
-        *(POINTER, INTEGER),  # spans, how many
+        *BY_SLOT,
     )
 
 

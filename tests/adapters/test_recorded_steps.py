@@ -162,7 +162,7 @@ def test_contexts_that_grow_by_whole_parts(pair: Pair) -> None:
 
 def test_sequences_that_come_and_go(pair: Pair, tune: Callable[..., Path]) -> None:
     for slot in range(2):
-        pair.load(slot, tune("llama", FAMILIES["dora"], seed=slot))
+        pair.load(slot, tune("llama", FAMILIES["shira"], seed=slot))
     a, b, c = pair.decoding(0, 5, 6), pair.decoding(1, 7), pair.decoding(None, 8, 9)
     assert pair.steps(3, a, b, c)[-1] and pair.steps(3, a, c)[-1]
     # A prompt in between, and back to what was recorded.
@@ -176,15 +176,18 @@ def test_sequences_that_come_and_go(pair: Pair, tune: Callable[..., Path]) -> No
 
 def test_another_adapter_in_a_slot(pair: Pair, tune: Callable[..., Path]) -> None:
     for seed in range(2):
-        pair.load(0, tune("llama", FAMILIES["dora"], seed=seed))
+        pair.load(0, tune("llama", FAMILIES["shira"], seed=seed))
         assert pair.steps(8, pair.decoding(0, 5, 9)) == AS_A_RULE
 
 
-def test_a_step_of_low_rank_serves_any_adapters(pair: Pair, tune: Callable[..., Path]) -> None:
-    targets = ["q_proj", "v_proj", "up_proj"], ["q_proj", "down_proj"], ["up_proj"], ["v_proj"]
+def test_a_step_of_what_is_found_by_slot_serves_any_adapters(
+    pair: Pair, tune: Callable[..., Path]
+) -> None:
     configs = [
-        peft.LoraConfig(r=r, target_modules=modules)
-        for r, modules in zip((16, 3, 8, 1), targets, strict=True)
+        peft.LoraConfig(r=16, **TARGETS),
+        peft.LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "down_proj"]),
+        peft.LoraConfig(r=8, bias="lora_only", target_modules=["up_proj"]),
+        FAMILIES["ia3"],
     ]
     for slot, config in enumerate(configs):
         pair.load(slot, tune("llama", config, seed=slot))
@@ -192,9 +195,9 @@ def test_a_step_of_low_rank_serves_any_adapters(pair: Pair, tune: Callable[..., 
     e, f = pair.decoding(0, 4, 3), pair.decoding(None, 8, 9)
     assert pair.steps(3, a, b, c) == [False, False, True]
     assert pair.step(b, c, d) and pair.step(a, e, f) and pair.step(d, f, a)
-    # Another one of low rank in a slot, and one that lies elsewhere.
+    # Another one in a slot, and one that lies elsewhere.
     pair.load(1, tune("llama", configs[2], seed=7))
-    pair.load(SLOTS - 1, tune("llama", configs[0], seed=8))
+    pair.load(SLOTS - 1, tune("llama", configs[1], seed=8))
     assert pair.step(a, b, pair.decoding(SLOTS - 1, 7, 5))
     # More rows in one slot than a tile has.
     many = [pair.decoding(2, 5, token) for token in range(20)]
@@ -202,7 +205,7 @@ def test_a_step_of_low_rank_serves_any_adapters(pair: Pair, tune: Callable[..., 
     assert pair.step(a, b, c, d, e, f, *many[:14])
 
 
-def test_a_step_of_low_rank_is_recorded_again_for_more_than_ever_was(
+def test_a_step_is_recorded_again_for_more_than_ever_was_found_by_slot(
     pair: Pair, tune: Callable[..., Path]
 ) -> None:
     pair.load(0, tune("llama", peft.LoraConfig(r=4, target_modules=["q_proj"])))
@@ -216,16 +219,16 @@ def test_a_step_of_low_rank_is_recorded_again_for_more_than_ever_was(
         assert pair.step(a)
 
 
-def test_low_rank_beside_other_adapters_is_recorded_for_them_alone(
+def test_what_is_found_by_slot_is_recorded_for_other_adapters_alone_beside_them(
     pair: Pair, tune: Callable[..., Path]
 ) -> None:
-    for slot, family in enumerate(("lora", "lora", "ia3")):
+    for slot, family in enumerate(("lora", "lora", "shira")):
         pair.load(slot, tune("llama", FAMILIES[family], seed=slot))
     a, b, c = (pair.decoding(slot, 5, 6 + slot) for slot in range(3))
     assert pair.steps(3, a, b)[-1] and pair.steps(3, a, c)[-1]
     assert not pair.step(b, c)
     # What has other parts comes to a slot that had none, and goes again.
-    pair.load(1, tune("llama", FAMILIES["ia3"], seed=5))
+    pair.load(1, tune("llama", FAMILIES["shira"], seed=5))
     assert not pair.step(a, b)
     pair.load(1, tune("llama", FAMILIES["lora"], seed=6))
     assert pair.step(a, b)

@@ -30,23 +30,8 @@ Pack = Callable[[list[torch.Tensor | None], int], PackedMatrices]
 PackInOne = Callable[..., list[PackedMatrices]]
 # The package's own name `shrink` is the function.
 shrink_module = importlib.import_module("deltamux_kernels.shrink")
+every_form = pytest.mark.parametrize("form", ["torch", "native", "triton"], indirect=True)
 RANKS = (1, 2, 3, 4, 7, 8, 16, 17, 24, 40)
-
-
-@pytest.fixture(params=["torch", "native", "triton"])
-def form(request: pytest.FixtureRequest, triton_runs: bool) -> str:
-    if request.param == "triton" and not triton_runs:
-        pytest.skip("run in a process of its own by test_interpreter.py")
-    if request.param == "native" and not native.available():
-        pytest.skip("there is no C compiler")
-    return request.param
-
-
-@pytest.fixture
-def dtype(dtype: torch.dtype, form: str) -> torch.dtype:
-    if form == "native" and dtype != torch.float32:
-        pytest.skip("the C form is of float32")
-    return dtype
 
 
 @dataclass
@@ -171,6 +156,7 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shrink_module, "new_products", lambda *a: new(*a).fill_(torch.nan))
 
 
+@every_form
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.usefixtures("poisoned_scratch")
 def test_random_steps_agree_with_the_formula(
@@ -180,6 +166,7 @@ def test_random_steps_agree_with_the_formula(
     check(case, run(case, form, pack_in_one), dtype)
 
 
+@every_form
 @pytest.mark.parametrize("seed", [0, 3, 9, 99])
 @pytest.mark.usefixtures("poisoned_scratch")
 def test_a_site_at_once_is_the_shrink_and_its_expands_to_the_bit(
@@ -191,6 +178,7 @@ def test_a_site_at_once_is_the_shrink_and_its_expands_to_the_bit(
     check(case, ys, dtype)
 
 
+@every_form
 @pytest.mark.parametrize("rows", [1, 2])
 def test_decode_steps_of_many_adapters_agree_with_the_formula(
     rows: int, form: str, dtype: torch.dtype, device: torch.device, pack_in_one: PackInOne
@@ -249,6 +237,7 @@ def test_a_slot_that_lost_its_matrix_at_one_slice_is_left_alone_there(
     assert y[:, 0].tolist() == [4.0, 2.0, 4.0, 4.0]
 
 
+@every_form
 @pytest.mark.parametrize("split_rows", [0, 256])
 @pytest.mark.usefixtures("poisoned_scratch")
 def test_rank_256_and_several_chunks_agree_with_the_formula(
@@ -264,6 +253,7 @@ def test_rank_256_and_several_chunks_agree_with_the_formula(
     assert not case.segments.counters.any()
 
 
+@every_form
 def test_a_step_without_adapters_changes_nothing(
     form: str, dtype: torch.dtype, device: torch.device, pack_in_one: PackInOne
 ) -> None:

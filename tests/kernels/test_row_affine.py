@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from deltamux_kernels import PackedMatrices, Segments
-from deltamux_kernels.row_affine import row_affine_torch, row_affine_triton
+from deltamux_kernels.row_affine import (
+    row_affine_native,
+    row_affine_torch,
+    row_affine_triton,
+)
 
 Pack = Callable[[list[torch.Tensor | None], int], PackedMatrices]
+FORMS = {"torch": row_affine_torch, "native": row_affine_native, "triton": row_affine_triton}
+
+pytestmark = pytest.mark.parametrize("form", FORMS, indirect=True)
 
 
 @pytest.mark.parametrize("width", [1, 77, 300])
@@ -36,7 +43,7 @@ def test_rows_are_scaled_around_the_bias_and_the_others_keep_their_bits(
         if (g_s := g[slot]) is not None:
             expected[start:end] = (expected[start:end] - shift) * g_s.double() + shift
     y = as_columns(before)
-    (row_affine_torch if form == "torch" else row_affine_triton)(y, bias, pack(g, width), segments)
+    FORMS[form](y, bias, pack(g, width), segments)
     untouched = [0, 19, 20, 21, 23, 24]
     assert torch.equal(y[untouched], before[untouched])
     assert ((y - expected).abs() <= 8 * torch.finfo(dtype).eps * (1 + expected.abs())).all()

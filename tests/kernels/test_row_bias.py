@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from deltamux_kernels import PackedMatrices, Segments
-from deltamux_kernels.row_bias import row_bias_torch, row_bias_triton
+from deltamux_kernels.row_bias import row_bias_native, row_bias_torch, row_bias_triton
 
 Pack = Callable[[list[torch.Tensor | None], int], PackedMatrices]
+FORMS = {"torch": row_bias_torch, "native": row_bias_native, "triton": row_bias_triton}
+
+pytestmark = pytest.mark.parametrize("form", FORMS, indirect=True)
 
 
 @pytest.mark.parametrize("width", [1, 77, 300])
@@ -32,7 +35,7 @@ def test_rows_get_the_bias_of_their_slot_and_the_others_keep_their_bits(
             expected[start:end] += b_s.double().repeat(1, heads or 1).to(device)
     y = as_columns(before)
     given = y if heads is None else y.unflatten(1, (heads, width))
-    (row_bias_torch if form == "torch" else row_bias_triton)(given, pack(b, width), segments)
+    FORMS[form](given, pack(b, width), segments)
     untouched = [0, 19, 20, 21, 23, 24]
     assert torch.equal(y[untouched], before[untouched])
     # Exact sums, rounded once.

@@ -6,6 +6,7 @@
 
 #include <omp.h>
 
+#include "spans.h"
 #include "vectors.h"
 
 /* A tile is ROWS rows of the step by TILE rows of A, or by TILE vectors of y: its sums fill the
@@ -21,12 +22,6 @@
  * in a core's own cache. */
 #define CHUNK 32
 #define STRIP (2048 / PANEL)
-
-/* Rows start .. start + rows - 1 of the step meet the matrix [ranks[slot], width] at arena +
- * offsets[slot]. */
-typedef struct {
-    int32_t slot, start, rows;
-} Span;
 
 static int64_t chunks(int64_t size, int64_t of) { return (size + of - 1) / of; }
 
@@ -159,8 +154,8 @@ static void expand_chunk(float *y, int64_t y_row, int64_t rows, const float *h, 
 
 /* y[t, n] += sum_j h[t, columns[s] + j] B_s[j, n]. A unit of work is a chunk of rows by a panel of
  * columns, and weighs as much as the rank. */
-void expand(float *y, int64_t y_row, const float *h, int64_t h_row, const float *arena,
-            const int64_t *offsets, const int32_t *ranks, const int32_t *columns, int64_t width,
+void expand(float *y, int64_t y_row, const float *h, int64_t h_row, const int32_t *columns,
+            const float *arena, const int64_t *offsets, const int32_t *ranks, int64_t width,
             const Span *spans, int64_t count)
 {
     int64_t panels = chunks(width, PANEL), total = 0;
