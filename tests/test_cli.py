@@ -213,3 +213,10 @@ def test_client_commands_load_no_torch():
     path = os.pathsep.join((str(root / "server"), str(root / "kernels")))
     environment = {**os.environ, "PYTHONPATH": path}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+@pytest.mark.parametrize("flag", ["--save-json", "--save-png"])
+def test_bench_does_not_measure_what_it_could_not_write(flag, tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "missing" / "figures"):
+        assert run("bench", "--target", "localhost:1", flag, str(path)) == 2
+        assert f"{path} cannot be written" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,11 +66,13 @@ class Bench(Command):
     save_png: Path | None = option(None, help="draw latency against load there", metavar="FILE")
 
     def bench_config(self) -> BenchConfig:
-        """Raises ValueError for a word that names no rate, distribution, length or objective.
+        """Raises ValueError for a word that names no rate, distribution, length or objective, or no
+        file that can be written.
 
         Raises ImportError where a library of the `bench` extra is wanted and missing.
         """
         popularity(self.popularity)
+        _require_writable(self.save_json, self.save_png)
         rates = tuple(_rate(word) for word in self.request_rate)
         workload = Workload(
             adapters=("",) if self.base else tuple(self.adapter),
@@ -100,6 +103,13 @@ class Bench(Command):
         if vocab_size is None:
             raise ValueError("--backend openai needs --vocab-size")
         return lambda: OpenAIBackend(self.target, vocab_size)
+
+
+def _require_writable(*paths: Path | None) -> None:
+    """Not only after minutes of measuring. Raises ValueError."""
+    for path in filter(None, paths):
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{path} cannot be written")
 
 
 def _rate(word: str) -> float:

@@ -1,8 +1,9 @@
 """Steps on a CPU that only decode, recorded when such a step comes again.
 
 For a few rows of a small model, Python and torch take as long to find out what is to be computed as
-the C code takes to read a layer. From one token to the next nothing of it changes but numbers. What
-is recorded of low rank alone serves any adapters; of others, those in the same slots and rows.
+the C code takes to read a layer. From one token to the next nothing of it changes but numbers. A
+step of adapters that C code finds by slot is recorded for any of them; one with others, for what is
+in these slots and rows.
 """
 
 from __future__ import annotations
