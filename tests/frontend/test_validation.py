@@ -128,7 +128,7 @@ BAD = {
     "request_id newline": (generate(request_id="a\nb"), "REQUEST_ID_INVALID", "request_id"),
     "salt too long": (generate(cache_salt="é" * 65), INVALID, "cache_salt"),
 } | {
-    f"adapter {name!r}": (generate(adapter=name), "INVALID_ADAPTER_NAME", "adapter")
+    f"adapter {name!r}": (generate(adapter=name), "INVALID_ADAPTER_NAME", "name")
     for name in (
         "../x", "/abs", "a/../b", "a%2fb", "..\\x", "~", "C:\\x", ".", "a\nb", "a\x00", "hf://a/b",
         "http://169.254.169.254/", "ünï", "a" * 201, "@" + "0" * 64, "\u202eabc", " a", "a ",
@@ -233,9 +233,9 @@ def load(**fields: object) -> adapters_pb2.LoadAdapterRequest:
 
 
 BAD_LOADS = {
-    "no name": (load(name=""), "INVALID_ADAPTER_NAME", "adapter"),
-    "a bad name": (load(name="../a"), "INVALID_ADAPTER_NAME", "adapter"),
-    "a version": (load(name="a@12345678"), "INVALID_ADAPTER_NAME", "adapter"),
+    "no name": (load(name=""), "INVALID_ADAPTER_NAME", "name"),
+    "a bad name": (load(name="../a"), "INVALID_ADAPTER_NAME", "name"),
+    "a version": (load(name="a@12345678"), "INVALID_ADAPTER_NAME", "name"),
     "no source": (load(source=""), INVALID, "source"),
     "a NUL": (load(source="/a\x00b"), INVALID, "source"),
     "a long path": (load(source="/" + "a" * limits.MAX_SOURCE), INVALID, "source"),
