@@ -128,7 +128,7 @@ BAD = {
     "request_id newline": (generate(request_id="a\nb"), "REQUEST_ID_INVALID", "request_id"),
     "salt too long": (generate(cache_salt="é" * 65), INVALID, "cache_salt"),
 } | {
-    f"adapter {name!r}": (generate(adapter=name), "INVALID_ADAPTER_NAME", "name")
+    f"adapter {name!r}": (generate(adapter=name), "INVALID_ADAPTER_NAME", "adapter")
     for name in (
         "../x", "/abs", "a/../b", "a%2fb", "..\\x", "~", "C:\\x", ".", "a\nb", "a\x00", "hf://a/b",
         "http://169.254.169.254/", "ünï", "a" * 201, "@" + "0" * 64, "\u202eabc", " a", "a ",
