@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from deltamux import __version__
 from deltamux.cli.command import UsageError, nearest
+from deltamux.errors import DeltamuxError
 
 # Imported only when asked for: `deltamux adapters list` loads neither torch nor the engine.
 COMMANDS = {
@@ -32,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
+    except DeltamuxError as error:
+        # A library's words in it may have lines of their own.
+        print(f"deltamux {arguments[0]}:", " ".join(error.message.split()), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -10,7 +10,6 @@ from pydantic_settings import CliPositionalArg
 
 from deltamux.adapters.checkpoint.convert import convert
 from deltamux.cli.command import Command, option
-from deltamux.errors import DeltamuxError
 
 
 class Convert(Command):
@@ -24,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     options = Convert.parse("deltamux convert", arguments)
     try:
         print(f"wrote {convert(options.source, options.target)}")
-    except (DeltamuxError, OSError) as error:
+    except OSError as error:
         print(f"deltamux convert: {error}", file=sys.stderr)
         return 1
     return 0

@@ -20,7 +20,6 @@ from deltamux.cli.tables import (
     print_table,
     progress_bar,
 )
-from deltamux.errors import DeltamuxError
 from deltamux.extract.forms import Form, FormName
 from deltamux.extract.logits import logit_difference
 from deltamux.extract.report import Extraction
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
             raise UsageError(f"{PROGRAM}: --out {options.out} has an adapter already")
     try:
         report = _run(options)
-    except (DeltamuxError, OSError) as error:
+    except OSError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     if options.as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +15,6 @@ from deltamux.cli.tables import Report, in_words, print_facts, print_json, print
 from deltamux.errors import DeltamuxError, StartupError
 from deltamux.inspection.files import Files, inspect_files
 from deltamux.inspection.served import Served, inspect_served
-
-PROGRAM = "deltamux inspect"
 
 
 class Inspect(Report):
@@ -33,7 +30,7 @@ class Inspect(Report):
 
 
 def main(arguments: Sequence[str]) -> int:
-    options = Inspect.parse(PROGRAM, arguments)
+    options = Inspect.parse("deltamux inspect", arguments)
     disable_progress_bar()
     files: Files | None = None
     served: Served | None = None
@@ -42,10 +39,9 @@ def main(arguments: Sequence[str]) -> int:
         files = inspect_files(options.adapter)
         if options.model is not None:
             served = inspect_served(options.adapter, load_base(options.model, dtype=options.dtype))
-    except StartupError as error:
+    except StartupError:
         # That the base cannot be loaded says nothing of the adapter.
-        print(f"{PROGRAM}: {error.message}", file=sys.stderr)
-        return 1
+        raise
     except DeltamuxError as error:
         refusal = error
     if options.as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,7 +11,6 @@ from pydantic import ByteSize
 from deltamux import logs
 from deltamux.cli.command import Command, option
 from deltamux.config import EngineConfig, FrontendConfig, StoreConfig
-from deltamux.errors import StartupError
 from deltamux.launch import preflight
 
 _PORT: dict[str, Any] = {"ge": 0, "le": 65535, "metavar": "PORT"}
@@ -156,14 +154,9 @@ def main(arguments: Sequence[str]) -> int:
     options = Serve.parse("deltamux serve", arguments)
     logs.configure(options.log_format, options.log_level)
     frontend, store = options.frontend(), options.store()
-    try:
-        preflight.check(frontend, store)
-        # Takes seconds, since it imports transformers: not for --help, not for a wrong path.
-        from deltamux.launch.serve import serve
+    preflight.check(frontend, store)
+    # Takes seconds, since it imports transformers: not for --help, not for a wrong path.
+    from deltamux.launch.serve import serve
 
-        serve(frontend, options.engine(), store)
-    except StartupError as error:
-        # A library's message may have lines of its own.
-        print("deltamux serve:", " ".join(error.message.split()), file=sys.stderr)
-        return 1
+    serve(frontend, options.engine(), store)
     return 0

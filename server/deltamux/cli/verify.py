@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,12 +11,9 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from deltamux.cli.command import option
 from deltamux.cli.tables import Report, print_facts, print_json, progress_bar
-from deltamux.errors import DeltamuxError
 from deltamux.extract.samples import sample_texts
 from deltamux.verify.interpreter import Interpreter
 from deltamux.verify.run import Verification, verify
-
-PROGRAM = "deltamux verify"
 
 
 class Verify(Report):
@@ -40,24 +36,20 @@ class Verify(Report):
 
 
 def main(arguments: Sequence[str]) -> int:
-    options = Verify.parse(PROGRAM, arguments)
+    options = Verify.parse("deltamux verify", arguments)
     disable_progress_bar()
     # The library fills in the head that a model loaded for it lacks at first.
     set_verbosity_error()
-    try:
-        texts = sample_texts(options.prompts)
-        with progress_bar("running both"):
-            found = verify(
-                options.adapter,
-                options.model,
-                texts,
-                options.device,
-                options.dtype,
-                _elsewhere(options),
-            )
-    except DeltamuxError as error:
-        print(f"{PROGRAM}: {error.message}", file=sys.stderr)
-        return 1
+    texts = sample_texts(options.prompts)
+    with progress_bar("running both"):
+        found = verify(
+            options.adapter,
+            options.model,
+            texts,
+            options.device,
+            options.dtype,
+            _elsewhere(options),
+        )
     agrees = found.within(options.tolerance)
     if options.as_json:
         print_json(found.as_json() | {"tolerance": options.tolerance, "agrees": agrees})
