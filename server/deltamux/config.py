@@ -64,6 +64,4 @@ class FrontendConfig:
     default_deadline: float = 600.0
     # Seconds that running requests may take to finish after SIGTERM.
     drain_grace: float = 30.0
-    log_format: str = "auto"
-    log_level: str = "info"
     reflection: bool = True

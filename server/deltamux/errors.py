@@ -119,11 +119,15 @@ class StartupError(DeltamuxError):
 
 
 def from_code(
-    code: str, reason: str, message: str, retry_after: float | None = None
+    code: str,
+    reason: str,
+    message: str,
+    retry_after: float | None = None,
+    field: str | None = None,
 ) -> DeltamuxError:
-    """The error of this code that crossed a process boundary as three words."""
+    """The error of this code that has crossed a process boundary."""
     kind = _BY_CODE.get(code, Internal)
-    return kind(message, reason=reason, retry_after=retry_after)
+    return kind(message, reason=reason, retry_after=retry_after, field=field)
 
 
 _BY_CODE: dict[str, type[DeltamuxError]] = {

@@ -271,6 +271,11 @@ class Harness:
     async def collect(self, request: v1.GenerateRequest) -> list[v1.GenerateResponse]:
         return [response async for response in self.inference.Generate(request, timeout=PATIENCE)]
 
+    def sample(self, series: str, **labels: str) -> float | None:
+        """What a scrape of the metrics would show now."""
+        labels["model_name"] = "tiny"
+        return self.metrics.registry.get_sample_value(f"deltamux_{series}", labels)
+
     async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(PATIENCE):
             while not condition():

@@ -246,12 +246,9 @@ async def test_calls_are_counted_by_how_they_ended(harness, refusal) -> None:
     await harness.collect(request_of("abc"))
     await refusal(harness.collect(request_of("")))
 
-    def sample(name: str, **labels: str) -> float | None:
-        return harness.metrics.registry.get_sample_value(name, {"model_name": "tiny", **labels})
-
-    assert sample("deltamux_requests_total", code="OK") == 1
-    assert sample("deltamux_requests_total", code="INVALID_ARGUMENT") == 1
-    assert sample("deltamux_requests_in_flight") == 0
-    assert sample("deltamux_prompt_tokens_total") == 3
-    assert sample("deltamux_generation_tokens_total") == 3
-    assert sample("deltamux_time_to_first_token_seconds_count") == 1
+    assert harness.sample("requests_total", code="OK") == 1
+    assert harness.sample("requests_total", code="INVALID_ARGUMENT") == 1
+    assert harness.sample("requests_in_flight") == 0
+    assert harness.sample("prompt_tokens_total") == 3
+    assert harness.sample("generation_tokens_total") == 3
+    assert harness.sample("time_to_first_token_seconds_count") == 1

@@ -193,11 +193,8 @@ async def test_pooled_calls_are_counted(harness) -> None:
     harness.engine.pool(await harness.engine.receive(Submit), VECTOR)
     await call
 
-    def sample(name: str, **labels: str) -> float | None:
-        return harness.metrics.registry.get_sample_value(name, {"model_name": "tiny", **labels})
-
-    assert sample("deltamux_requests_total", code="OK") == 1
-    assert sample("deltamux_prompt_tokens_total") == 3
-    assert sample("deltamux_generation_tokens_total") == 0
-    assert sample("deltamux_request_queue_seconds_sum") == 0.25
-    assert sample("deltamux_time_to_first_token_seconds_count") == 0
+    assert harness.sample("requests_total", code="OK") == 1
+    assert harness.sample("prompt_tokens_total") == 3
+    assert harness.sample("generation_tokens_total") == 0
+    assert harness.sample("request_queue_seconds_sum") == 0.25
+    assert harness.sample("time_to_first_token_seconds_count") == 0

@@ -21,7 +21,7 @@ from deltamux.wire.messages import (
 
 # After a step of 0.2 s in which five rows were computed.
 BUSY = Stats(1, 0, 1, 100, 0, 0, 0, 5, 1, 0.2, 0, 0, 0, 0, 0)
-IDLE = msgspec.structs.replace(BUSY, step_rows=0, step_seconds=1e-5)
+IDLE = msgspec.structs.replace(BUSY, waiting=8, step_rows=0, step_seconds=1e-5)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ async def test_the_queue_and_the_steps_of_the_engine_decide(harness, refusal, ex
     # A step without rows tells nothing of how long one takes.
     for stats in (BUSY, IDLE):
         harness.engine.send(StepDone((), stats))
-    await harness.until(lambda: harness.client.stats == IDLE)
+    await harness.until(lambda: harness.sample("requests_waiting") == IDLE.waiting)
     got = await refusal(harness.collect(v1.GenerateRequest(text="x")))
     assert (got.reason, got.retry_after) == ("QUEUE_FULL", pytest.approx(8 * 0.2))
     for call in calls:

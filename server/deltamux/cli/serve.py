@@ -144,8 +144,6 @@ class Serve(Command):
             max_waiting_requests=self.max_waiting_requests,
             default_deadline=self.default_deadline,
             drain_grace=self.drain_grace,
-            log_format=self.log_format,
-            log_level=self.log_level,
             reflection=self.reflection,
         )
 

@@ -42,7 +42,6 @@ from deltamux.wire.messages import (
     Ready,
     RequestFailed,
     StartupFailed,
-    Stats,
     StepDone,
     ToEngine,
 )
@@ -55,7 +54,6 @@ class EngineClient:
 
     def __init__(self, max_waiting_requests: int, metrics: Metrics) -> None:
         self.info: Ready | None = None
-        self.stats: Stats | None = None
         self.on_adapter_moved: Callable[[AdapterMoved], None] = lambda moved: None
         self.on_adapter_failed: Callable[[AdapterFailed], None] = lambda failed: None
         self._max_waiting = max_waiting_requests
@@ -98,7 +96,7 @@ class EngineClient:
 
     def fail_all(self, error: DeltamuxError) -> None:
         """The engine is gone: every running call ends with `error`, new ones are UNAVAILABLE."""
-        self.info = self.stats = None
+        self.info = None
         self._retry.starting()
         for task in self._tasks:
             task.remove_done_callback(self._on_task_done)
@@ -215,7 +213,6 @@ class EngineClient:
     def _receive(self, message: FromEngine) -> None:
         match message:
             case StepDone(progress=progress, stats=stats):
-                self.stats = stats
                 self._metrics.step(stats)
                 if stats.step_rows:
                     self._retry.stepped(stats.step_seconds)
@@ -264,6 +261,4 @@ async def _write(end: FrontendEnd, outbox: asyncio.Queue[ToEngine]) -> None:
 
 
 def _failure(failed: RequestFailed) -> DeltamuxError:
-    error = from_code(failed.code, failed.reason, failed.message, failed.retry_after)
-    error.field = failed.field
-    return error
+    return from_code(failed.code, failed.reason, failed.message, failed.retry_after, failed.field)

@@ -16,7 +16,8 @@ from deltamux.frontend.reply import Reply
 from deltamux.frontend.request_stream import RequestStream
 from deltamux.frontend.tokenizer import Prompt, Tokenizer
 from deltamux.metrics import Metrics
-from deltamux.store.catalog import Catalog, Lease
+from deltamux.store.catalog import Catalog
+from deltamux.store.lease import Lease
 from deltamux.v1 import inference_pb2 as v1
 from deltamux.v1 import inference_pb2_grpc
 from deltamux.wire.messages import Submit
@@ -92,7 +93,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             n=request.sampling.n or 1,
             priority=request.priority,
             adapter=lease.version if lease else "",
-            adapter_path=str(lease.path) if lease else "",
+            adapter_path=lease.path if lease else "",
             cache_salt=request.cache_salt,
             deadline=call.remaining,
         )

@@ -14,7 +14,7 @@ from deltamux.frontend.call import Call, Calls, Request
 from deltamux.frontend.reply import TIERS
 from deltamux.frontend.tokenizer import Prompt
 from deltamux.metrics import Metrics
-from deltamux.store.catalog import Lease
+from deltamux.store.lease import Lease
 from deltamux.v1 import inference_pb2 as v1
 from deltamux.wire.messages import Classify, Embed, Pooled, Sampling, Stopping, Submit
 
@@ -67,7 +67,7 @@ class PooledCalls:
                     sampling=Sampling(),
                     stopping=Stopping(max_tokens=1),
                     adapter=lease.version if lease else "",
-                    adapter_path=str(lease.path) if lease else "",
+                    adapter_path=lease.path if lease else "",
                     deadline=call.remaining,
                     pooling=pooling,
                     token_types=prompt.token_types if call.info.tells_pairs_apart else (),

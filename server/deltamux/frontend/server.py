@@ -70,10 +70,6 @@ class Servers:
         for server in self._all:
             await server.stop(grace)
 
-    async def wait(self) -> None:
-        """Returns when the public listener has stopped."""
-        await self.public.wait_for_termination()
-
     @property
     def _all(self) -> tuple[grpc.aio.Server, ...]:
         return (self.public,) if self.admin is None else (self.public, self.admin)

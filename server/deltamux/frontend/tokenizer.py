@@ -121,9 +121,6 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
     async def _run(self, function: Callable[[Argument], Result], argument: Argument) -> Result:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, function, argument)

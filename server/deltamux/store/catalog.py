@@ -35,8 +35,6 @@ from deltamux.store.version import AdapterFacts, Content, Loaded, Registration, 
 from deltamux.store.versions import Versions
 from deltamux.wire.messages import AdapterFailed, AdapterMoved
 
-__all__ = ["AdapterEngine", "AdapterFacts", "Catalog", "Lease", "Loaded"]
-
 _log = structlog.get_logger(__name__)
 
 # Requests for a source that could not be read are refused unseen for this many seconds.

@@ -16,9 +16,6 @@ class Lease:
         self.version = version.digest
         # Folder of the files on disk.
         self.path = path
-        # As known at admission; the family is empty before the engine's first reading.
-        self.tier = version.content.tier
-        self.family = version.content.info.family if version.content.info else ""
         self._version: Version | None = version
         self._end = end
 
