@@ -49,6 +49,7 @@ def test_anything_else_is_refused(
         opener(tmp_path)
     assert caught.value.reason == "BAD_FILE"
     assert name in caught.value.message
+    assert "links, pipes, devices and directories are refused" in caught.value.message
 
 
 @pytest.mark.parametrize("name", PICKLES)
@@ -57,6 +58,16 @@ def test_a_pickle_in_place_of_the_weights_is_refused_by_name(tmp_path: Path, nam
     with pytest.raises(InvalidArgument, match=f"{name}.*deltamux convert") as caught:
         open_weights(tmp_path)
     assert caught.value.reason == "PICKLE_REFUSED"
+
+
+@pytest.mark.parametrize(
+    "part", ["adapter_model-00001-of-00002.safetensors", "adapter_model.safetensors.index.json"]
+)
+def test_weights_in_several_files_are_refused_by_name(tmp_path: Path, part: str) -> None:
+    (tmp_path / part).write_bytes(b"")
+    with pytest.raises(InvalidArgument, match=f"{part}.*save all in it") as caught:
+        open_weights(tmp_path)
+    assert caught.value.reason == "MISSING_WEIGHTS"
 
 
 def test_weights_have_another_name_in_adapterhub(tmp_path: Path) -> None:

@@ -177,6 +177,12 @@ def test_a_bomb_is_refused_in_little_memory(tmp_path: Path, bomb: Any, reason: s
     assert peak < 64 << 20
 
 
+def test_a_single_number_is_called_one(tmp_path: Path) -> None:
+    """As trainers beside PEFT save their alphas."""
+    with pytest.raises(InvalidArgument, match="single number"):
+        check_weights(write(tmp_path, entry(shape=[], data_offsets=[0, 4]), bytes(4)))
+
+
 def test_the_header_check_needs_no_torch() -> None:
     code = "import sys, deltamux.adapters.checkpoint.precheck; print('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -9,9 +9,9 @@ from deltamux.errors import InvalidArgument
 
 
 def test_plain_json_is_read() -> None:
-    text = '{"a": [1, -2.5, true, null, "x"], "b": {"c": {}}}'
+    text = r'{"a": [1, -2.5, true, null, "x", "\ud83d\ude00"], "b": {"c": {}}}'
     assert parse_object(text.encode(), "it") == {
-        "a": [1, -2.5, True, None, "x"],
+        "a": [1, -2.5, True, None, "x", "\U0001f600"],
         "b": {"c": {}},
     }
 
@@ -32,6 +32,8 @@ def test_plain_json_is_read() -> None:
         pytest.param(b'{"a": 1e999}', id="BI-33 1e999"),
         pytest.param(b'{"a": ' + b"9" * 5000 + b"}", id="BI-33 5,000 digits"),
         pytest.param(b'{"a": "\xff"}', id="not UTF-8"),
+        pytest.param(rb'{"\ud83d": 1}', id="half of a surrogate pair"),
+        pytest.param(rb'{"a": ["\udE00"]}', id="half of a surrogate pair below"),
         pytest.param(b"[]", id="no object"),
         pytest.param(b"{} {}", id="two objects"),
     ],

@@ -174,6 +174,7 @@ def test_what_is_wrong_or_not_served_is_refused_by_name(
             "megatron_core": "megatron.core",
         },
         {"corda_config": {"corda_method": "ipm"}, "eva_config": {"rho": 2.0}},
+        {"enable_lora": None, "merge_weights": False},
         {
             "auto_mapping": {
                 "base_model_class": "LlamaForCausalLM",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -15,6 +16,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ADAPTERHUB_WEIGHTS = "adapter.safetensors"
 PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
+# Weights in several files, and what says which holds what: uploaded at times, read by no library.
+_PARTS = ("adapter_model-*-of-*", "adapter_model.*.index.json")
 # The config of the model that was trained, which may lie beside and names the labels of its head.
 MODEL_CONFIG = "config.json"
 # The tokenizer of the model that was trained, which may lie beside and have more tokens.
@@ -27,6 +30,8 @@ _COMPANIONS = {
     "adapter_interface.json": "how a custom model takes adapters",
     "adapter_fusion_config.json": "a fusion of several adapters",
 }
+
+_OTHER_KINDS = "links, pipes, devices and directories are refused"
 
 
 def open_config(folder: Path) -> BinaryIO:
@@ -86,7 +91,10 @@ def _missing_weights(folder: Path) -> InvalidArgument:
                 "`deltamux convert` makes safetensors of it",
                 reason="PICKLE_REFUSED",
             )
-    return InvalidArgument(f"{WEIGHTS} is missing", reason="MISSING_WEIGHTS")
+    why = f"{WEIGHTS} is missing"
+    if parts := sorted(path.name for pattern in _PARTS for path in folder.glob(pattern)):
+        why += f", and {parts[0]} is one of several; PEFT reads one file alone: save all in it"
+    return InvalidArgument(why, reason="MISSING_WEIGHTS")
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -100,10 +108,12 @@ def open_regular(path: Path) -> BinaryIO:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise _not_regular(path, os.strerror(error.errno or 0)) from None
+        # What the system says of a link that is not followed is "too many levels".
+        why = _OTHER_KINDS if error.errno == errno.ELOOP else os.strerror(error.errno or 0)
+        raise _not_regular(path, why) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise _not_regular(path, "links, pipes, devices and directories are refused")
+        raise _not_regular(path, _OTHER_KINDS)
     return os.fdopen(descriptor, "rb")
 
 

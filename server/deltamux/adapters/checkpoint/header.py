@@ -102,7 +102,9 @@ def _tensor(name: str, entry: Json) -> TensorInfo:
         raise _malformed(
             f"{name} has dtype {quoted(dtype)}; adapters have {', '.join(_ITEM_BYTES)}"
         )
-    if math.prod(info.shape) * _ITEM_BYTES[dtype] != info.end - info.begin or not info.shape:
+    if not info.shape:
+        raise _malformed(f"{name} is a single number; adapters have vectors and matrices")
+    if math.prod(info.shape) * _ITEM_BYTES[dtype] != info.end - info.begin:
         raise _malformed(f"{name} has shape {info.shape} but {info.end - info.begin} bytes")
     return info
 

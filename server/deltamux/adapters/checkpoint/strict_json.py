@@ -1,4 +1,5 @@
-"""JSON read without leniency: no duplicates, no NaN, no huge numbers, no deep nesting."""
+"""JSON read without leniency: no duplicates, no NaN, no huge numbers, no deep nesting, no text that
+is not Unicode."""
 
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ def parse_object(data: bytes, subject: str) -> dict[str, Json]:
             parse_int=_bounded,
         )
         _check_depth(value, _MAX_DEPTH)
+        if b"\\u" in data:
+            _check_text(value)
     except RecursionError:
         raise _malformed(subject, "it is nested too deeply") from None
     except ValueError as error:
@@ -67,6 +70,11 @@ def _bounded(text: str) -> int:
     if len(text.lstrip("-")) > _MAX_DIGITS:
         raise ValueError(f"integer {quoted(text)} is too large")
     return int(text)
+
+
+def _check_text(value: Json) -> None:
+    """Raises ValueError for half of a surrogate pair, which no message could carry to a client."""
+    json.dumps(value, ensure_ascii=False).encode()
 
 
 def _check_depth(value: Json, levels: int) -> None:

@@ -27,7 +27,8 @@ from deltamux.base.structure import SiteSpec
 from deltamux.errors import InvalidArgument
 
 # Training and how weights were first drawn; fan_in_fan_out says what the base shows. PEFT pools
-# the input of modules quantised by GPTQ alone (QALoRA), and this base has none.
+# the input of modules quantised by GPTQ alone (QALoRA), and this base has none. PEFT before
+# 0.3 saved merge_weights, which says when it merges.
 HARMLESS = (
     *PROVENANCE,
     "corda_config",
@@ -35,6 +36,7 @@ HARMLESS = (
     "fan_in_fan_out",
     "lora_dropout",
     "lora_ga_config",
+    "merge_weights",
     "qalora_group_size",
     "use_qalora",
 )
