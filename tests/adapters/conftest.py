@@ -67,6 +67,14 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
         **_GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
     ),
+    "qwen3_moe_dense": lambda: transformers.Qwen3MoeConfig(
+        **_GROUPED,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        mlp_only_layers=[0],
+    ),
     "gpt_oss": lambda: transformers.GptOssConfig(
         **_GROUPED,
         head_dim=8,

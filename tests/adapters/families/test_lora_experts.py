@@ -9,9 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from deltamux.adapters.checkpoint.files import CONFIG
+from deltamux.adapters.checkpoint.files import CONFIG, WEIGHTS
 from deltamux.errors import DeltamuxError
 
 Make = Callable[..., Any]
@@ -119,6 +120,32 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(DeltamuxError) as caught:
         serve("mixtral").parse(folder)
     assert caught.value.reason == reason
+
+
+def test_a_dense_layer_beside_experts(save: Make, as_in_peft: Make) -> None:
+    """PEFT saves experts where a name is theirs too, and leaves the dense layer as it is."""
+    both = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    as_in_peft("qwen3_moe_dense", [save("qwen3_moe_dense", r=4, target_modules=both)])
+
+
+def test_a_name_that_peft_takes_for_an_experts_is_refused(
+    save: Make, serve: Make, base: Make, reference: Make, ids: Tensor
+) -> None:
+    """An adapter of the dense layer, as PEFT saved it on transformers 4, is the base to PEFT."""
+    folder = save("qwen3_moe_dense", r=4, target_modules=["q_proj"], layers_to_transform=[0])
+    config = json.loads((folder / CONFIG).read_text())
+    config |= {"target_modules": ["down_proj"], "layers_to_transform": None}
+    (folder / CONFIG).write_text(json.dumps(config))
+    key = "base_model.model.model.layers.0.mlp.down_proj.lora_{}.weight"
+    save_file(
+        {key.format("A"): torch.randn(4, 48), key.format("B"): torch.randn(32, 4)},
+        folder / WEIGHTS,
+    )
+    plain = base("qwen3_moe_dense")(ids).logits
+    torch.testing.assert_close(reference("qwen3_moe_dense", folder, ids), plain)
+    with pytest.raises(DeltamuxError, match=r"layers\.0\.mlp\.down_proj.*takes the name") as caught:
+        serve("qwen3_moe_dense").parse(folder)
+    assert caught.value.reason == "UNSUPPORTED_FEATURE"
 
 
 def test_a_base_without_experts_refuses_them(experts: Make, serve: Make) -> None:

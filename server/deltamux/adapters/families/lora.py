@@ -15,7 +15,12 @@ from deltamux.adapters.payloads.base_fit import other_base
 from deltamux.adapters.payloads.low_rank_delta import Factors
 from deltamux.adapters.payloads.rounding import to_serving
 from deltamux.adapters.peft.base_shift import part_taken_out
-from deltamux.adapters.peft.expert_tensors import ExpertTarget, expert_targets, take_experts
+from deltamux.adapters.peft.expert_tensors import (
+    ExpertTarget,
+    expert_targets,
+    refuse_former_names,
+    take_experts,
+)
 from deltamux.adapters.peft.lora_config import LoraConfig, read_lora_config
 from deltamux.adapters.peft.module_tensors import PREFIX, ModuleTensors
 from deltamux.adapters.peft.per_module import require_served_rank
@@ -95,6 +100,7 @@ def _targets(
     config: LoraConfig, structure: Structure, pair: Mapping[str, SiteSpec]
 ) -> tuple[list[SiteSpec], list[ExpertTarget]]:
     targets = targeted_sites(config.selector, structure, _KINDS)
+    refuse_former_names(targets, structure)
     experts = expert_targets(config.parameters, structure)
     sites = {**{site.name: site for site in targets}, **pair}
     if config.invocation and any(site.kind == "embedding" for site in sites.values()):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 
 from deltamux.adapters.checkpoint.fields import unsupported
 from deltamux.adapters.checkpoint.files import WEIGHTS
@@ -15,8 +16,15 @@ from deltamux.adapters.checkpoint.tensors import require_finite
 from deltamux.adapters.peft.module_tensors import PREFIX
 from deltamux.adapters.primitives.expert_low_rank import ExpertLowRank
 from deltamux.base.experts import PROJECTIONS, Experts
-from deltamux.base.structure import Structure
+from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import FailedPrecondition, InvalidArgument
+
+# What transformers 4 called the modules of a mixture, by the model whose checkpoints a base's are
+# converted like. PEFT reads the same table, and takes a target of such a name for experts.
+_FORMER_NAMES = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,19 @@ def expert_targets(parameters: Iterable[str], structure: Structure) -> list[Expe
             key = PREFIX + mixture.name + ".base_layer" * depth
             targets.append(ExpertTarget(mixture, projection, key))
     return targets
+
+
+def refuse_former_names(sites: Iterable[SiteSpec], structure: Structure) -> None:
+    """Raises FailedPrecondition (UNSUPPORTED_FEATURE) for a site that PEFT leaves alone, since it
+    takes its name for an expert's: those of dense layers and of experts that all tokens share."""
+    likeness = _MODEL_TO_CONVERSION_PATTERN.get(structure.model_type, "")
+    for site in sites:
+        last = site.name.rpartition(".")[2]
+        if last in _FORMER_NAMES.get(likeness, ()):
+            raise unsupported(
+                f"LoRA at {site.name} (on {structure.model_type!r} models PEFT takes the name "
+                f"{last} for a layer of experts, and leaves this module as it is)"
+            )
 
 
 def take_experts(
