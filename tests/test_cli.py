@@ -203,10 +203,12 @@ def test_unreachable_server_is_one_line(capsys):
     assert run("health", "--target", "127.0.0.1:1") == 1
 
 
-def test_client_commands_load_no_torch():
-    """They start fast, and run where only the client's half of the dependencies works."""
+def test_client_commands_and_the_front_end_load_no_torch():
+    """The commands start fast, and run where only the client's half of the dependencies works; the
+    front end starts the engine before it loads what takes seconds."""
     code = (
         "import sys, deltamux.cli.generate, deltamux.cli.adapters, deltamux.cli.health;"
+        "import deltamux.launch.serve;"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     root = Path(__file__).parents[1]

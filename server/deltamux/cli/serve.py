@@ -153,7 +153,7 @@ def main(arguments: Sequence[str]) -> int:
     logs.configure(options.log_format, options.log_level)
     frontend, store = options.frontend(), options.store()
     preflight.check(frontend, store)
-    # Takes seconds, since it imports transformers: not for --help, not for a wrong path.
+    # Imports gRPC and all of the front end: not for --help, not for a wrong path.
     from deltamux.launch.serve import serve
 
     serve(frontend, options.engine(), store)

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig
-
 from deltamux.errors import StartupError
 
 
@@ -25,6 +23,9 @@ class GenerationDefaults:
     @classmethod
     def load(cls, model: str, tokenizer_end: int | None) -> GenerationDefaults:
         """From a model folder or hub id; `tokenizer_end` counts where the model names no id."""
+        # Takes seconds to import.
+        from transformers import GenerationConfig
+
         try:
             config = GenerationConfig.from_pretrained(model)
         except OSError:
@@ -43,6 +44,8 @@ class GenerationDefaults:
 
 
 def _model_config(model: str) -> Any:
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

@@ -13,7 +13,6 @@ from typing import Any, Protocol, TypeVar
 
 from tokenizers import AddedToken as RustToken
 from tokenizers import Tokenizer as RustTokenizer
-from transformers import AutoTokenizer
 
 from deltamux.adapters.checkpoint.tokenizer_file import AddedToken, parse_tokenizer
 from deltamux.errors import FailedPrecondition, InvalidArgument, StartupError
@@ -65,6 +64,9 @@ class Tokenizer:
     @classmethod
     def load(cls, model: str) -> Tokenizer:
         """From a model folder or hub id; raises StartupError when it has none."""
+        # Takes seconds to import.
+        from transformers import AutoTokenizer
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(model)
         except (OSError, ValueError, KeyError) as error:

@@ -37,7 +37,6 @@ def serve(frontend: FrontendConfig, engine: EngineConfig, store: StoreConfig) ->
     Raises StartupError when it cannot serve, or can no more, and KeyboardInterrupt when a second
     signal cut the draining short.
     """
-    logs.take_in_transformers()
     asyncio.run(_live(frontend, engine, store))
 
 
@@ -97,8 +96,7 @@ class _Server:
 
     async def _listen(self) -> None:
         frontend = self._frontend
-        tokenizer = await asyncio.to_thread(Tokenizer.load, frontend.model)
-        defaults = GenerationDefaults.load(frontend.model, tokenizer.end_of_sequence)
+        tokenizer, defaults = await asyncio.to_thread(_read_model, frontend.model)
         if frontend.metrics_port is not None:
             try:
                 self._exporter = self._metrics.serve(frontend.host, frontend.metrics_port)
@@ -196,6 +194,13 @@ class _Server:
         elif not self._ordered_to_stop:
             self._ordered_to_stop = True
             life.cancel()
+
+
+def _read_model(model: str) -> tuple[Tokenizer, GenerationDefaults]:
+    """Imports transformers, which takes seconds: meanwhile the engine starts, and does so too."""
+    logs.take_in_transformers()
+    tokenizer = Tokenizer.load(model)
+    return tokenizer, GenerationDefaults.load(model, tokenizer.end_of_sequence)
 
 
 def _shutting_down() -> Unavailable:
