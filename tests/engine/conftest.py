@@ -38,6 +38,7 @@ class FakeAdapters:
         self._loading: dict[str, int] = {}
         self._host: set[str] = set()
         self.orders: list[tuple[object, ...]] = []
+        self.pending_loads = 0
         self.device_hits = self.host_hits = self.misses = 0
         self.device_evictions = self.host_evictions = 0
 
@@ -119,8 +120,9 @@ class FakeLink:
         self.sent: list[FromEngine] = []
         self.waits: list[float | None] = []
 
-    def wait(self, timeout: float | None) -> None:
+    def wait(self, timeout: float | None) -> bool:
         self.waits.append(timeout)
+        return bool(self.inbox)
 
     def receive(self) -> list[ToEngine]:
         messages, self.inbox = self.inbox, []

@@ -3,7 +3,7 @@ import torch
 
 from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.config import EngineConfig
-from deltamux.engine.engine import Engine
+from deltamux.engine.engine import _LULL, Engine
 from deltamux.engine.kv.block_allocator import BlockAllocator
 from deltamux.engine.kv.block_manager import BlockManager
 from deltamux.engine.limits import Limits
@@ -64,6 +64,8 @@ class Setup:
         self.now = 100.0
         self.link, self.runner, self.adapters = link, Runner(), adapters
         self.prefixes = prefixes
+        # What there is to do at rest.
+        self.chores = []
         self.blocks = BlockManager(BlockAllocator(num_blocks + 1), CONFIG.block_size, prefixes)
         self.scheduler = Scheduler(CONFIG, LIMITS, self.blocks, adapters)
         self.engine = Engine(
@@ -75,7 +77,11 @@ class Setup:
             self.runner,
             clock=lambda: self.now,
             ahead=ahead,
+            next_chore=lambda: self._do if self.chores else None,
         )
+
+    def _do(self):
+        self.chores.pop(0)()
 
     def step(self, *messages, times=1):
         self.link.inbox += messages
@@ -446,6 +452,39 @@ def test_it_sleeps_only_without_work_and_until_the_next_deadline(setup):
     served.now += 9.0
     served.step()
     assert served.link.waits == [None, None, 0.0, None, 3.0, 0.0]
+
+
+def test_all_chores_are_done_before_it_sleeps(setup):
+    served, done = setup(), []
+    served.chores = [lambda: done.append("first"), lambda: done.append("second")]
+    served.step()
+    assert done == ["first", "second"]
+    assert served.link.waits == [_LULL, _LULL, None]
+
+
+def test_who_asks_during_a_chore_waits_for_no_other(setup):
+    served, done = setup(), []
+    request = submit(max_tokens=1)
+    served.chores = [lambda: served.link.inbox.append(request), lambda: done.append("second")]
+    served.step()
+    assert [p.finish for p in served.link.progress("r")] == ["length"]
+    assert not done
+    served.step(times=2)
+    assert done == ["second"]
+
+
+def test_chores_wait_for_sequences_and_adapters(setup):
+    served, done = setup(load_polls=99), []
+    served.chores = [lambda: done.append("at last")]
+    served.step(submit("running", max_tokens=3), times=3)
+    served.step(submit("waiting", adapter="cold"), times=3)
+    served.step(Cancel("waiting"))
+    served.adapters.pending_loads = 1
+    served.step(times=2)
+    assert not done
+    served.adapters.pending_loads = 0
+    served.step()
+    assert done == ["at last"]
 
 
 def test_shutdown_ends_the_loop(setup):

@@ -56,8 +56,15 @@ def link(tmp_path: Path) -> Iterator[Link]:
 
 def test_a_deadline_may_lie_years_ahead(link: Link) -> None:
     link.socket.send(encode(LAST))
-    link.engine.wait(1e9)
+    assert link.engine.wait(1e9)
     assert link.engine.receive() == [LAST]
+
+
+def test_a_wait_says_whether_anything_came(link: Link) -> None:
+    assert not link.engine.wait(0.0)
+    link.socket.send(encode(LAST))
+    assert link.engine.wait(10)
+    assert link.engine.wait(0.0), "as long as it is not received"
 
 
 LAST = Cancel("last")

@@ -15,7 +15,7 @@ from deltamux.adapters.sites.rows import Rows
 from deltamux.base.load import Base, load_base
 from deltamux.base.out_of_memory import memory_for
 from deltamux.config import EngineConfig
-from deltamux.engine.engine import Engine
+from deltamux.engine.engine import Engine, NextChore, no_chore
 from deltamux.engine.flight import Lazy
 from deltamux.engine.kv.block_allocator import BlockAllocator
 from deltamux.engine.kv.block_manager import BlockManager
@@ -69,9 +69,10 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
         token_types=base.token_types,
     )
     runner = build_runner(base, cache, rows, sites.task_heads)
+    next_chore: NextChore = no_chore
     if isinstance(runner, ModelRunner) and not config.enforce_eager:
         longest = min(max_model_len, shares.kv_blocks * config.block_size)
-        _replay_steps(runner, config, base, sites, longest)
+        next_chore = _replay_steps(runner, config, base, sites, longest)
     beside = computes_beside(base.device)
     engine = Engine(
         link,
@@ -81,6 +82,7 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
         adapters,
         runner if beside else Lazy(runner),
         ahead=beside,
+        next_chore=next_chore,
     )
     return engine, _ready(config, base, limits)
 
@@ -111,8 +113,11 @@ def build_runner(
 
 def _replay_steps(
     runner: ModelRunner, config: EngineConfig, base: Base, sites: DeviceSites, longest: int
-) -> None:
-    """Makes a runner replay its steps of sequences up to so long, if that can be done."""
+) -> NextChore:
+    """Makes a runner replay its steps of sequences up to so long, if that can be done.
+
+    Returns what there is to capture at rest.
+    """
     if base.device.type == "cuda":
         graphs = StepGraphs(
             captured_shapes(config.max_num_batched_tokens, config.max_num_seqs),
@@ -123,10 +128,12 @@ def _replay_steps(
         )
         if graphs.capture_base() and replays_agree(graphs, runner, base, longest):
             runner.use(graphs)
+            return graphs.next_capture
     elif base.dtype == torch.float32 and native.available():
         recorded = RecordedSteps(runner.logits, sites)
         if recorded_agree(recorded, runner, base, longest):
             runner.use(recorded)
+    return no_chore
 
 
 def _device_sites(config: EngineConfig, base: Base, rows: Rows, arena: int) -> DeviceSites:

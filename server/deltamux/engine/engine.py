@@ -2,7 +2,8 @@
 
 One step:
 
-1. receive    the front end's messages, the loader's news, the deadlines that have passed
+1. receive    the front end's messages, the loader's news, the deadlines that have passed; until
+              any come, what is worth doing while nobody asks for anything
 2. schedule   which sequences run, and how many tokens of each
 3. launch     one forward pass over all of them, then sampling and pooling: queued on the device
 4. reply      one message with everything that the step before produced, unless it was sent
@@ -48,6 +49,17 @@ from deltamux.wire.messages import (
     ToEngine,
 )
 
+# What may as well be done while nobody asks for anything; whoever does meanwhile waits for it.
+Chore = Callable[[], None]
+# The next one; None where nothing is left to do.
+NextChore = Callable[[], Chore | None]
+# Seconds without news before one: a client that asks again once it is answered is not to wait.
+_LULL = 0.1
+
+
+def no_chore() -> None:
+    """Where there is never anything to do at rest."""
+
 
 class Engine:
     """Owns nothing but the order of things; an exception out of `step` is a bug and ends it."""
@@ -62,8 +74,9 @@ class Engine:
         runner: Runner,
         clock: Callable[[], float] = time.monotonic,
         ahead: bool = False,
+        next_chore: NextChore = no_chore,
     ) -> None:
-        """Runs ahead of a device that computes beside the host."""
+        """Runs `ahead` of a device that computes beside the host."""
         self._link = link
         self._submissions = submissions
         self._scheduler = scheduler
@@ -72,6 +85,7 @@ class Engine:
         self._flights = Flights(runner, not submissions.limits.generates, clock)
         self._clock = clock
         self._ahead = ahead
+        self._next_chore = next_chore
         # What the front end is to be told, in this order.
         self._outbox: list[FromEngine] = []
         self._idle = True
@@ -112,12 +126,21 @@ class Engine:
         self._outbox.clear()
 
     def _receive(self) -> None:
-        self._link.wait(self._patience())
+        self._await_news()
         for message in self._link.receive():
             self._handle(message)
         self._outbox += self._adapters.poll()
         for request_id in self._scheduler.expired(self._clock()):
             self._fail(request_id, DeadlineExceeded("the deadline has passed"))
+
+    def _await_news(self) -> None:
+        while self._is_at_rest() and (chore := self._next_chore()) and not self._link.wait(_LULL):
+            chore()
+        self._link.wait(self._patience())
+
+    def _is_at_rest(self) -> bool:
+        """Whether nothing runs, nobody waits, and no adapter is on its way."""
+        return self._idle and not self._scheduler.waiting and not self._adapters.pending_loads
 
     def _may_stay(self) -> bool:
         """Whether what was launched last may be under way when the next step is scheduled."""

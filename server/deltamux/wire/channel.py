@@ -73,9 +73,10 @@ class EngineEnd:
         """Makes `wait` return when the descriptor is readable too."""
         self._poller.register(file_descriptor, zmq.POLLIN)
 
-    def wait(self, timeout: float | None) -> None:
-        """Blocks until something arrived, or for `timeout` seconds; it may return sooner."""
-        self._poller.poll(None if timeout is None else int(min(timeout * 1000, _LONGEST_WAIT)))
+    def wait(self, timeout: float | None) -> bool:
+        """Blocks until something arrived, or for `timeout` seconds; False where nothing has."""
+        milliseconds = None if timeout is None else int(min(timeout * 1000, _LONGEST_WAIT))
+        return bool(self._poller.poll(milliseconds))
 
     def receive(self) -> list[ToEngine]:
         """All messages that have arrived, without blocking.

@@ -202,15 +202,16 @@ def test_an_adapter_without_a_product_wakes_no_sibling(
 def test_captured_steps_are_outgrown_by_what_they_read_alone(
     serve: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Keys and values of a prefix go to the cache between two steps."""
+    """Keys and values of a prefix go to the cache between two steps. The first adapter counts."""
     monkeypatch.setattr(native, "available", lambda: False)
     sites = serve("llama").sites
     payloads: list[tuple[str, Payload]] = [
+        ("model.embed_tokens", KeyValuePrefix(torch.zeros(2, 2, 4, 16))),
         ("model.embed_tokens", KeyValuePrefix(torch.zeros(2, 2, 40, 16))),
         ("model.layers.0.self_attn.q_proj", RowBias(torch.zeros(32))),
     ]
-    growths = []
+    growths = [sites.growth]
     for slot, (name, payload) in enumerate(payloads):
         assert sites.reserve(slot, Adapter("", "", 0, 0, "", {name: (payload,)}))
         growths.append(sites.growth)
-    assert growths == [0, 1]
+    assert growths == [0, 1, 1, 2]

@@ -60,7 +60,7 @@ class Capturing:
     ) -> None:
         self.rows: list[int] = []
         self._error, self._refused = error, refused
-        sites = SimpleNamespace(
+        self.sites = SimpleNamespace(
             num_slots=slots,
             device=CPU,
             eager_slots=set(),
@@ -68,7 +68,15 @@ class Capturing:
             added_columns=lambda sampled: 0,
         )
         buffers = StepBuffers(8, 2, 4, 8, CPU)
-        self.graphs = StepGraphs(SHAPES, self._forward, buffers, sites, self._capture)
+        self.graphs = StepGraphs(SHAPES, self._forward, buffers, self.sites, self._capture)
+
+    def rest(self) -> list[int]:
+        """The rows of what is captured meanwhile."""
+        self.rows.clear()
+        while capture := self.graphs.next_capture():
+            assert len(self.rows) < 9
+            capture()
+        return self.rows.copy()
 
     def _forward(self, batch: Any, rows: torch.Tensor) -> torch.Tensor:
         self.rows.append(batch.input_ids.shape[1])
@@ -80,6 +88,24 @@ class Capturing:
             assert self._error is not None
             raise self._error
         return step
+
+
+def test_at_rest_all_steps_with_adapters_are_captured_the_smallest_first() -> None:
+    capturing = Capturing()
+    assert capturing.graphs.capture_base()
+    assert not capturing.rest(), "nobody has an adapter"
+    for growth in (1, 2):
+        capturing.sites.growth = growth
+        assert capturing.rest() == [1, 2, 4, 8]
+        assert not capturing.rest()
+
+
+def test_at_rest_nothing_is_tried_that_was_given_up() -> None:
+    capturing = Capturing(RuntimeError("not permitted"), refused=(1,))
+    capturing.sites.growth = 1
+    assert capturing.rest() == [1, 4, 8]
+    capturing.sites.growth = 2
+    assert capturing.rest() == [4, 8]
 
 
 def test_startup_says_what_was_captured() -> None:

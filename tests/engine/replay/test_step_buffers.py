@@ -55,12 +55,24 @@ def test_a_shape_holds_what_has_no_more_rows_and_sequences() -> None:
     assert not DECODING.holds(step((3, 1), (0, 1), more=1))
 
 
-def test_before_the_first_step_nothing_is_stored_or_attended(
-    steps: dict[StepShape, ShapedStep],
+@pytest.mark.parametrize("cleared", [False, True])
+def test_before_the_first_step_and_once_cleared_nothing_is_stored_or_attended(
+    steps: dict[StepShape, ShapedStep], cleared: bool
 ) -> None:
-    inputs = steps[LARGE].inputs(adapted=False)
+    inputs = steps[LARGE].inputs(adapted=True)
+    queries = inputs.attention.query_tiles(16)
+    if cleared:
+        own_ids = step((3, 9), (0, 3), slot=0)
+        own_ids.input_ids[4] = -1
+        assert steps[LARGE].fill(own_ids)
+        assert queries[:, 0].tolist() != [4] * len(queries)
+        steps[LARGE].clear()
     assert inputs.slot_mapping.tolist() == [-1] * 16
+    assert not inputs.input_ids.any()
     assert not inputs.attention.seq_lens.any() and not inputs.attention.query_starts.any()
+    assert queries[:, 0].tolist() == [4] * len(queries)
+    for segments in (inputs.token_segments, inputs.sampled_segments):
+        assert segments.tiles[:, 0].tolist() == [2] * len(segments.tiles)
 
 
 def test_rows_of_one_slot_that_lie_apart_may_be_too_many(

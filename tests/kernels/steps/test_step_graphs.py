@@ -318,6 +318,20 @@ def test_an_adapter_that_is_written_after_a_capture(form: str, pair: Pair) -> No
     assert pair.step(pair.decoding(1, 6)) and pair.captures == captures
 
 
+def test_what_is_captured_at_rest(form: str, mixed: Pair) -> None:
+    """It leaves the keys and values of what ran before as they are, and steps find it."""
+    for rank in (4, 20):
+        mixed.load(0, low_ranks(rank))
+        running = mixed.decoding(0, 5)
+        with mixed.triton_forms():
+            while capture := mixed.graphs.next_capture():
+                capture()
+        captures = mixed.captures
+        assert mixed.step(running)
+        assert mixed.step(running, mixed.sequence(0, 7, 8, 9), mixed.sequence(None, 7, 8))
+        assert mixed.captures == captures
+
+
 def test_steps_in_which_the_host_has_a_part_are_eager(form: str, pair: Pair) -> None:
     pair.load(0, low_ranks(4))
     pair.load(1, own_norm())

@@ -120,7 +120,8 @@ class DeviceSites:
         self._rows = rows
         # Slots of adapters for which no captured step stands.
         self.eager_slots: set[int] = set()
-        # Rises when a site or a taller matrix comes that captured steps do not have launches for.
+        # Rises with the first adapter for which captured steps stand, and when a site or a taller
+        # matrix comes that those before do not have launches for.
         self.growth = 0
         self.num_slots = slots
         self.device = device
@@ -218,7 +219,7 @@ class DeviceSites:
     def _extend_captures(self, layout: _Layout) -> None:
         """Makes what is captured from now on act for such an adapter; see `CapturedSegments`."""
         grown = [store.extend(layout.stacks[store].rows) for store in layout.acting]
-        self.growth += any(grown)
+        self.growth += any(grown) or not self.growth
         for sites, bank, _ in layout.placements:
             for acting in (bank, *sites):
                 acting.slots.add(self.num_slots)

@@ -2,16 +2,17 @@
 
 There are shapes of steps that only decode, and of those in which prompts take part. There are two
 sets of each. That without adapters is captured at startup. That with them has launches for
-whatever an adapter ever had; each shape is captured when a step first wants it, and again when
-adapters have outgrown it. All other steps run eagerly: those that are larger than any shape, those
-of which hidden states are wanted, and those with an adapter that a captured step does not stand
-for, or with rows of adapters in more pieces than it has tiles for.
+whatever an adapter ever had; each shape is captured while the engine rests, or else when a step
+first wants it, and again when adapters have outgrown it. All other steps run eagerly: those that
+are larger than any shape, those of which hidden states are wanted, and those with an adapter that a
+captured step does not stand for, or with rows of adapters in more pieces than it has tiles for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 
 import structlog
@@ -148,7 +149,9 @@ class StepGraphs:
         if shape is None or (shape, adapted) in self._given_up:
             return None
         shaped = self._steps[shape]
-        captured = self._find(shape, adapted) if shaped.fill(step) else None
+        if not shaped.fill(step):
+            return None
+        captured = self._find(shape, adapted) or self._try(shape, adapted)
         if captured is None:
             return None
         captured.replay()
@@ -158,11 +161,32 @@ class StepGraphs:
             return logits[:rows]
         return torch.cat((logits[:rows], captured.added[:rows, :columns]), dim=1)
 
+    def next_capture(self) -> Callable[[], None] | None:
+        """Captures a step with adapters before it is wanted; None where none is missing.
+
+        The smallest first: when an engine at rest is asked for something, few ask at once.
+        """
+        if not self._sites.growth:
+            return None
+        missing = [
+            shape
+            for shape in self._steps
+            if (shape, True) not in self._given_up and self._find(shape, adapted=True) is None
+        ]
+        shape = min(missing, key=lambda shape: shape.rows, default=None)
+        return None if shape is None else partial(self._capture_for_nobody, shape)
+
+    @torch.inference_mode()
+    def _capture_for_nobody(self, shape: StepShape) -> None:
+        # What the last step has left would write to blocks that may be others' by now.
+        self._steps[shape].clear()
+        self._try(shape, adapted=True)
+
     def _find(self, shape: StepShape, adapted: bool) -> _Captured | None:
+        """What was captured, unless adapters have outgrown it."""
         captured = self._captured.get((shape, adapted))
-        if captured is None or (adapted and captured.growth < self._sites.growth):
-            return self._try(shape, adapted)
-        return captured
+        outgrown = captured is not None and adapted and captured.growth < self._sites.growth
+        return None if outgrown else captured
 
     def _try(self, shape: StepShape, adapted: bool) -> _Captured | None:
         """Captures a step of what the buffers hold."""

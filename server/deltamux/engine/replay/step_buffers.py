@@ -71,6 +71,7 @@ class StepBuffers:
         self._before_tables = sum(spans(initial[:-1]))
         packed = np.zeros(sum(spans(initial)), np.uint8)
         pack(initial, packed)
+        self._nobody = torch.from_numpy(packed[: self._before_tables].copy())
         self._staged = Staged(torch.from_numpy(packed), device)
         self._host = _Packed[Array](*[t.numpy() for t in unpack(self._staged.host(), initial)])
         self.packed = _Packed[Tensor](*unpack(self._staged.tensor, initial))
@@ -81,6 +82,11 @@ class StepBuffers:
     @property
     def bytes(self) -> int:
         return self._staged.tensor.nbytes + self.block_tables.nbytes + self.logits.nbytes
+
+    def clear(self) -> None:
+        """Puts a step of nobody in place, as large as any shape: it stores no keys."""
+        self._staged.host()[: self._before_tables] = self._nobody
+        self._staged.send(self._before_tables)
 
     def fill(self, step: StepBatch, shape: StepShape) -> None:
         """Puts a step in place, and padding behind it as far as the shape reaches.
@@ -155,6 +161,13 @@ class ShapedStep:
             token_segments=tokens,
             sampled_segments=sampled,
         )
+
+    def clear(self) -> None:
+        """Puts a step of nobody in place; queues copies, waits for none."""
+        self._buffers.clear()
+        self._attention.fill(())
+        for filled, empty in zip(self._adapted, self._plain, strict=True):
+            filled.fill(empty)
 
     def fill(self, step: StepBatch) -> bool:
         """Puts a step in place for the next replay; queues copies, waits for none.
