@@ -1,11 +1,11 @@
-"""The engine's decisions under seeded faults and a virtual clock; any seed replays."""
+"""A model, an engine around it and its clients, all drawn from one seed; any seed replays."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from zlib import crc32
 
@@ -16,16 +16,11 @@ from structlog.testing import capture_logs
 from deltamux.adapters.primitives.virtual_tokens import NO_VIRTUAL, Virtual
 from deltamux.config import EngineConfig
 from deltamux.engine.engine import Engine
-from deltamux.engine.flights import Flights
-from deltamux.engine.kv import block_manager
 from deltamux.engine.kv.block_allocator import BlockAllocator
-from deltamux.engine.kv.block_keys import block_key
 from deltamux.engine.kv.block_manager import BlockManager
 from deltamux.engine.limits import Limits
 from deltamux.engine.outcome import NonFinite, SampledToken
-from deltamux.engine.parts import run_in_parts
 from deltamux.engine.sampling.logit_edits import need_tokens
-from deltamux.engine.scheduling import scheduler
 from deltamux.engine.scheduling.scheduler import Scheduler
 from deltamux.engine.sequence import Sequence
 from deltamux.engine.submission import Submissions
@@ -294,221 +289,35 @@ class Simulation:
                 assert all(got == expected for got in tokens.values())
 
 
-def simulate(seeds, fake_link, fake_adapters, ahead):
-    """Returns what happened in all of them together."""
-    happened = Counter()
-    for seed in seeds:
-        simulation = Simulation(seed, fake_link(), fake_adapters, ahead)
-        try:
-            with capture_logs():
-                simulation.run()
-        except Exception as error:
-            raise AssertionError(f"seed {seed}: {error!r}") from error
-        happened["preemptions"] += simulation.scheduler.num_preemptions
-        happened["prefix hits"] += simulation.blocks.prefix_hits
-        happened["followers"] += simulation.runner.followers
-        happened["evictions"] += simulation.adapters.device_evictions
-        happened.update(message.reason for message in simulation.link.told(RequestFailed))
-    return happened
-
-
 @pytest.fixture(params=[False, True], ids=["lands at once", "runs ahead"])
 def ahead(request):
     return request.param
 
 
-def test_every_seed_keeps_the_promises(fake_link, fake_adapters, ahead):
-    happened = simulate(range(SEEDS), fake_link, fake_adapters, ahead)
-    followers = happened.pop("followers")
-    assert followers > 10 * SEEDS if ahead else followers == 0
-    assert happened.keys() == {
-        "preemptions",
-        "prefix hits",
-        "evictions",
-        "INVALID_ARGUMENT",
-        "PROMPT_LENGTH",
-        "NON_FINITE_OUTPUT",
-        "OUT_OF_MEMORY",
-        "DEADLINE_EXCEEDED",
-    }
-    assert min(happened.values()) > 100
+@pytest.fixture
+def paged_runner() -> type[PagedRunner]:
+    return PagedRunner
 
 
-def _keeps_a_lease(monkeypatch):
-    cancel = Scheduler.cancel
+@pytest.fixture
+def simulate(fake_link, fake_adapters):
+    """Runs SEEDS simulations and returns what happened in all of them together."""
 
-    def forgetful(self, request_id, indices=()):
-        for sequence in self.running:
-            if sequence.request_id == request_id:
-                sequence.slot = None
-        cancel(self, request_id, indices)
+    def run(ahead):
+        happened = Counter()
+        for seed in range(SEEDS):
+            simulation = Simulation(seed, fake_link(), fake_adapters, ahead)
+            try:
+                with capture_logs():
+                    simulation.run()
+            except Exception as error:
+                raise AssertionError(f"seed {seed}: {error!r}") from error
+            happened["simulations"] += 1
+            happened["preemptions"] += simulation.scheduler.num_preemptions
+            happened["prefix hits"] += simulation.blocks.prefix_hits
+            happened["followers"] += simulation.runner.followers
+            happened["evictions"] += simulation.adapters.device_evictions
+            happened.update(message.reason for message in simulation.link.told(RequestFailed))
+        return happened
 
-    monkeypatch.setattr(Scheduler, "cancel", forgetful)
-
-
-def _shares_without_a_reference(monkeypatch):
-    monkeypatch.setattr(BlockAllocator, "share", lambda self, blocks: None)
-
-
-def _shares_the_last_block_too(monkeypatch):
-    monkeypatch.setattr(
-        BlockManager, "_num_reusable", lambda self, num_tokens: num_tokens // BLOCK_SIZE
-    )
-
-
-def _shares_between_adapters(monkeypatch):
-    monkeypatch.setattr(
-        block_manager,
-        "block_key",
-        lambda sequence, index, size: block_key(
-            replace(sequence, adapter="", block_keys=[]), index, size
-        ),
-    )
-
-
-def _shares_what_is_not_computed_yet(monkeypatch):
-    start = BlockManager.start
-
-    def hasty(self, sequence):
-        start(self, sequence)
-        for index in range(self._num_reusable(sequence.num_places)):
-            key = block_key(sequence, index, BLOCK_SIZE)
-            self._allocator.publish(sequence.blocks[index], key)
-
-    monkeypatch.setattr(BlockManager, "start", hasty)
-
-
-def _shares_between_prefixes(monkeypatch):
-    """Virtual tokens of two adapters have the same numbers."""
-    key = block_key
-    monkeypatch.setattr(
-        block_manager,
-        "block_key",
-        lambda sequence, index, size: (
-            b"virtual" + bytes([index])
-            if (index + 1) * size <= sequence.virtual.tokens
-            else key(sequence, index, size)
-        ),
-    )
-
-
-def _forgets_to_fill(monkeypatch):
-    monkeypatch.setattr(PagedRunner, "fill", lambda self, slot, blocks, first: None)
-
-
-def _keeps_computed_tokens_of_the_preempted(monkeypatch):
-    release = BlockManager.release
-
-    def forgetful(self, sequence):
-        computed = sequence.num_computed
-        release(self, sequence)
-        sequence.num_computed = computed
-
-    start = BlockManager.start
-
-    def stale(self, sequence):
-        computed = sequence.num_computed
-        start(self, sequence)
-        sequence.num_computed = max(sequence.num_computed, computed)
-
-    monkeypatch.setattr(BlockManager, "release", forgetful)
-    monkeypatch.setattr(BlockManager, "start", stale)
-
-
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        _keeps_a_lease,
-        _shares_without_a_reference,
-        _shares_the_last_block_too,
-        _shares_between_adapters,
-        _shares_what_is_not_computed_yet,
-        _shares_between_prefixes,
-        _forgets_to_fill,
-        _keeps_computed_tokens_of_the_preempted,
-    ],
-)
-def test_the_simulation_catches_known_mistakes(
-    mutant, monkeypatch, fake_link, fake_adapters, ahead
-):
-    mutant(monkeypatch)
-    with pytest.raises(AssertionError, match="seed"):
-        simulate(range(SEEDS), fake_link, fake_adapters, ahead)
-
-
-def _lets_go_under_a_step(monkeypatch):
-    def hasty(self):
-        while self._leaving:
-            self._release(self._leaving.pop())
-
-    monkeypatch.setattr(Scheduler, "let_go", hasty)
-
-
-def _hears_who_has_ended(monkeypatch):
-    finish = Scheduler.finish
-
-    def forgetful(self, sequence):
-        finish(self, sequence)
-        sequence.ended = False
-
-    monkeypatch.setattr(Scheduler, "finish", forgetful)
-
-
-def _runs_ahead_of_penalties(monkeypatch):
-    monkeypatch.setattr(scheduler, "need_tokens", lambda sampling: False)
-
-
-def _preempts_under_a_step(monkeypatch):
-    monkeypatch.setattr(
-        Scheduler,
-        "can_run_ahead",
-        lambda self: not any(map(scheduler._awaits_outcome, self.running)),
-    )
-
-
-def _builds_on_what_was_not_launched(monkeypatch):
-    launch = Flights.launch
-    monkeypatch.setattr(Flights, "launch", lambda self, step: launch(self, step) or bool(step))
-
-
-def _keeps_what_was_launched_behind_a_failure(monkeypatch):
-    monkeypatch.setattr(Flights, "_discard", lambda self: None)
-
-
-def _parts_what_has_ended(monkeypatch):
-    monkeypatch.setattr(
-        Flights,
-        "_run_in_parts",
-        lambda self, step: run_in_parts(self._runner, step, whole_prompts=False),
-    )
-
-
-def _forgets_the_last_draw(monkeypatch):
-    row = PagedRunner._row
-
-    def stale(self, item):
-        made = row(self, item)
-        return made if made.token_ids else replace(made, token_ids=item.sequence.tokens[-1:])
-
-    monkeypatch.setattr(PagedRunner, "_row", stale)
-
-
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        _lets_go_under_a_step,
-        _hears_who_has_ended,
-        _runs_ahead_of_penalties,
-        _preempts_under_a_step,
-        _builds_on_what_was_not_launched,
-        _keeps_what_was_launched_behind_a_failure,
-        _parts_what_has_ended,
-        _forgets_the_last_draw,
-    ],
-)
-def test_the_simulation_catches_mistakes_of_running_ahead(
-    mutant, monkeypatch, fake_link, fake_adapters
-):
-    mutant(monkeypatch)
-    with pytest.raises(AssertionError, match="seed"):
-        simulate(range(SEEDS), fake_link, fake_adapters, ahead=True)
+    return run
