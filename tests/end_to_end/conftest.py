@@ -18,6 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltamux.config import EngineConfig
+from deltamux.demo.server import Server
 from deltamux.demo.tasks import weights_path
 from deltamux.engine.build import build_engine
 from deltamux.launch.engine_process import EngineProcess
@@ -237,6 +238,24 @@ def engine_config(world: World) -> EngineConfig:
         max_adapter_slots=2,
         threads=1,
     )
+
+
+@pytest.fixture(scope="session")
+def demo_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `--adapter-dir` of `demo_server`: a test may put folders there, and unloads them then."""
+    folder = tmp_path_factory.mktemp("demo") / "adapters"
+    return Path(shutil.copytree(weights_path() / "adapters", folder))
+
+
+@pytest.fixture(scope="session")
+def demo_server(demo_adapters: Path) -> Iterator[Server]:
+    """The server that README and demo talk of, for all tests that leave it as it was."""
+    with Server(
+        *("--model", str(weights_path() / "base"), "--adapter-dir", str(demo_adapters)),
+        *("--adapter-cache-dir", str(demo_adapters.with_name("cache"))),
+        *("--device", "cpu", "--threads", "1"),
+    ) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

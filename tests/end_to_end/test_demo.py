@@ -4,12 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from deltamux.demo import run as demo
+from deltamux.demo.server import Server
 from deltamux.demo.tasks import TASKS
 
 
@@ -38,8 +40,11 @@ def test_every_adapter_answers_right_in_shared_steps(tmp_path: Path):
     assert "grpcurl" in done.stdout and "from deltamux.client import" in done.stdout
 
 
-def test_a_wrong_answer_is_shown_and_fails(monkeypatch: pytest.MonkeyPatch, capsys):
-    """The same server, asked through one adapter whose task is misunderstood."""
+def test_a_wrong_answer_is_shown_and_fails(
+    demo_server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Such a server, asked through one adapter whose task is misunderstood."""
+    monkeypatch.setattr(demo, "Server", lambda *arguments: nullcontext(demo_server))
     task = next(task for task in TASKS if task.name == "rot13")
     monkeypatch.setattr(demo, "TASKS", (replace(task, answer=str.swapcase),))
     monkeypatch.setenv("COLUMNS", "160")

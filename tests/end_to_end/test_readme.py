@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -16,23 +15,12 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 from deltamux.client import Client
 from deltamux.demo.server import Server
-from deltamux.demo.tasks import weights_path
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    weights, cache = weights_path(), tmp_path_factory.mktemp("cache")
-    with Server(
-        *("--model", str(weights / "base"), "--adapter-dir", str(weights / "adapters")),
-        *("--device", "cpu", "--threads", "1", "--adapter-cache-dir", str(cache)),
-    ) as server:
-        yield server
-
-
-def test_server_info_names_each_family_once(server: Server):
-    with Client(server.target, timeout=60) as client:
+def test_server_info_names_each_family_once(demo_server: Server):
+    with Client(demo_server.target, timeout=60) as client:
         families = list(client.server_info().families)
     assert "lora" in families and families == sorted(set(families))
 
@@ -41,9 +29,9 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_python(server: Server, capsys: pytest.CaptureFixture[str]):
+def test_python(demo_server: Server, capsys: pytest.CaptureFixture[str]):
     (example,) = blocks("python")
-    exec(example.replace("localhost:8000", server.target), {})
+    exec(example.replace("localhost:8000", demo_server.target), {})
     assert capsys.readouterr().out == "GOOD MORNING\ntbbq zbeavat"
 
 
@@ -63,11 +51,11 @@ def curl(channel: grpc.Channel, method: str, data: str) -> list[dict[str, object
     return [json.loads(json_format.MessageToJson(reply)) for reply in every]
 
 
-def test_grpcurl(server: Server):
+def test_grpcurl(demo_server: Server):
     (example,) = blocks("sh")
     commands = example.replace("\\\n", " ").strip().splitlines()
     pattern = r"grpcurl -plaintext (?:-d '(.*)' +)?localhost:8000 (\S+)"
-    with grpc.insecure_channel(server.target) as channel:
+    with grpc.insecure_channel(demo_server.target) as channel:
         replies = {
             method: curl(channel, method, data or "{}")
             for data, method in (re.fullmatch(pattern, command).groups() for command in commands)
