@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -24,17 +24,26 @@ class PackedMatrices:
     both [slots + 1], live on the arena's device for the Triton and C forms; `views` holds the same
     matrices for the torch forms. The slot after the last never has a matrix: tiles that name it end
     their programs at once.
+
+    In an arena of float32, a store that `halves` keeps a matrix of bfloat16 in half as many
+    elements, and its offset is one more.
     """
 
     def __init__(
-        self, arena: torch.Tensor, slots: int, width: int, host_read: bool = False
+        self,
+        arena: torch.Tensor,
+        slots: int,
+        width: int,
+        host_read: bool = False,
+        halves: bool = False,
     ) -> None:
         """`host_read`: no kernel finds these matrices by slot, the host does in every step, so that
-        no captured step stands for one that meets them.
+        no captured step stands for one that meets them. `halves`: only C code finds them.
         """
         self.arena = arena
         self.width = width
         self.host_read = host_read
+        self.halves = halves
         # Rows of the tallest matrix that launches of `CapturedSegments` have programs for.
         self.reach = 0
         self.offsets = torch.zeros(slots + 1, dtype=torch.int64, device=arena.device)
@@ -42,6 +51,14 @@ class PackedMatrices:
         self.views: list[torch.Tensor | None] = [None] * slots
         self.transposed: list[torch.Tensor | None] = [None] * slots
         self._rows_on_host = [0] * slots
+
+    def elements(self, matrices: Sequence[torch.Tensor]) -> int:
+        """Of the arena, that these take as one, concatenated."""
+        numbers = sum(matrix.numel() for matrix in matrices)
+        return -(-numbers // 2) if self._in_half(matrices) else numbers
+
+    def _in_half(self, matrices: Iterable[torch.Tensor]) -> bool:
+        return self.halves and all(matrix.dtype == torch.bfloat16 for matrix in matrices)
 
     def write(self, slot: int, offset: int, matrix: torch.Tensor) -> None:
         """Copy `matrix` [rows, width] to `arena[offset:]` and make it the slot's own.
@@ -51,18 +68,21 @@ class PackedMatrices:
         `ALIGNMENT`, or a matrix that does not fit the arena.
         """
         rows, width = matrix.shape
-        end = offset + matrix.numel()
+        end, half = offset + self.elements([matrix]), self._in_half([matrix])
         if width != self.width:
             raise ValueError(f"matrix is {width} wide, this site is {self.width}")
         if offset % ALIGNMENT or offset < 0 or end > self.arena.numel():
             raise ValueError(f"[{offset}, {end}) is no aligned extent of {self.arena.numel()}")
-        self.arena[offset:end].view(rows, width).copy_(matrix)
-        self.offsets[slot].fill_(offset)
+        place = self.arena[offset:end]
+        if half:
+            place = place.view(torch.bfloat16)[: matrix.numel()]
+        own = place.view(rows, width).copy_(matrix)
+        self.offsets[slot].fill_(offset + half)
         self.rows[slot].fill_(rows)
-        self._point(slot, offset, rows)
+        self._point(slot, own)
 
-    def _point(self, slot: int, offset: int, rows: int) -> None:
-        view = self.arena[offset : offset + rows * self.width].view(rows, self.width)
+    def _point(self, slot: int, view: torch.Tensor) -> None:
+        rows = view.shape[0]
         self._rows_on_host[slot] = rows
         self.views[slot] = view if rows else None
         self.transposed[slot] = view.t() if rows else None
@@ -127,4 +147,5 @@ class DividedMatrices(PackedMatrices):
     def _divide(self, own: slice, offsets: list[int], rows: int) -> None:
         self.parts.rows[own].fill_(rows)
         for part, offset in enumerate(offsets, start=own.start):
-            self.parts._point(part, offset, rows)
+            matrix = self.arena[offset : offset + rows * self.width].view(rows, self.width)
+            self.parts._point(part, matrix)

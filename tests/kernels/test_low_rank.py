@@ -330,6 +330,32 @@ def test_a_rows_bits_do_not_depend_on_the_threads(width: int, columns: int) -> N
 
 
 @pytest.mark.skipif(not native.available(), reason="there is no C compiler")
+@pytest.mark.parametrize(
+    ("width", "columns"), [(37, 70), (16, 133), (100, 2100), (1, 31), (768, 512)]
+)
+def test_bfloat16_numbers_give_the_bits_that_they_give_as_floats(width: int, columns: int) -> None:
+    """Side by side with a slot of floats, as many rows and ranks as are cut in any way."""
+    x, before = torch.randn(83, width), torch.randn(83, columns)
+    segments = Segments.build([(0, 0, 1), (2, 1, 6), (1, 8, 40), (3, 40, 83)], x.device)
+    ranks = (1, 7, 9, 38)
+    a = [torch.randn(rank, width).bfloat16() for rank in ranks]
+    b = [torch.randn(rank, columns).bfloat16() for rank in ranks]
+    answers = []
+    for halves in (False, True):
+        arena = torch.full((55 * (width + columns) + 8 * ALIGNMENT,), torch.nan)
+        stores = [PackedMatrices(arena, 4, n, halves=halves) for n in (width, columns)]
+        end = 0
+        for store, matrices in zip(stores, (a, b), strict=True):
+            for slot, matrix in enumerate(matrices):
+                store.write(slot, end, matrix.float() if slot == 2 else matrix)
+                end += -(-matrix.numel() // ALIGNMENT) * ALIGNMENT
+        h = shrink_native(x, stores[0], segments)
+        expand(y := before.clone(), h, stores[1], Columns(4, x.device), segments)
+        answers.append(y)
+    assert torch.equal(*answers) and not answers[0].isnan().any()
+
+
+@pytest.mark.skipif(not native.available(), reason="there is no C compiler")
 def test_an_output_whose_columns_are_apart_is_computed_all_the_same() -> None:
     arena = torch.randn(1000)
     a, b = PackedMatrices(arena, 1, 5), PackedMatrices(arena, 1, 6)

@@ -21,6 +21,20 @@ def test_a_matrix_takes_its_own_elements_and_nothing_beside_them() -> None:
     assert packed.most_rows({0, 1}) == 3 and packed.most_rows({0}) == 0
 
 
+def test_a_store_that_halves_keeps_bfloat16_in_half_the_elements() -> None:
+    arena = torch.full((256,), torch.nan)
+    packed = PackedMatrices(arena, slots=2, width=5, halves=True)
+    matrix = torch.arange(15.0).view(3, 5)
+    packed.write(1, 64, matrix.bfloat16())
+    assert packed.elements([matrix.bfloat16()]) == 8 and packed.offsets[1] == 65
+    assert torch.equal(arena[64:72].view(torch.bfloat16)[:15], torch.arange(15.0).bfloat16())
+    assert arena[:64].isnan().all() and arena[72:].isnan().all()
+    assert packed.views[1] is not None and torch.equal(packed.views[1].float(), matrix)
+    packed.write(1, 64, matrix)
+    assert packed.elements([matrix.bfloat16(), matrix]) == 30 and packed.offsets[1] == 64
+    assert torch.equal(arena[64:79], torch.arange(15.0)) and arena[79:].isnan().all()
+
+
 def test_a_cleared_slot_has_no_matrix() -> None:
     packed = PackedMatrices(torch.zeros(128), slots=2, width=4)
     packed.write(0, 64, torch.ones(2, 4))

@@ -12,7 +12,9 @@ from deltamux_kernels.segments import Segments
 
 
 class Payload(Protocol):
-    """One primitive's tensors of one adapter at one site, in host memory and the serving dtype."""
+    """One primitive's tensors of one adapter at one site, in host memory and the serving dtype;
+    those of `LowRank` may be in bfloat16 where that is float32 and they are the same numbers.
+    """
 
     @property
     def tensors(self) -> tuple[Tensor, ...]: ...

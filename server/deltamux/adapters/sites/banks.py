@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from deltamux.adapters.primitives.added_tokens import (
@@ -62,6 +63,7 @@ from deltamux.adapters.primitives.virtual_tokens import (
 from deltamux.base.experts import Experts
 from deltamux.base.norm_form import find_norm_form
 from deltamux.base.structure import SiteSpec, Structure
+from deltamux_kernels import native
 from deltamux_kernels.expand import Columns
 from deltamux_kernels.packed import DividedMatrices, PackedMatrices
 from deltamux_kernels.pair_rotate import PairFactors
@@ -92,6 +94,8 @@ class BankFactory:
         self._arena = arena
         self._slots = slots
         self._structure = structure
+        # Compiled now, not in somebody's first step.
+        self.in_c = arena.dtype == torch.float32 and not arena.is_cuda and native.available()
         self.prefixes = self._prefixes()
         self._shared: dict[int, SharedInput] = {}
         self._last_order: dict[int, int] = {}
@@ -158,7 +162,7 @@ class BankFactory:
         shared = self._shared_input(spec)
         last = spec.group is None or spec.order == self._last_order[spec.group]
         bias = self._structure.bias(spec.name)
-        b = self._store(spec.out_features)
+        b = self._low_rank_store(spec.out_features)
         banks: dict[type[Payload], OutputBank] = {
             Dense: DenseBank(self._store(spec.in_features), self._store(spec.out_features)),
             TokenRows: HeadTokenBank(self._tokens(spec.in_features)),
@@ -202,9 +206,9 @@ class BankFactory:
 
     def _shared_input(self, spec: SiteSpec) -> SharedInput:
         if spec.group is None:
-            return SharedInput(self._store(spec.in_features), spec.in_features)
+            return SharedInput(self._low_rank_store(spec.in_features), spec.in_features)
         if spec.group not in self._shared:
-            a = self._store(spec.in_features)
+            a = self._low_rank_store(spec.in_features)
             self._shared[spec.group] = SharedInput(a, spec.in_features)
         return self._shared[spec.group]
 
@@ -216,6 +220,9 @@ class BankFactory:
 
     def _store(self, width: int) -> PackedMatrices:
         return PackedMatrices(self._arena, self._slots, width)
+
+    def _low_rank_store(self, width: int) -> PackedMatrices:
+        return PackedMatrices(self._arena, self._slots, width, halves=self.in_c)
 
     def _host_store(self, width: int) -> PackedMatrices:
         """Of a bank that looks slots up on the host in every step."""

@@ -26,7 +26,6 @@ from deltamux.adapters.sites.site import Site
 from deltamux.base import huge_pages
 from deltamux.base.experts import PROJECTIONS, Experts
 from deltamux.base.structure import SiteSpec, Structure
-from deltamux_kernels import native
 from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
 from deltamux_kernels.segments import Segments
 
@@ -38,6 +37,7 @@ _IN_C = (LowRankBank, RowScaleBank, RowBiasBank, InputScaleBank)
 class _Stack:
     """Matrices that one adapter has in one store, one below the other."""
 
+    store: PackedMatrices
     offset: int = 0
     rows: int = 0
     elements: int = 0
@@ -49,7 +49,7 @@ class _Stack:
         row = self.rows
         self.matrices.append(matrix)
         self.rows += matrix.shape[0]
-        self.elements += matrix.numel()
+        self.elements = self.store.elements(self.matrices)
         return row
 
 
@@ -69,7 +69,9 @@ class _Layout:
     def add(self, sites: Acting, bank: Bank, payload: Payload) -> None:
         """A payload for `bank`, which makes these sites act."""
         pieces = bank.pieces(payload)
-        rows = [self.stacks.setdefault(store, _Stack()).add(matrix) for store, matrix in pieces]
+        rows = [
+            self.stacks.setdefault(store, _Stack(store)).add(matrix) for store, matrix in pieces
+        ]
         self.placements.append((sites, bank, rows))
         if sites:
             self.acting.update(store for store, _ in pieces)
@@ -96,8 +98,7 @@ class DeviceSites:
         self._allocator = ArenaAllocator(arena_bytes // self._item, ALIGNMENT)
         arena = huge_pages.zeros(self._allocator.capacity, dtype, device)
         factory = BankFactory(arena, slots, structure)
-        # Compiled now, not in somebody's first step.
-        self._in_c = device.type == "cpu" and native.available() and dtype == torch.float32
+        self._in_c = factory.in_c
         self.prefixes = factory.prefixes
         self._sites = {
             spec.name: _install(model, spec, factory.banks(spec), rows)
