@@ -27,7 +27,14 @@ def test_both_answer_as_in_adapterhub(name: str, serve: Make, golden: Make) -> N
 
 
 @pytest.mark.parametrize(
-    ("version", "factor"), [("adapters.1.0.1", 0.5), ("adapters.1.1.0", 1), ("3.2.1", 1)]
+    ("version", "factor"),
+    [
+        ("adapters.1.0.1", 0.5),
+        ("adapters.0.0.0.dev1", 0.5),
+        ("adapters.1.1.0.dev0", 0.5),
+        ("adapters.1.1.0", 1),
+        ("3.2.1", 1),
+    ],
 )
 def test_before_1_1_the_scale_was_one(
     version: str, factor: float, changed: Make, serve: Make
@@ -38,6 +45,25 @@ def test_before_1_1_the_scale_was_one(
     meant = served.parse(changed("lora", {"version": version})).payloads
     for name, (payload,) in told.items():
         torch.testing.assert_close(meant[name][0].b, payload.b * factor)
+
+
+@pytest.mark.parametrize("adapter", ["mtl_lora", "lora_and_houlsby"])
+def test_no_other_method_is_corrected(adapter: str, changed: Make, serve: Make) -> None:
+    served = serve("adapterhub/llama")
+    told = served.parse(GOLDENS / "llama" / adapter).payloads
+    old = served.parse(changed(adapter, {"version": "adapters.1.0.1"})).payloads
+    for name, payloads in told.items():
+        for payload, same in zip(payloads, old[name], strict=True):
+            for tensor, other in zip(payload.tensors, same.tensors, strict=True):
+                assert torch.equal(tensor, other)
+
+
+@pytest.mark.parametrize("version", ["adapters.x", 1])
+def test_a_version_that_is_none_is_refused(
+    version: object, changed: Make, serve: Make, reason: Make
+) -> None:
+    folder = changed("lora", {"version": version})
+    assert reason(serve("adapterhub/llama"), folder) == "BAD_FIELD"
 
 
 @pytest.mark.parametrize(

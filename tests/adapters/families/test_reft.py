@@ -32,6 +32,7 @@ def test_what_such_an_adapter_is_said_to_be(serve: Make) -> None:
     [
         ({"orthogonality": False}, "UNSUPPORTED_FEATURE"),
         ({"suffix_positions": 1}, "UNSUPPORTED_FEATURE"),
+        ({"output_reft": False}, "UNSUPPORTED_FEATURE"),
         ({"non_linearity": "relu"}, "UNSUPPORTED_FEATURE"),
         ({"dtype": "float16"}, "UNSUPPORTED_FEATURE"),
         ({"prefix_positions": 0}, "BAD_FIELD"),

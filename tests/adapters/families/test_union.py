@@ -69,6 +69,24 @@ def test_members_are_served_or_refused(
     assert reason(serve("adapterhub/llama"), folder) == expected
 
 
+def test_members_are_named_alike(changed: Make, serve: Make, reason: Make) -> None:
+    """AdapterHub reads a file as a bare model's or as that of one with a head."""
+
+    def rename(name: str) -> str:
+        return name.removeprefix("model.") if ".loras." in name else name
+
+    folder = changed("lora_and_houlsby", tensors=rename)
+    assert reason(serve("adapterhub/llama"), folder) == "EXTRA_TENSORS"
+
+
+def test_names_of_functions_are_those_of_today(changed: Make, serve: Make) -> None:
+    """In adapters older than versions AdapterHub translates them, but not inside a union."""
+    configs = [LORA, {**HOULSBY, "non_linearity": "gelu"}]
+    folder = changed("lora_and_houlsby", {"version": None}, configs=configs)
+    payloads = serve("adapterhub/llama").parse(folder).payloads["model.layers.0.mlp.down_proj"]
+    assert {getattr(payload, "activation", None) for payload in payloads} == {None, "gelu"}
+
+
 def test_a_union_has_nothing_but_members(changed: Make, serve: Make, reason: Make) -> None:
     folder = changed("lora_and_houlsby", mystery=1)
     assert reason(serve("adapterhub/llama"), folder) == "UNKNOWN_FIELD"

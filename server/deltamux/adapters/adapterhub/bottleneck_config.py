@@ -128,7 +128,7 @@ def read_bottleneck_config(hub: AdapterHubConfig) -> BottleneckConfig:
         mlp=fields.take_bool("output_adapter"),
         left_out=take_layers(fields),
         reduction=_reduction(fields.take("reduction_factor")),
-        activation=_activation(take_text(fields, "non_linearity"), hub.version is not None),
+        activation=_activation(take_text(fields, "non_linearity"), hub.versioned),
         parallel=fields.take_bool("is_parallel"),
         original_ln_before=fields.take_bool("original_ln_before"),
         original_ln_after=fields.take_bool("original_ln_after", True),

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from deltamux.adapters.checkpoint.strict_json import quoted
 from deltamux.errors import FailedPrecondition, InvalidArgument
+
+# Stands beside the model, whose prefix it never has.
+LANGUAGE_HEAD = "lm_head.weight"
+
+
+def require_one_form(names: Collection[str], prefix: str) -> None:
+    """Raises InvalidArgument (EXTRA_TENSORS) for a name without the prefix that others have.
+
+    AdapterHub reads a file as that of a bare model or as one that has a head, never as both.
+    """
+    inside = {name for name in names if name.startswith(f"{prefix}.")}
+    for name in names if inside else ():
+        if name not in inside and name != LANGUAGE_HEAD:
+            raise _extra(name, f"without the {quoted(prefix)} that other names begin with")
 
 
 class KeyedTensors:
@@ -18,14 +32,13 @@ class KeyedTensors:
         self._left: dict[str, Tensor] = {}
         # Numbers in the tensors that were taken.
         self.taken = 0
+        require_one_form(tensors.keys(), prefix)
         for name, tensor in tensors.items():
             if not tensor.is_floating_point():
                 message = f"{quoted(name)} has dtype {tensor.dtype}"
                 raise InvalidArgument(message, reason="MALFORMED_WEIGHTS")
             key = name.removeprefix(f"{prefix}.")
-            if key in self._left:
-                raise _extra(name, "there with and without its prefix")
-            self._left[key] = tensor
+            self._left[name if key == LANGUAGE_HEAD else key] = tensor
 
     def take_any(self, name: str) -> Tensor | None:
         """A tensor of any shape that may be missing, as it is in the file."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from deltamux.adapters.adapterhub.keyed_tensors import KeyedTensors
+from deltamux.adapters.adapterhub.keyed_tensors import LANGUAGE_HEAD, KeyedTensors
 from deltamux.adapters.payloads.base_fit import is_copy
 from deltamux.adapters.payloads.replacement import replacement
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.base.structure import Structure
 from deltamux.errors import FailedPrecondition
-
-_WEIGHT = "lm_head.weight"
 
 
 def take_language_head(
@@ -21,16 +19,16 @@ def take_language_head(
 
     Raises FailedPrecondition (UNSUPPORTED_FEATURE) for a trained one that changes embeddings too.
     """
-    weight = tensors.take_any(_WEIGHT)
+    weight = tensors.take_any(LANGUAGE_HEAD)
     if weight is None:
         return {}, ()
-    if f"{structure.head}.weight" != _WEIGHT:
-        raise FailedPrecondition(f"the base model has no {_WEIGHT}", reason="BASE_MISMATCH")
+    if f"{structure.head}.weight" != LANGUAGE_HEAD:
+        raise FailedPrecondition(f"the base model has no {LANGUAGE_HEAD}", reason="BASE_MISMATCH")
     if is_copy(weight, structure.weight(structure.head)):
-        return {}, (f"copy of the base left out: {_WEIGHT}",)
+        return {}, (f"copy of the base left out: {LANGUAGE_HEAD}",)
     if structure.tied:
         raise FailedPrecondition(
-            f"{_WEIGHT} differs from the base model's, which is tied to its embeddings",
+            f"{LANGUAGE_HEAD} differs from the base model's, which is tied to its embeddings",
             reason="UNSUPPORTED_FEATURE",
         )
     site = structure.sites[structure.head]

@@ -35,8 +35,6 @@ from deltamux.errors import FailedPrecondition, InvalidArgument
 
 _ATTENTION = ("q", "k", "v")
 _MAX_RANK = 1 << 12
-# Before this version of `adapters`, LoRA was trained with another scale than the config says.
-_SCALED_AS_TOLD = (1, 1)
 
 # The float32 payloads of a module; its tensors' names begin with the key.
 Read = Callable[[SiteSpec, str], tuple[Payload, ...]]
@@ -89,7 +87,7 @@ class LinearMethod(ABC):
     ) -> Parsed:
         hub = read_adapterhub_config(manifest.fields, structure)
         keyed = KeyedTensors(tensors, hub.names.model)
-        rank, scaling = _read_scaling(hub)
+        rank, scaling = _read_scaling(hub, manifest.type)
         sites = dict(_sites(_read_places(hub.fields), hub, structure))
         if not sites:
             raise InvalidArgument("the config targets no module", reason="NO_TARGETS")
@@ -129,11 +127,12 @@ def _method(manifest: Manifest) -> Json:
     return None
 
 
-def _read_scaling(hub: AdapterHubConfig) -> tuple[int, float]:
+def _read_scaling(hub: AdapterHubConfig, architecture: str) -> tuple[int, float]:
     """Rank, and alpha over it."""
     rank = as_integer("r", hub.fields.take("r"), 1, _MAX_RANK)
     alpha = as_number("alpha", hub.fields.take("alpha"), 1e6)
-    if hub.version not in (None, (0, 0)) and hub.version < _SCALED_AS_TOLD:
+    # AdapterHub corrects no other.
+    if hub.misscaled and architecture == "lora":
         alpha = float(rank)
     return rank, alpha / rank
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from packaging.version import InvalidVersion, Version
+
 from deltamux.adapters.checkpoint.fields import Fields, as_integer, refuse_field, unsupported
 from deltamux.adapters.checkpoint.strict_json import Json, quoted
 from deltamux.base.structure import Structure
@@ -13,6 +15,8 @@ from deltamux.errors import FailedPrecondition
 
 # Where the adapter comes from.
 _PROVENANCE = ("config_id", "model_name", "type")
+# How versions of `adapters` begin, and the first whose LoRA was trained as its config says.
+_ADAPTERS, _SCALED_AS_TOLD = "adapters.", Version("1.1.0")
 
 _LLAMA = {
     "q": "self_attn.q_proj",
@@ -57,12 +61,13 @@ _MODELS = {
 class AdapterHubConfig:
     """`name` stands in every tensor's name; `fields` are those of the method, unread.
 
-    `version` is that of `adapters`, (0, 0) where another library wrote the config, None where it
-    is older than versions.
+    `versioned` is false where the config is older than versions, `misscaled` where LoRA was trained
+    with another scale than it says.
     """
 
     name: str
-    version: tuple[int, int] | None
+    versioned: bool
+    misscaled: bool
     names: ModelNames
     fields: Fields
 
@@ -71,9 +76,11 @@ def read_adapterhub_config(values: Mapping[str, Json], structure: Structure) -> 
     """Raises InvalidArgument or FailedPrecondition for what is not understood, or another base."""
     outer = Fields(values)
     _require_no_head(outer.take("model_class"))
+    version = outer.take("version")
     config = AdapterHubConfig(
         name=take_text(outer, "name"),
-        version=_version(outer.take("version")),
+        versioned=version is not None,
+        misscaled=_precedes_scale(version),
         names=_names(take_text(outer, "model_type"), structure),
         fields=Fields(outer.take_table("config")),
     )
@@ -81,6 +88,11 @@ def read_adapterhub_config(values: Mapping[str, Json], structure: Structure) -> 
     outer.discard(_PROVENANCE)
     outer.require_none_left()
     return config
+
+
+def model_prefix(structure: Structure) -> str:
+    """What names of tensors begin with where the model has a head. Raises as `parse` does."""
+    return _names(structure.model_type, structure).model
 
 
 def layers(structure: Structure) -> dict[str, int]:
@@ -110,11 +122,18 @@ def _require_no_head(model_class: Json) -> None:
         raise unsupported(f"model_class = {quoted(model_class)}")
 
 
-def _version(value: Json) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    match = re.match(r"adapters\.(\d{1,4})\.(\d{1,4})", str(value))
-    return (int(match[1]), int(match[2])) if match else (0, 0)
+def _precedes_scale(version: Json) -> bool:
+    """Other libraries, whose versions begin otherwise, had it right."""
+    if version is None:
+        return False
+    if not isinstance(version, str):
+        refuse_field("version", version, "a text")
+    if not version.startswith(_ADAPTERS):
+        return False
+    try:
+        return Version(version.removeprefix(_ADAPTERS)) < _SCALED_AS_TOLD
+    except InvalidVersion:
+        refuse_field("version", version, "a version")
 
 
 def _names(model_type: str, structure: Structure) -> ModelNames:

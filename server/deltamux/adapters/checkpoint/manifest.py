@@ -72,12 +72,13 @@ def read_manifest(folder: Path) -> Manifest:
 def member_of_union(union: Manifest, config: Json) -> Manifest:
     """The manifest that one of several methods in an adapter of AdapterHub's would have alone.
 
+    AdapterHub corrects what configs of old versions say, but not what those in a union say.
     Raises InvalidArgument for a config that is none.
     """
     if not isinstance(config, dict):
         message = f"{CONFIG}: {quoted(config)} in configs is no object"
         raise InvalidArgument(message, reason="BAD_FIELD", field="configs")
-    fields = {**union.fields, "config": config}
+    fields = {**union.fields, "config": config, "version": "a union's"}
     return Manifest(union.library, _adapterhub_type(fields), fields, union.task)
 
 

@@ -22,7 +22,7 @@ from deltamux.errors import InvalidArgument
 
 _MAX_COUNT = 1 << 16
 
-_HARMLESS = ("architecture", "dropout", "init_weights_seed", "output_reft")
+_HARMLESS = ("architecture", "dropout", "init_weights_seed")
 
 
 class LoReft:
@@ -73,6 +73,8 @@ class _Config:
 
 def _read_config(fields: Fields) -> _Config:
     fields.require_off({"suffix_positions": 0, "non_linearity": None, "dtype": "float32"})
+    if not fields.take_bool("output_reft", True):
+        raise unsupported("output_reft = false, which leaves ReFT out,")
     if not fields.take_bool("orthogonality"):
         raise unsupported("orthogonality = false (NoReFT or DiReFT, the file does not tell which)")
     config = _Config(

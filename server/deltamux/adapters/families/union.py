@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from deltamux.adapters.adapterhub.keyed_tensors import require_one_form
+from deltamux.adapters.adapterhub.model import model_prefix
 from deltamux.adapters.checkpoint.fields import Fields, refuse_field, unsupported
 from deltamux.adapters.checkpoint.manifest import Manifest, member_of_union
 from deltamux.adapters.family import Family, Parsed
@@ -46,6 +48,7 @@ class Union:
         dtype: torch.dtype,
     ) -> Parsed:
         manifests = _manifests(manifest)
+        require_one_form(tensors.keys(), model_prefix(structure))
         shares = _shares([member.type for member in manifests], tensors)
         parsed = [
             self._family(member).parse(member, share, structure, dtype)
