@@ -129,6 +129,16 @@ def test_what_is_said_is_sent():
     assert (request.stopping.max_tokens, list(request.stopping.stop)) == (3, ["."])
 
 
+def test_messages_are_a_chat():
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    request = generate_request(messages, adapter="a")
+    assert [(m.role, m.content) for m in request.chat.messages] == [
+        ("system", "be brief"),
+        ("user", "hello"),
+    ]
+    assert request.WhichOneof("input") == "chat" and request.adapter == "a"
+
+
 def test_requests_without_tokens_to_generate():
     classify = classify_request("good", adapter="a", text_pair="bad")
     assert (classify.text, classify.adapter, classify.text_pair) == ("good", "a", "bad")

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
+from deltamux.cli import main
 from deltamux.client import Client
 from deltamux.demo.server import Server
 
@@ -33,6 +34,16 @@ def test_python(demo_server: Server, capsys: pytest.CaptureFixture[str]):
     (example,) = blocks("python")
     exec(example.replace("localhost:8000", demo_server.target), {})
     assert capsys.readouterr().out == "GOOD MORNING\ntbbq zbeavat"
+
+
+@pytest.mark.parametrize("asked", [["good morning\n"], ["--chat", "good morning"]])
+def test_a_terminal(asked: list[str], demo_server: Server, capsys: pytest.CaptureFixture[str]):
+    target = ("--target", demo_server.target, "--timeout", "60")
+    assert main(["generate", *asked, "--adapter", "upper-case", *target]) == 0
+    assert main(["adapters", "list", *target]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("GOOD MORNING\n")
+    assert re.search(r"^upper-case +[0-9a-f]{12} +lora +12 +device ", shown, re.M), shown
 
 
 def curl(channel: grpc.Channel, method: str, data: str) -> list[dict[str, object]]:

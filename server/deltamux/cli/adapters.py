@@ -21,8 +21,10 @@ PROGRAM = "deltamux adapters"
 class _Remote(Command):
     """Options of every command that talks to a server's administration."""
 
-    target: str = option(DEFAULT_TARGET, help="the server's admin port", metavar="HOST:PORT")
-    timeout: float | None = option(None, gt=0, help="gives up after", metavar="SECONDS")
+    target: str = option(
+        DEFAULT_TARGET, help="the server, or its --admin-port", metavar="HOST:PORT"
+    )
+    timeout: float | None = option(None, gt=0, help="longest wait for an answer", metavar="SECONDS")
 
 
 class List(_Remote):

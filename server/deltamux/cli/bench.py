@@ -40,7 +40,9 @@ class Bench(Command):
 
     # Words, because the parser of lists reads no infinity.
     request_rate: list[str] = option(
-        ["inf"], help="requests a second; repeatable; inf: all at once", metavar="RATE"
+        ["inf"],
+        help="requests a second; repeatable; all at once when absent, or inf",
+        metavar="RATE",
     )
     burstiness: float = option(
         1.0, gt=0, help="shape of the gamma arrivals: 1 is Poisson, less is burstier", metavar="K"

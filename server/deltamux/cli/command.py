@@ -96,7 +96,7 @@ class _Parser(argparse.ArgumentParser):
             self._section = self.add_argument_group(title)
         metavar, _, text = settings["help"].partition("|")
         # What pydantic-settings says of a default that is no value.
-        settings["help"] = re.sub(r" *\(default(: |: None| factory: \w+)\)", "", text)
+        settings["help"] = re.sub(r" *\(default(: |: None|: \[.*\]| factory: \w+)\)", "", text)
         if metavar:
             settings["metavar"] = metavar
         if len(names) > 1:

@@ -54,7 +54,9 @@ class Extract(Report):
     logits: bool = option(
         True, help="run base, fine-tune and adapter on sample prompts, in float32, one by one"
     )
-    prompts: Path | None = option(None, help="these prompts, one a line", metavar="FILE")
+    prompts: Path | None = option(
+        None, help="prompts, one a line; our own when absent", metavar="FILE"
+    )
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -12,13 +12,15 @@ from deltamux.client import DEFAULT_TARGET, Client, ClientError, generate_reques
 
 
 class Generate(Command):
-    """Send a prompt to a server and print its answer as it is generated."""
+    """Send a prompt to a server and print its answer as it is generated; what is left open is as
+    the model's generation config has it, and an answer as long as the context."""
 
     prompt: CliPositionalArg[str] = option(help="the text; - reads it from standard input")
     target: str = option(DEFAULT_TARGET, help="the server", metavar="HOST:PORT")
     adapter: str = option(
         "", help='"name" or "name@version"; the base when absent', metavar="ADAPTER"
     )
+    chat: bool = option(False, help="as a user's message, under the model's chat template")
     max_tokens: int | None = option(None, ge=1, help="longest answer", metavar="TOKENS")
     temperature: float | None = option(None, ge=0, help="0 is greedy", metavar="T")
     top_p: float | None = option(None, gt=0, le=1, help="nucleus sampling", metavar="P")
@@ -27,13 +29,16 @@ class Generate(Command):
     stop: list[str] = option(
         default_factory=list, help="a text that ends the answer; repeatable", metavar="TEXT"
     )
-    timeout: float | None = option(None, gt=0, help="gives up after", metavar="SECONDS")
+    timeout: float | None = option(
+        None, gt=0, help="longest wait for the answer", metavar="SECONDS"
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
     options = Generate.parse("deltamux generate", arguments)
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
     request = generate_request(
-        sys.stdin.read() if options.prompt == "-" else options.prompt,
+        [{"role": "user", "content": text}] if options.chat else text,
         adapter=options.adapter,
         max_tokens=options.max_tokens,
         temperature=options.temperature,

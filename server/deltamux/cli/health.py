@@ -12,7 +12,7 @@ class Health(Command):
     """Ask a server whether it is ready; exit 0 when it is, 1 when not."""
 
     target: str = option(DEFAULT_TARGET, help="the server", metavar="HOST:PORT")
-    timeout: float = option(5.0, gt=0, help="gives up after", metavar="SECONDS")
+    timeout: float = option(5.0, gt=0, help="longest wait for an answer", metavar="SECONDS")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -50,11 +50,16 @@ class Serve(Command):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", help="of weights and arithmetic; auto is the model's own, float32 on a CPU"
     )
-    threads: int | None = option(None, ge=1, help="threads of torch on a CPU", metavar="N")
-    seed: int = option(0, help="where unseeded requests draw from", metavar="N")
+    threads: int | None = option(
+        None, ge=1, help="threads on a CPU; as many as torch takes when absent", metavar="N"
+    )
+    seed: int = option(0, help="of the requests that bring none", metavar="N")
 
     max_model_len: int | None = option(
-        None, ge=1, help="longest prompt and answer together, in tokens", metavar="TOKENS"
+        None,
+        ge=1,
+        help="longest prompt and answer together; the model's own when absent",
+        metavar="TOKENS",
     )
     max_num_seqs: int = option(64, ge=1, help="most sequences in a step", metavar="N")
     max_num_batched_tokens: int = option(1024, ge=1, help="most tokens in a step", metavar="TOKENS")
@@ -63,7 +68,7 @@ class Serve(Command):
         0.9, gt=0, le=1, help="share of the GPU's memory to use", metavar="SHARE"
     )
     kv_cache_bytes: ByteSize | None = option(
-        None, help="memory for the KV cache, 4GiB for one", metavar="SIZE"
+        None, help="memory for the KV cache, as 4GiB; what is left when absent", metavar="SIZE"
     )
     enforce_eager: bool = option(
         False, help="replay no steps: neither CUDA graphs nor, on a CPU, recorded ones"
@@ -74,7 +79,7 @@ class Serve(Command):
 
     max_adapter_slots: int = option(64, ge=1, help="most adapters on the device", metavar="N")
     adapter_device_bytes: ByteSize | None = option(
-        None, help="device memory for adapters", metavar="SIZE"
+        None, help="device memory for adapters; a fifth of what is left when absent", metavar="SIZE"
     )
     adapter_host_bytes: ByteSize = option(
         "4GiB", validate_default=True, help="host memory for adapters", metavar="SIZE"

@@ -22,7 +22,9 @@ class Verify(Report):
 
     adapter: CliPositionalArg[Path] = option(help="the adapter's folder")
     model: str = option(help="the base model, a folder or a hub id", metavar="MODEL")
-    prompts: Path | None = option(None, help="these prompts, one a line", metavar="FILE")
+    prompts: Path | None = option(
+        None, help="prompts, one a line; our own when absent", metavar="FILE"
+    )
     tolerance: float = option(
         1e-4, gt=0, help="largest difference of a logit, or in an embedding", metavar="X"
     )

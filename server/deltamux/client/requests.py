@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 from deltamux.v1 import inference_pb2
 
+# Of a chat: its `role` and its `content`.
+Message = Mapping[str, str]
+
 
 def generate_request(
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[int] | Sequence[Message],
     *,
     adapter: str = "",
     max_tokens: int | None = None,
@@ -19,7 +23,8 @@ def generate_request(
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
 ) -> inference_pb2.GenerateRequest:
-    """One choice for a text, or for token ids; what is None takes the model's default.
+    """One choice for a text, token ids or the messages of a chat; what is None takes the model's
+    default.
 
     `ignore_eos` goes on to `max_tokens` whatever is generated.
     """
@@ -33,7 +38,11 @@ def generate_request(
         ),
         output=inference_pb2.OutputOptions(return_token_ids=True),
     )
-    _fill(request, prompt)
+    messages = [message for message in prompt if isinstance(message, Mapping)]
+    if messages:
+        request.chat.messages.extend(inference_pb2.Chat.Message(**m) for m in messages)
+    else:
+        _fill(request, cast(str | Sequence[int], prompt))
     return request
 
 
