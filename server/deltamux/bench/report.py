@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ def summarize(outcomes: list[Outcome], duration: float, objective: Objective) ->
         "duration": duration,
         "completed": len(done),
         "failed": len(outcomes) - len(done),
-        "errors_by_code": _count(o.error for o in outcomes if o.error),
+        "errors_by_code": dict(Counter(o.error for o in outcomes if o.error)),
         "total_input_tokens": input_tokens,
         "total_output_tokens": output_tokens,
         "request_throughput": len(done) / duration,
@@ -100,10 +101,3 @@ def _figures(values: np.ndarray[Any, Any]) -> dict[str, float]:
         "std": float(values.std()),
         **percentiles,
     }
-
-
-def _count(words: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for word in words:
-        counts[word] = counts.get(word, 0) + 1
-    return counts

@@ -9,13 +9,13 @@ import grpc
 from structlog.contextvars import bind_contextvars
 
 from deltamux.errors import Unimplemented
-from deltamux.frontend import limits
+from deltamux.frontend import limits, tiers
 from deltamux.frontend.deadline import deadline
 from deltamux.frontend.printable import printable
 from deltamux.frontend.validation import check, invalid
 from deltamux.store.catalog import Catalog
 from deltamux.store.names import check_name
-from deltamux.store.version import TIERS, AdapterFacts
+from deltamux.store.version import AdapterFacts
 from deltamux.v1 import adapters_pb2 as v1
 from deltamux.v1 import adapters_pb2_grpc, inference_pb2
 
@@ -120,15 +120,12 @@ def _check_page_token(token: str) -> None:
 
 def _tier_name(field: str, tier: int, default: str) -> str:
     """The catalog's word for a tier; raises InvalidArgument for a number that names none."""
-    if tier == inference_pb2.TIER_UNSPECIFIED:
-        return default
-    names = {inference_pb2.Tier.Value(f"TIER_{name.upper()}"): name for name in TIERS}
-    if tier not in names:
+    if tier not in tiers.NAMES:
         raise invalid(field, "is no tier")
-    return names[tier]
+    return tiers.NAMES[tier] or default
 
 
 def _adapter(facts: AdapterFacts) -> v1.Adapter:
     fields = asdict(facts)
-    fields["tier"] = inference_pb2.Tier.Value(f"TIER_{facts.tier.upper()}")
+    fields["tier"] = tiers.NUMBERS[facts.tier]
     return v1.Adapter(**fields)

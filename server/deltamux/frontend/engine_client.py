@@ -46,7 +46,7 @@ from deltamux.wire.messages import (
     ToEngine,
 )
 
-log = structlog.get_logger("deltamux.frontend")
+_log = structlog.get_logger(__name__)
 
 
 class EngineClient:
@@ -251,7 +251,7 @@ class EngineClient:
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         """Neither task ends by itself; a bug in one must not leave calls waiting for ever."""
         if not task.cancelled() and (error := task.exception()):
-            log.error("connection to the engine broke", exc_info=error)
+            _log.error("connection to the engine broke", exc_info=error)
             self.fail_all(Internal("the connection to the engine broke", reason="ENGINE_LOST"))
 
 

@@ -21,7 +21,7 @@ from deltamux.frontend.printable import printable
 from deltamux.frontend.status import rich_status
 from deltamux.metrics import Metrics
 
-log = structlog.get_logger("deltamux.frontend")
+_log = structlog.get_logger(__name__)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped
@@ -132,13 +132,13 @@ def _cancelled(context: grpc.aio.ServicerContext) -> DeltamuxError:
 def _internal(method: str) -> Internal:
     """The client gets a number; the traceback stays in the log beside the same number."""
     incident = secrets.token_hex(8)
-    log.exception("internal error", method=method, incident=incident)
+    _log.exception("internal error", method=method, incident=incident)
     return Internal(f"internal error; id={incident}")
 
 
 def _log_call(method: str, error: DeltamuxError | None, seconds: float) -> None:
     """What the handlers bind to structlog's context (request id, adapter) is in the event too."""
-    event = log.bind(method=method.rpartition("/")[2], seconds=round(seconds, 6))
+    event = _log.bind(method=method.rpartition("/")[2], seconds=round(seconds, 6))
     if error is None and method.startswith("/grpc.health."):
         # A prober asks every few seconds.
         event.debug("call", code="OK")

@@ -8,10 +8,9 @@ from array import array
 import grpc
 
 from deltamux.errors import ResourceExhausted
-from deltamux.frontend import limits, validation
+from deltamux.frontend import limits, tiers, validation
 from deltamux.frontend.adapter_tokenizers import AdapterTokenizers
 from deltamux.frontend.call import Call, Calls, Request
-from deltamux.frontend.reply import TIERS
 from deltamux.frontend.tokenizer import Prompt
 from deltamux.metrics import Metrics
 from deltamux.store.lease import Lease
@@ -76,7 +75,7 @@ class PooledCalls:
             progress = await anext(stream)
         assert progress.pooled is not None and progress.first is not None
         served_by, tokens = call.served_by(lease), len(prompt.token_ids)
-        served_by.tier = TIERS[progress.first.tier]
+        served_by.tier = tiers.NUMBERS[progress.first.tier]
         self._metrics.queue(progress.first.queue)
         self._metrics.tokens(tokens, 0)
         return progress.pooled, served_by, v1.Usage(prompt_tokens=tokens)

@@ -5,18 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from deltamux.frontend import tiers
 from deltamux.frontend.choice import Choice
 from deltamux.frontend.tokenizer import Prompt, Tokenizer
 from deltamux.metrics import Metrics
 from deltamux.v1 import inference_pb2 as v1
 from deltamux.wire.messages import FirstToken, Progress
-
-TIERS = {
-    "": v1.TIER_UNSPECIFIED,
-    "disk": v1.TIER_DISK,
-    "host": v1.TIER_HOST,
-    "device": v1.TIER_DEVICE,
-}
 
 
 class Reply:
@@ -107,7 +101,7 @@ class Reply:
         self._metrics.first_token(seconds)
         self._metrics.queue(first.queue)
         if self._served_by is not None and self._served_by.adapter:
-            self._served_by.tier = TIERS[first.tier]
+            self._served_by.tier = tiers.NUMBERS[first.tier]
 
     def _usage(self) -> v1.Usage:
         return v1.Usage(

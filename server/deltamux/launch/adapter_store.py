@@ -17,7 +17,7 @@ from deltamux.store.catalog import Catalog
 from deltamux.store.disk import DiskStore
 from deltamux.store.watcher import FolderWatcher
 
-log = structlog.get_logger("deltamux.launch")
+_log = structlog.get_logger(__name__)
 
 # Seconds that a scrape of the metrics waits for the event loop.
 SNAPSHOT_SECONDS = 1.0
@@ -59,7 +59,7 @@ class AdapterStore:
         try:
             await self.catalog.engine_restarted()
         except DeltamuxError as error:
-            log.error("pins not restored", error=error.message)
+            _log.error("pins not restored", error=error.message)
 
     async def close(self) -> None:
         if self._watcher is not None:

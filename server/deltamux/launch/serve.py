@@ -23,7 +23,7 @@ from deltamux.launch.private_folder import PrivateFolder
 from deltamux.launch.supervisor import Supervisor
 from deltamux.metrics import Exporter, Metrics
 
-log = structlog.get_logger("deltamux.launch")
+_log = structlog.get_logger(__name__)
 
 # Seconds that the answers of cancelled calls have to reach their clients.
 LAST_ANSWERS = 1.0
@@ -71,7 +71,7 @@ class _Server:
                 await self._until_asked_to_stop(asyncio.shield(self._watch))
                 await self._drain()
         except asyncio.CancelledError:
-            log.warning("stopped by a second signal")
+            _log.warning("stopped by a second signal")
             self._engine.fail_all(_shutting_down())
             self._supervisor.kill()
             raise KeyboardInterrupt from None
@@ -109,7 +109,7 @@ class _Server:
         await self._servers.start()
 
     def _log_serving(self, servers: Servers) -> None:
-        log.info(
+        _log.info(
             "serving",
             model=self._frontend.model,
             host=self._frontend.host,
@@ -133,7 +133,7 @@ class _Server:
     async def _drain(self) -> None:
         assert self._servers is not None
         grace = self._frontend.drain_grace
-        log.info("draining", grace=grace)
+        _log.info("draining", grace=grace)
         # 1. Health says NOT_SERVING: routers send nothing more.
         await self._servers.health.set_serving(False)
         # 2. New calls are UNAVAILABLE; those that run go on.

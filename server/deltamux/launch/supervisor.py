@@ -17,7 +17,7 @@ from deltamux.launch.engine_process import EngineProcess
 from deltamux.wire.channel import FrontendEnd
 from deltamux.wire.messages import Ready
 
-log = structlog.get_logger("deltamux.launch")
+_log = structlog.get_logger(__name__)
 
 # Seconds before the first new start; doubled with each start that fails in a row.
 FIRST_DELAY = 0.25
@@ -66,7 +66,7 @@ class Supervisor:
             await self.stop()
             raise
         seconds = round(time.monotonic() - started, 3)
-        log.info("engine ready", pid=process.pid, seconds=seconds, device=ready.device)
+        _log.info("engine ready", pid=process.pid, seconds=seconds, device=ready.device)
         return ready
 
     async def keep_alive(self) -> None:
@@ -74,7 +74,7 @@ class Supervisor:
         while True:
             assert self._process is not None
             how = await self._process.ended()
-            log.error("engine lost", pid=self._process.pid, how=how)
+            _log.error("engine lost", pid=self._process.pid, how=how)
             self._engine.fail_all(
                 Unavailable(f"the engine {how}", reason="ENGINE_LOST", retry_after=FIRST_DELAY)
             )
@@ -112,7 +112,7 @@ class Supervisor:
             try:
                 await self.start()
             except StartupError as error:
-                log.error("engine did not start", error=error.message, failed_starts=failed)
+                _log.error("engine did not start", error=error.message, failed_starts=failed)
                 if failed == MAX_FAILED_STARTS:
                     raise StartupError(
                         f"gave up after {failed} failed starts of the engine: {error.message}"

@@ -10,17 +10,14 @@ import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deltamux.engine.sequence import Scheduled
-from deltamux.engine.transfer import to_device
+from deltamux.engine.transfer import Array, to_device
 from deltamux.wire.messages import Sampling
-
-Array = np.ndarray[Any, Any]
 
 
 def edit_logits(logits: Tensor, shares: Rows[Scheduled]) -> Tensor:
