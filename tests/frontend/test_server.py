@@ -71,8 +71,9 @@ class TestWithAnAdminPort:
 
     async def test_the_command_line_names_the_port_that_is_meant(self, harness, capsys) -> None:
         target = f"127.0.0.1:{harness.servers.port}"
-        assert await asyncio.to_thread(main, ["adapters", "list", "--target", target]) == 1
-        assert "--admin-port" in capsys.readouterr().err
+        for command in (["adapters", "list"], ["bench"]):
+            assert await asyncio.to_thread(main, [*command, "--target", target]) == 1
+            assert "--admin-port" in capsys.readouterr().err
 
 
 class TestWithoutReflection:

@@ -40,10 +40,9 @@ class BenchConfig:
     png_path: Path | None = None
 
 
-def run(config: BenchConfig) -> list[dict[str, Any]]:
-    """Plays the workload at every rate and returns the summaries, printed and written as asked."""
-    console = Console()
-    summaries = asyncio.run(measure(config, console))
+def run(config: BenchConfig, console: Console) -> list[dict[str, Any]]:
+    """Plays the workload at every rate; the summaries, on `console` and written as asked."""
+    summaries = asyncio.run(measure(config, Console(stderr=True)))
     console.print(_table(summaries))
     if config.json_path:
         config.json_path.write_text(json.dumps(summaries, indent=1) + "\n")
@@ -96,7 +95,7 @@ async def _play(backend: Backend, workload: Workload, console: Console) -> list[
 
 
 def _table(summaries: list[dict[str, Any]]) -> Table:
-    table = Table(title="latencies in milliseconds: median / p99")
+    table = Table(title="latencies in milliseconds: median / p99", box=None, pad_edge=False)
     for heading in ("rate", "done", "failed", "req/s", "goodput/s", "out tok/s"):
         table.add_column(heading, justify="right")
     for heading in ("TTFT", "inter-token", "end to end", "TTFT hot", "TTFT cold"):

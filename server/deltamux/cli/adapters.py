@@ -70,16 +70,9 @@ def main(arguments: Sequence[str]) -> int:
         with Client(options.target, options.timeout) as client:
             run(client, options)
     except ClientError as error:
-        print(f"{PROGRAM} {verb}: {error.code}: {_message(error)}", file=sys.stderr)
+        print(f"{PROGRAM} {verb}: {error.code}: {error.message}", file=sys.stderr)
         return 1
     return 0
-
-
-def _message(error: ClientError) -> str:
-    """gRPC itself answers, without a reason of ours, where the service is on another port."""
-    if error.code == "UNIMPLEMENTED" and not error.reason:
-        return "adapters are not administered on this port: --target the server's --admin-port"
-    return error.message
 
 
 def _list(client: Client, options: List) -> None:

@@ -14,6 +14,7 @@ from deltamux.bench.report import Objective
 from deltamux.bench.run import BenchConfig, run
 from deltamux.bench.workload import Lengths, Workload, popularity
 from deltamux.cli.command import Command, UsageError, option
+from deltamux.cli.tables import console
 from deltamux.client import DEFAULT_TARGET
 
 
@@ -128,7 +129,7 @@ def main(arguments: Sequence[str]) -> int:
             config = options.bench_config()
         except ValueError as error:
             raise UsageError(f"deltamux bench: {error}") from None
-        run(config)
+        run(config, console())
     except BackendError as error:
         print(f"deltamux bench: {error}", file=sys.stderr)
         return 1

@@ -35,4 +35,8 @@ def translated(error: grpc.RpcError) -> ClientError:
             reason = info.reason
         elif detail.Unpack(retry):
             retry_after = retry.retry_delay.ToTimedelta().total_seconds()
-    return ClientError(error.code().name, reason, error.details() or "", retry_after)
+    message = error.details() or ""
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED and not reason:
+        # gRPC itself answers so, where nobody serves the method.
+        message = "not served on this port: adapters are administered on the server's --admin-port"
+    return ClientError(error.code().name, reason, message, retry_after)
