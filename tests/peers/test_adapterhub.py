@@ -25,7 +25,7 @@ from deltamux.engine.step.encoder_runner import EncoderRunner
 from deltamux.extract.samples import sample_texts
 from deltamux.verify.alone import Question, Refused
 from deltamux.verify.interpreter import Interpreter
-from deltamux.verify.path import mixed_answers
+from deltamux.verify.mixed import mixed_answers
 from deltamux.verify.run import verify
 from deltamux.wire.messages import Sampling
 

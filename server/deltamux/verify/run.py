@@ -18,7 +18,7 @@ from deltamux.base.load import Base, load_base
 from deltamux.extract.samples import token_ids
 from deltamux.verify.alone import Question, Rows
 from deltamux.verify.interpreter import Interpreter
-from deltamux.verify.path import generates, mixed_answers
+from deltamux.verify.mixed import generates, mixed_answers
 from deltamux.verify.reference import reference, require_library
 
 # What the library's model of an adapter for that task is loaded by.

@@ -55,10 +55,10 @@ def mixed_answers(base: Base, adapter: Adapter, prompts: Sequence[Sequence[int]]
         for request in requests:
             scored = request.adapter and adapter.head is not None
             request.pooling = Classify() if scored else Embed("mean", normalize=False)
-    return _Path(base, adapter, requests).run()
+    return _Engine(base, adapter, requests).run()
 
 
-class _Path:
+class _Engine:
     """The engine's parts around one adapter, which always has the only slot."""
 
     def __init__(self, base: Base, adapter: Adapter, requests: Sequence[Request]) -> None:
