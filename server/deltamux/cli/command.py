@@ -95,8 +95,10 @@ class _Parser(argparse.ArgumentParser):
         if title := self._titles.get(settings.get("dest", names[0])):
             self._section = self.add_argument_group(title)
         metavar, _, text = settings["help"].partition("|")
-        # What pydantic-settings says of a default that is no value.
-        settings["help"] = re.sub(r" *\(default(: |: None|: \[.*\]| factory: \w+)\)", "", text)
+        # What pydantic-settings says of a default that is no value, or goes without saying.
+        settings["help"] = re.sub(
+            r" *\(default(: |: None|: False|: \[.*\]| factory: \w+)\)", "", text
+        )
         if metavar:
             settings["metavar"] = metavar
         if len(names) > 1:

@@ -12,8 +12,8 @@ from deltamux.client import DEFAULT_TARGET, Client, ClientError, generate_reques
 
 
 class Generate(Command):
-    """Send a prompt to a server and print its answer as it is generated; what is left open is as
-    the model's generation config has it, and an answer as long as the context."""
+    """Send a prompt to a server and print its answer as it is generated. What no option says is as
+    the model's generation config has it, and the answer may fill the context."""
 
     prompt: CliPositionalArg[str] = option(help="the text; - reads it from standard input")
     target: str = option(DEFAULT_TARGET, help="the server", metavar="HOST:PORT")
