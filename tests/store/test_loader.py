@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -106,6 +108,39 @@ def test_a_job_without_a_thread_of_its_own_waits_for_another(files, monkeypatch)
         assert select.select([loader.fileno()], [], [], WAIT)[0]
         done += loader.completed()
     assert [completed.adapter for completed in done] == ["parsed", "parsed"]
+    loader.close()
+
+
+def test_threads_stay_for_the_next_jobs_and_end_with_the_loader(files):
+    folder = files.write("a", seed=1)
+    digest = content_digest(folder)
+    loader = Loader(lambda folder, digest: threading.current_thread(), lambda slot, adapter: None)
+    used = set()
+    for _ in range(20):
+        loader.read(digest, str(folder))
+        assert select.select([loader.fileno()], [], [], WAIT)[0]
+        used |= {completed.adapter for completed in loader.completed()}
+    # Another than the first, should that not be back yet from the job before.
+    assert len(used) <= 4
+    loader.close()
+    for thread in used:
+        thread.join(WAIT)
+        assert not thread.is_alive()
+
+
+def test_a_thread_that_waits_keeps_no_adapter(files):
+    class Adapter:
+        digest = "a"
+
+    loader, adapter = Loader(raising(AssertionError()), lambda slot, adapter: None), Adapter()
+    kept = weakref.ref(adapter)
+    loader.write(0, adapter)
+    del adapter
+    assert select.select([loader.fileno()], [], [], WAIT)[0]
+    until = time.monotonic() + WAIT
+    while kept() is not None and time.monotonic() < until:
+        time.sleep(0.001)
+    assert kept() is None
     loader.close()
 
 
