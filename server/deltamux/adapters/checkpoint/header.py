@@ -92,10 +92,13 @@ def _tensor(name: str, entry: Json) -> TensorInfo:
     if not _NAME.fullmatch(name) or ".." in name:
         raise _malformed(f"{quoted(name)} is no name of a tensor")
     match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end], **rest} if (
-            not rest
-        ):
-            info = TensorInfo(dtype, _sizes(name, shape), _size(name, begin), _size(name, end))
+        case {
+            "dtype": str(dtype),
+            "shape": list(shape),
+            "data_offsets": [_, _] as offsets,
+            **rest,
+        } if not rest:
+            info = TensorInfo(dtype, _sizes(name, shape), *_sizes(name, offsets))
         case _:
             raise _malformed(f"the entry of {name} is not dtype, shape and data_offsets")
     if dtype not in _ITEM_BYTES:
@@ -112,13 +115,10 @@ def _tensor(name: str, entry: Json) -> TensorInfo:
 def _sizes(name: str, values: list[Json]) -> tuple[int, ...]:
     if len(values) > _MAX_DIMENSIONS:
         raise _malformed(f"{name} has {len(values)} dimensions")
-    return tuple(_size(name, value) for value in values)
-
-
-def _size(name: str, value: Json) -> int:
-    if type(value) is not int or value < 0:
-        raise _malformed(f"{name} has the size or offset {quoted(value)}")
-    return value
+    for value in values:
+        if type(value) is not int or value < 0:
+            raise _malformed(f"{name} has the size or offset {quoted(value)}")
+    return tuple(values)  # type: ignore[arg-type]
 
 
 def _check_layout(tensors: Mapping[str, TensorInfo], size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 
 from deltamux.errors import InvalidArgument
 
@@ -12,6 +13,7 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 _MAX_DEPTH = 16
 _MAX_DIGITS = 18
+_NESTS = (list, dict)
 
 
 def parse_object(data: bytes, subject: str) -> dict[str, Json]:
@@ -47,11 +49,10 @@ def _malformed(subject: str, why: str) -> InvalidArgument:
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    result: dict[str, Json] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"key {quoted(key)} occurs twice")
-        result[key] = value
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {quoted(twice)} occurs twice")
     return result
 
 
@@ -67,7 +68,7 @@ def _finite(text: str) -> float:
 
 
 def _bounded(text: str) -> int:
-    if len(text.lstrip("-")) > _MAX_DIGITS:
+    if len(text) > _MAX_DIGITS and len(text.lstrip("-")) > _MAX_DIGITS:
         raise ValueError(f"integer {quoted(text)} is too large")
     return int(text)
 
@@ -78,9 +79,11 @@ def _check_text(value: Json) -> None:
 
 
 def _check_depth(value: Json, levels: int) -> None:
-    if levels == 0:
+    """Raises ValueError for a value inside `levels` lists and objects. Most values are in few."""
+    if not isinstance(value, _NESTS):
+        return
+    if value and levels == 1:
         raise ValueError("it is nested too deeply")
-    children = value.values() if isinstance(value, dict) else value
-    if isinstance(value, list | dict):
-        for child in children:  # type: ignore[union-attr]
+    for child in value.values() if isinstance(value, dict) else value:
+        if isinstance(child, _NESTS):
             _check_depth(child, levels - 1)

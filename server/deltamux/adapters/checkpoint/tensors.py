@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import BinaryIO
 
-import safetensors.torch
+import torch
 from torch import Tensor
 
 from deltamux.adapters.checkpoint.files import WEIGHTS, open_weights
-from deltamux.adapters.checkpoint.header import read_header
+from deltamux.adapters.checkpoint.header import TensorInfo, read_header
 from deltamux.errors import InvalidArgument
+
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -19,26 +30,28 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     Raises InvalidArgument for a file that is not sound, or holds a NaN or an infinity.
     """
     with open_weights(folder) as file:
-        read_header(file)
-        file.seek(0)
-        # The bytes that were checked, not the file anew: it cannot be swapped in between.
-        tensors: dict[str, Tensor] = _load(file.read())
-    for name, tensor in tensors.items():
-        require_finite(name, tensor)
-    return tensors
+        # Of the file that was checked, whatever has its name by now. It is read up to the first
+        # tensor, and each of them begins where another ends.
+        header = sorted(read_header(file).items(), key=lambda item: (item[1].begin, item[1].end))
+        return {name: _read(file, name, info) for name, info in header}
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raises InvalidArgument (NON_FINITE) if `tensor` holds a NaN or an infinity."""
+    if not tensor.numel():
+        return
     # One pass without a mask, in a tenth of the time of isfinite; both ends carry a NaN on.
-    if tensor.numel() and not all(math.isfinite(end.item()) for end in tensor.aminmax()):
+    low, high = tensor.aminmax()
+    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
         raise InvalidArgument(f"{name} holds NaN or infinity", reason="NON_FINITE")
 
 
-def _load(data: bytes) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        message = f"{WEIGHTS} is malformed: {error}"
-        raise InvalidArgument(message, reason="MALFORMED_WEIGHTS") from None
-    return tensors
+def _read(file: BinaryIO, name: str, info: TensorInfo) -> Tensor:
+    """The file's next tensor, in memory of its own; nothing else has its bytes in between."""
+    tensor = torch.empty(info.shape, dtype=_DTYPES[info.dtype])
+    size = file.readinto(tensor.view(torch.uint8).numpy())  # type: ignore[attr-defined]
+    if size < info.end - info.begin:
+        message = f"{WEIGHTS} is malformed: it ends in {name}"
+        raise InvalidArgument(message, reason="MALFORMED_WEIGHTS")
+    require_finite(name, tensor)
+    return tensor
