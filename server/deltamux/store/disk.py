@@ -37,8 +37,9 @@ _log = structlog.get_logger(__name__)
 class DiskStore:
     """Least recently used copies go when `capacity_bytes` are taken, unless someone holds them.
 
-    A copy appears by one rename, complete and synced, or not at all; several servers may share
-    the folder. Methods may be called from any thread; only `ingest` and `purge` take long.
+    A copy appears by one rename, complete and synced, or not at all; after a crash, one whose new
+    name was not synced yet is made again. Several servers may share the folder. Methods may be
+    called from any thread; only `ingest` and `purge` take long.
     """
 
     def __init__(
@@ -92,12 +93,10 @@ class DiskStore:
         """
         try:
             size = self._size(source)
-            with self._temporary_folder() as temporary:
-                with self._reserved(size):
-                    digest = _copy(source, temporary, size)
-                    self._check(temporary)
-                    self._publish(temporary, digest, size)
-                self._sync_held(digest)
+            with self._temporary_folder() as temporary, self._reserved(size):
+                digest = _copy(source, temporary, size)
+                self._check(temporary)
+                self._publish(temporary, digest, size)
         except OSError as error:
             raise _translated(error) from error
         if unused := [name for name in _UNUSED if os.path.lexists(source / name)]:
@@ -168,14 +167,6 @@ class DiskStore:
                     raise
             self._add(digest, size)
             self._holds[digest] += 1
-
-    def _sync_held(self, digest: str) -> None:
-        """Makes sure of the name that a copy has got; nobody holds it where that fails."""
-        try:
-            _sync(self._root)
-        except OSError:
-            self.unhold(digest)
-            raise
 
     def _add(self, digest: str, size: int) -> None:
         if digest not in self._copies:
