@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import no_type_check
 
 import torch
 from torch.nn import functional
 
+from deltamux_kernels import native
 from deltamux_kernels._triton import tl, triton
+from deltamux_kernels.native.library import INTEGER, POINTER, function
 
 BLOCK_N = 1024
 
@@ -18,8 +22,24 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate and up [..., T, N] of one dtype; their rows may be columns of a wider product. The result
     is contiguous. In half types the quotient is rounded before it is multiplied, as torch does.
     """
-    form = gated_silu_triton if gate.device.type == "cuda" else gated_silu_torch
-    return form(gate, up)
+    if gate.device.type == "cuda":
+        return gated_silu_triton(gate, up)
+    if gate.dtype == torch.float32 and native.available():
+        return gated_silu_native(gate, up)
+    return gated_silu_torch(gate, up)
+
+
+def gated_silu_native(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`gated_silu` in C, in float32."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    _native()(gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel())
+    return y
+
+
+@cache
+def _native() -> Callable[..., None]:
+    return function("gated_silu", POINTER, POINTER, POINTER, INTEGER)
 
 
 def gated_silu_torch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -46,12 +46,12 @@ BESIDE_A_REPLAY, COPIES_BEFORE_A_REPLAY = 22, 2
 AROUND_THE_LAYERS = 16
 # Of a step that was recorded, what makes numbers is left. The batch makes tensors of seven arrays,
 # two of them with a dimension more, and three are copied to where the recording reads (12). The
-# embedding (1), the angles of positions (8) and the sampled rows (1); a layer's two sums and its
-# gate, of two operations (4). The sampler as above (12).
-REPLAYED = 34 + LAYERS * 4
-# Seven products, two sums, a gate (2), views of heads and back (8). The results of norms and
-# rotary embeddings (4), two of them seen as heads (2).
-LAYER = 25
+# embedding (1), the angles of positions (8) and the sampled rows (1); a layer's two sums (2). The
+# sampler as above (12).
+REPLAYED = 34 + LAYERS * 2
+# Seven products, two sums, views of heads and back (8). The results of norms, rotary embeddings
+# and the gate (5), two of them seen as heads (2).
+LAYER = 24
 # Once, in the first layer: memory for what of a row's keys is not put together yet.
 ATTENTION_PLAN = 1
 # In every layer: views of queries, keys and values as C reads them (6), and the result.

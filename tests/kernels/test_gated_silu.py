@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from deltamux_kernels.gated_silu import gated_silu_torch, gated_silu_triton
+from deltamux_kernels.gated_silu import gated_silu_native, gated_silu_torch, gated_silu_triton
 
-FORMS = {"torch": gated_silu_torch, "triton": gated_silu_triton}
+FORMS = {"torch": gated_silu_torch, "native": gated_silu_native, "triton": gated_silu_triton}
 pytestmark = pytest.mark.parametrize("form", FORMS, indirect=True)
 
 

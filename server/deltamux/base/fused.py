@@ -1,11 +1,10 @@
 """Puts one call in the place of many in a model's norms, gated MLPs and rotary embeddings.
 
 For each operation on a tensor transformers calls torch: eight times for a root mean square norm in
-16 bits, ten times for a rotary embedding. On a GPU each is a kernel; on a CPU, where the gate alone
-stays torch's, it takes longer to call than to compute for a few rows. Only the modules of one model
-change, and only their class, to a subclass: names, parameters and what a module is an instance of
-stay, and no other model of the process notices. A module is left alone where its own form computes
-something else on random input.
+16 bits, ten times for a rotary embedding. On a GPU each is a kernel; on a CPU it takes longer to
+call than to compute for a few rows. Only the modules of one model change, and only their class, to
+a subclass: names, parameters and what a module is an instance of stay, and no other model of the
+process notices. A module is left alone where its own form computes something else on random input.
 """
 
 from __future__ import annotations
