@@ -106,6 +106,22 @@ def test_a_bias_that_the_base_does_not_have_is_refused(
     assert caught.value.reason == "EXTRA_TENSORS"
 
 
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [("gpt2", ["attn"]), ("llama", ["self_attn", "k_proj"]), ("llama", ["layers.0", "norm"])],
+)
+def test_a_module_inside_another_is_refused_as_peft_fails_at_it(
+    name: str, saved: list[str], tune: Make, serve: Make, reference: Make, ids: Tensor
+) -> None:
+    target = "c_proj" if name == "gpt2" else "up_proj"
+    folder = tune(name, peft.LoraConfig(target_modules=[target], modules_to_save=saved))
+    with pytest.raises(KeyError):
+        reference(name, folder, ids)
+    with pytest.raises(DeltamuxError, match=" in it is not served") as caught:
+        serve(name).parse(folder)
+    assert caught.value.reason == "UNSUPPORTED_FEATURE"
+
+
 def test_a_name_that_means_no_site_is_refused(serve: Make) -> None:
     with pytest.raises(DeltamuxError, match="score") as caught:
         saved_sites(["lm_head", "score"], serve("llama").structure)

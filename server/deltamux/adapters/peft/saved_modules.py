@@ -71,21 +71,31 @@ def modules_to_save(manifest: Manifest, structure: Structure) -> dict[str, SiteS
 def saved_sites(names: Iterable[str], structure: Structure) -> dict[str, SiteSpec]:
     """The sites in the modules that `names` mean: those whose path ends so, as PEFT matches it.
 
-    Raises FailedPrecondition (UNSUPPORTED_FEATURE) for a name that means no site.
+    Raises FailedPrecondition (UNSUPPORTED_FEATURE) for a name that means no site, and where a
+    module is meant as well as one inside it, which PEFT saves and cannot load.
     """
+    names = tuple(names)
     found = {}
     for name in names:
         sites = [site for site in structure.sites.values() if inside(site.name, name)]
         if not sites:
             raise unsupported(f"{MODULES_TO_SAVE} with {quoted(name)}, no site of the base model,")
         found.update({site.name: site for site in sites})
+    for site in found:
+        if len(meant := [path for path in _paths(site) if path.endswith(names)]) > 1:
+            raise unsupported(f"{MODULES_TO_SAVE} that means {meant[0]} and {meant[1]} in it")
     return found
 
 
 def inside(module: str, name: str) -> bool:
     """Whether PEFT's `name` means the module, or one around it: their paths end so."""
+    return any(path.endswith(name) for path in _paths(module))
+
+
+def _paths(module: str) -> list[str]:
+    """The module's own path and those of all around it, from the outermost on."""
     parts = module.split(".")
-    return any(".".join(parts[:end]).endswith(name) for end in range(1, len(parts) + 1))
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _names(manifest: Manifest) -> tuple[str, ...]:
