@@ -8,26 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
-import platform
-import shlex
 import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+from deltamux_kernels.native.build import load_library
 from deltamux_kernels.native.recording import recorded
-
-_SOURCES = sorted(Path(__file__).parent.glob("*.c"))
-# Vectors of one column's products would be multiplied first and added then, others do both at once:
-# the last columns of a row would depend on how it was cut.
-_FLAGS = ["-O3", "-march=native", "-fno-tree-slp-vectorize", "-fPIC", "-fopenmp"]
-if platform.machine() == "x86_64":
-    # GCC does so in some loops for processors on which it finds chains of the latter too slow.
-    _FLAGS.append("--param=avoid-fma-max-bits=0")
-_SECONDS = 60
 
 POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
@@ -51,20 +38,8 @@ def function(name: str, *arguments: Any, result: Any = None) -> Callable[..., An
 
 @cache
 def _compiled() -> ctypes.CDLL | None:
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    with tempfile.TemporaryDirectory() as folder:
-        objects = [Path(folder) / f"{source.stem}.o" for source in _SOURCES]
-        library = Path(folder) / "native.so"
-        try:
-            for source, unlinked in zip(_SOURCES, objects, strict=True):
-                _call([*compiler, *_FLAGS, "-c", str(source), "-o", str(unlinked)])
-            # Without -fopenmp: the threads are to be torch's own, whose OpenMP is loaded already.
-            _call([*compiler, "-shared", *map(str, objects), "-o", str(library)])
-            return ctypes.CDLL(str(library))
-        except (OSError, subprocess.SubprocessError) as error:
-            _log.warning("torch computes what C would compute faster: %s", error)
-            return None
-
-
-def _call(command: Sequence[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
+    try:
+        return load_library()
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.warning("torch computes what C would compute faster: %s", error)
+        return None

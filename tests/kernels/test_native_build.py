@@ -1,0 +1,95 @@
+"""The compiled C code is kept for the next start, and made anew where it would not fit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deltamux_kernels import native
+from deltamux_kernels.native import build
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="there is no C compiler")
+
+
+class Compiler:
+    """Counts what is really compiled."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self._compile = build._compile
+
+    def __call__(self, *given: Any) -> Path:
+        self.times += 1
+        return self._compile(*given)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    monkeypatch.setattr(build, "_compile", counting := Compiler())
+    return counting
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "deltamux" / "native"
+
+
+def test_the_second_start_finds_the_library_of_the_first(compiler: Compiler, cache: Path) -> None:
+    for _ in range(2):
+        assert build.load_library().shrink
+    assert compiler.times == 1
+    assert [path.suffix for path in cache.iterdir()] == [".so"]
+
+
+def test_a_broken_library_is_made_anew(compiler: Compiler, cache: Path) -> None:
+    build.load_library()
+    (kept,) = cache.iterdir()
+    whole = kept.read_bytes()
+    # In place it would be changed under the process that has it loaded.
+    kept.unlink()
+    kept.write_bytes(b"no library")
+    assert build.load_library().shrink
+    assert compiler.times == 2 and kept.stat().st_size == len(whole)
+
+
+def test_other_code_or_another_compiler_is_another_library(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [build._key(["cc"]), build._key(["cc", "-DA=1"]), build._key(["cc", "-g"])]
+    changed = tmp_path / "spans.h"
+    changed.write_text("/* another */")
+    monkeypatch.setattr(build, "_FILES", [*build._FILES, changed])
+    assert len({*keys, build._key(["cc"])}) == 4
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(
+    compiler: Compiler, cache: Path
+) -> None:
+    cache.parent.parent.joinpath("deltamux").write_text("a file")
+    for _ in range(2):
+        assert build.load_library().shrink
+    assert compiler.times == 2
+
+
+def test_a_user_without_a_home_keeps_nothing(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert build.load_library().shrink
+    assert compiler.times == 1 and not list(tmp_path.iterdir())
+
+
+def test_without_a_compiler_it_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(OSError, match="no-such-compiler"):
+        build.load_library()
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(subprocess.SubprocessError):
+        build.load_library()
