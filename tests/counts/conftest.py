@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltamux.config import EngineConfig
 from deltamux.engine.build import build_engine
-from deltamux.store.content import content_digest
+from deltamux.store.digest import content_digest
 from deltamux.wire.channel import EngineEnd
 from deltamux.wire.messages import (
     AdapterLoaded,

@@ -22,7 +22,7 @@ from deltamux.demo.server import Server
 from deltamux.demo.tasks import weights_path
 from deltamux.engine.build import build_engine
 from deltamux.launch.engine_process import EngineProcess
-from deltamux.store.content import content_digest
+from deltamux.store.digest import content_digest
 from deltamux.wire.channel import EngineEnd, FrontendEnd
 from deltamux.wire.messages import (
     Cancel,

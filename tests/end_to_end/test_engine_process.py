@@ -7,7 +7,7 @@ import pytest
 from msgspec import structs
 from safetensors.torch import load_file, save_file
 
-from deltamux.store.content import content_digest
+from deltamux.store.digest import content_digest
 from deltamux.wire.messages import (
     AdapterDropped,
     AdapterFailed,

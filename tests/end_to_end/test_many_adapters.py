@@ -11,7 +11,7 @@ import torch
 from msgspec import structs
 from safetensors.torch import load_file, save_file
 
-from deltamux.store.content import content_digest
+from deltamux.store.digest import content_digest
 
 NUM_ADAPTERS = 64
 SLOTS = 8

@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltamux.config import EngineConfig
 from deltamux.launch.engine_process import EngineProcess
-from deltamux.store.content import content_digest
-from deltamux.store.slots import _FAILURE_SECONDS
+from deltamux.store.digest import content_digest
+from deltamux.store.memory.adapter_cache import _FAILURE_SECONDS
 from deltamux.wire.messages import Ready, Sampling, StartupFailed, Stopping, Submit
 
 VOCABULARY = 128

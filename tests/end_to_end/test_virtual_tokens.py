@@ -13,7 +13,7 @@ import torch
 from msgspec import structs
 from transformers import LlamaForCausalLM
 
-from deltamux.store.content import content_digest
+from deltamux.store.digest import content_digest
 
 TASK = {"task_type": "CAUSAL_LM"}
 CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {

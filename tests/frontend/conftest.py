@@ -23,8 +23,8 @@ from deltamux.frontend.engine_client import EngineClient
 from deltamux.frontend.server import Servers, build_servers
 from deltamux.frontend.tokenizer import Tokenizer
 from deltamux.metrics import Metrics
-from deltamux.store.catalog import Catalog
-from deltamux.store.disk import DiskStore
+from deltamux.store.catalog.catalog import Catalog
+from deltamux.store.catalog.disk_tier import DiskTier
 from deltamux.v1 import adapters_pb2_grpc, control_pb2_grpc, inference_pb2_grpc
 from deltamux.v1 import inference_pb2 as v1
 from deltamux.wire.channel import EngineEnd, FrontendEnd
@@ -309,7 +309,7 @@ async def harness(
 
     engine = connect()
     defaults = GenerationDefaults(end_of_sequence=(END,))
-    disk = DiskStore(tmp_path / "cache", 1 << 20, 1 << 20, check=lambda folder: None)
+    disk = DiskTier(tmp_path / "cache", 1 << 20, 1 << 20, check=lambda folder: None)
     catalog = Catalog(disk, client)
     client.on_adapter_moved, client.on_adapter_failed = catalog.moved, catalog.failed
     servers = await build_servers(config, client, catalog, tokenizer, defaults, metrics)

@@ -24,11 +24,11 @@ from deltamux.adapters.sites.rows import Rows
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux.base.task_heads import TaskHeads
 from deltamux.errors import from_code
-from deltamux.store.catalog import Catalog
-from deltamux.store.disk import DiskStore
-from deltamux.store.lease import Lease
-from deltamux.store.loader import Loader
-from deltamux.store.slots import AdapterCache
+from deltamux.store.catalog.catalog import Catalog
+from deltamux.store.catalog.disk_tier import DiskTier
+from deltamux.store.catalog.lease import Lease
+from deltamux.store.memory.adapter_cache import AdapterCache
+from deltamux.store.memory.loader import Loader
 from deltamux.wire.messages import (
     AdapterDropped,
     AdapterFailed,
@@ -191,7 +191,7 @@ class Store:
     """Everything from the catalog down to the device, in one process."""
 
     catalog: Catalog
-    disk: DiskStore
+    disk: DiskTier
     engine: LocalEngine
     device: Device
 
@@ -236,16 +236,16 @@ def drive_cache() -> Callable[[AdapterCache, Loader], list[FromEngine]]:
 
 
 @pytest.fixture
-def make_disk(tmp_path: Path) -> Callable[..., DiskStore]:
-    def make(capacity: int = 1 << 20, largest: int = 1 << 16) -> DiskStore:
-        return DiskStore(tmp_path / "cache", capacity, largest, check_weights)
+def make_disk(tmp_path: Path) -> Callable[..., DiskTier]:
+    def make(capacity: int = 1 << 20, largest: int = 1 << 16) -> DiskTier:
+        return DiskTier(tmp_path / "cache", capacity, largest, check_weights)
 
     return make
 
 
 @pytest.fixture
 async def store(
-    make_device: Callable[..., Device], make_disk: Callable[..., DiskStore]
+    make_device: Callable[..., Device], make_disk: Callable[..., DiskTier]
 ) -> AsyncIterator[Store]:
     device, disk = make_device(slots=2), make_disk()
     engine = LocalEngine(device.cache(), device.loader)

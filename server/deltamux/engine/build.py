@@ -31,8 +31,8 @@ from deltamux.engine.step.encoder_runner import EncoderRunner
 from deltamux.engine.step.runner import ModelRunner
 from deltamux.engine.submission import Submissions
 from deltamux.errors import StartupError
-from deltamux.store.loader import Loader
-from deltamux.store.slots import AdapterCache
+from deltamux.store.memory.adapter_cache import AdapterCache
+from deltamux.store.memory.loader import Loader
 from deltamux.wire.channel import EngineEnd
 from deltamux.wire.messages import Ready
 from deltamux_kernels import native

@@ -31,7 +31,7 @@ from deltamux.engine.scheduling.scheduler import Scheduler
 from deltamux.engine.sequence import Sequence
 from deltamux.engine.submission import Submissions
 from deltamux.errors import DeadlineExceeded, DeltamuxError
-from deltamux.store.slots import AdapterCache
+from deltamux.store.memory.adapter_cache import AdapterCache
 from deltamux.wire.channel import EngineEnd
 from deltamux.wire.messages import (
     Cancel,

@@ -9,7 +9,7 @@ from pathlib import Path
 from deltamux.adapters.checkpoint.tokenizer_file import AddedToken, read_tokenizer
 from deltamux.errors import FailedPrecondition, Unavailable
 from deltamux.frontend.tokenizer import Tokenizer
-from deltamux.store.lease import Lease
+from deltamux.store.catalog.lease import Lease
 
 # Contents whose added tokens are known, and tokenizers that hold such tokens: one of those takes as
 # much memory as the base's.

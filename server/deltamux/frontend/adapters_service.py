@@ -13,9 +13,9 @@ from deltamux.frontend import limits, tiers
 from deltamux.frontend.deadline import deadline
 from deltamux.frontend.printable import printable
 from deltamux.frontend.validation import check, invalid
-from deltamux.store.catalog import Catalog
-from deltamux.store.names import check_name
-from deltamux.store.version import AdapterFacts
+from deltamux.store.catalog.catalog import Catalog
+from deltamux.store.catalog.facts import AdapterFacts
+from deltamux.store.catalog.reference import check_name
 from deltamux.v1 import adapters_pb2 as v1
 from deltamux.v1 import adapters_pb2_grpc, inference_pb2
 

@@ -17,8 +17,8 @@ from deltamux.frontend.deadline import deadline
 from deltamux.frontend.engine_client import EngineClient
 from deltamux.frontend.printable import printable
 from deltamux.frontend.request_stream import RequestStream
-from deltamux.store.catalog import Catalog
-from deltamux.store.lease import Lease
+from deltamux.store.catalog.catalog import Catalog
+from deltamux.store.catalog.lease import Lease
 from deltamux.v1 import inference_pb2 as v1
 from deltamux.wire.messages import Ready
 

@@ -16,8 +16,8 @@ from deltamux.frontend.reply import Reply
 from deltamux.frontend.request_stream import RequestStream
 from deltamux.frontend.tokenizer import Prompt, Tokenizer
 from deltamux.metrics import Metrics
-from deltamux.store.catalog import Catalog
-from deltamux.store.lease import Lease
+from deltamux.store.catalog.catalog import Catalog
+from deltamux.store.catalog.lease import Lease
 from deltamux.v1 import inference_pb2 as v1
 from deltamux.v1 import inference_pb2_grpc
 from deltamux.wire.messages import Submit

@@ -13,7 +13,7 @@ from deltamux.frontend.adapter_tokenizers import AdapterTokenizers
 from deltamux.frontend.call import Call, Calls, Request
 from deltamux.frontend.tokenizer import Prompt
 from deltamux.metrics import Metrics
-from deltamux.store.lease import Lease
+from deltamux.store.catalog.lease import Lease
 from deltamux.v1 import inference_pb2 as v1
 from deltamux.wire.messages import Classify, Embed, Pooled, Sampling, Stopping, Submit
 

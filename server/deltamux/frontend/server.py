@@ -21,7 +21,7 @@ from deltamux.frontend.inference_service import InferenceService
 from deltamux.frontend.interceptors import CallInterceptor
 from deltamux.frontend.tokenizer import Tokenizer
 from deltamux.metrics import Metrics
-from deltamux.store.catalog import Catalog
+from deltamux.store.catalog.catalog import Catalog
 from deltamux.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from deltamux.store.version import TIERS
+from deltamux.store.catalog.facts import TIERS
 from deltamux.v1 import inference_pb2
 
 # "" is that of the base, which has none.

@@ -10,7 +10,7 @@ from typing import Literal
 from deltamux.errors import FailedPrecondition, InvalidArgument, Unimplemented
 from deltamux.frontend import limits
 from deltamux.frontend.defaults import GenerationDefaults
-from deltamux.store.names import Reference
+from deltamux.store.catalog.reference import Reference
 from deltamux.v1 import inference_pb2 as v1
 from deltamux.wire.messages import Embed, Ready, Sampling, Stopping
 

@@ -13,9 +13,9 @@ from deltamux.errors import DeltamuxError, StartupError
 from deltamux.frontend.engine_client import EngineClient
 from deltamux.launch.preflight import check_folder
 from deltamux.metrics import Metrics, Resident
-from deltamux.store.catalog import Catalog
-from deltamux.store.disk import DiskStore
-from deltamux.store.watcher import FolderWatcher
+from deltamux.store.catalog.catalog import Catalog
+from deltamux.store.catalog.disk_tier import DiskTier
+from deltamux.store.catalog.folder_watcher import FolderWatcher
 
 _log = structlog.get_logger(__name__)
 
@@ -78,10 +78,8 @@ class AdapterStore:
         return [Resident(f.name, f.version, f.tier, f.pinned) for f in facts]
 
 
-def _disk(config: StoreConfig) -> DiskStore:
+def _disk(config: StoreConfig) -> DiskTier:
     try:
-        return DiskStore(
-            config.cache_dir, config.disk_bytes, config.max_adapter_bytes, check_folder
-        )
+        return DiskTier(config.cache_dir, config.disk_bytes, config.max_adapter_bytes, check_folder)
     except OSError as error:
         raise StartupError(f"--adapter-cache-dir {config.cache_dir}: {error.strerror}") from error

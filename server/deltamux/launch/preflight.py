@@ -10,7 +10,7 @@ from deltamux.adapters.checkpoint.header import check_weights
 from deltamux.adapters.checkpoint.manifest import read_manifest
 from deltamux.config import FrontendConfig, StoreConfig
 from deltamux.errors import DeltamuxError, StartupError
-from deltamux.store.names import check_name
+from deltamux.store.catalog.reference import check_name
 
 
 def check(frontend: FrontendConfig, store: StoreConfig) -> None:

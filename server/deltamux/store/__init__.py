@@ -1,1 +1,1 @@
-"""Where adapters live: catalog, disk, host memory, device slots."""
+"""Where adapters live: the front end's half is `catalog`, the engine's is `memory`."""

@@ -11,7 +11,7 @@ import pytest
 from deltamux.adapters.checkpoint.files import CONFIG, WEIGHTS, open_config, open_weights
 from deltamux.adapters.checkpoint.hub_cache import stored_path
 from deltamux.errors import InvalidArgument
-from deltamux.store.content import content_digest, fingerprint
+from deltamux.store.digest import content_digest, fingerprint
 
 REVISION = "5b8a3fbbd9a4ef8f7a1c1c1f0d0b2f4be1c1a1aa"
 

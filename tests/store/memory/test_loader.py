@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from deltamux.errors import FailedPrecondition
-from deltamux.store.content import content_digest
-from deltamux.store.loader import Completed, Loader
+from deltamux.store.digest import content_digest
+from deltamux.store.memory.loader import Completed, Loader
 
 # Seconds after which what does not come is a failure.
 WAIT = 60.0

@@ -10,9 +10,9 @@ from deltamux.adapters.task import Call, require_fit
 from deltamux.adapters.traits import Traits
 from deltamux.base.out_of_memory import is_out_of_memory
 from deltamux.errors import Aborted, DeltamuxError, FailedPrecondition, Internal
-from deltamux.store.entry import Entry
-from deltamux.store.loader import Completed, Loader, no_memory
-from deltamux.store.tiers import Tiers
+from deltamux.store.memory.entry import Entry
+from deltamux.store.memory.loader import Completed, Loader, no_memory
+from deltamux.store.memory.memory_tiers import MemoryTiers
 from deltamux.wire.messages import AdapterDropped, AdapterFailed, AdapterLoaded, FromEngine
 
 # Requests for an adapter that failed to load are refused unseen for this many seconds.
@@ -49,7 +49,7 @@ class AdapterCache:
         # Those with loads, pins or drops to answer.
         self._unanswered: dict[str, Entry] = {}
         self._events: list[FromEngine] = []
-        self._tiers = Tiers(sites, loader, slots, host_bytes, self._entries, self._events)
+        self._tiers = MemoryTiers(sites, loader, slots, host_bytes, self._entries, self._events)
 
     @property
     def pending_loads(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from deltamux.store.version import Version
+from deltamux.store.catalog.records import Version
 
 
 class Lease:

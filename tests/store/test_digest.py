@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deltamux.errors import InvalidArgument
-from deltamux.store.content import content_digest, fingerprint
+from deltamux.store.digest import content_digest, fingerprint
 
 
 def write(folder: Path, config: bytes, weights: bytes) -> Path:

@@ -1,17 +1,12 @@
-"""What the catalog knows: names, their versions, and the content that versions share."""
+"""The catalog's records: a name has versions, and a version is one content under that name."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field, replace
-
-import msgspec
+from dataclasses import dataclass, field
 
 from deltamux.errors import DeltamuxError
 from deltamux.wire.messages import AdapterInfo
-
-# From far to near.
-TIERS = ("remote", "disk", "host", "device")
 
 
 @dataclass(eq=False)
@@ -81,50 +76,3 @@ class Registration:
     failure: DeltamuxError | None = None
     # Monotonic time until which `failure` answers requests without another try.
     failed_until: float = 0.0
-
-
-@dataclass(frozen=True)
-class AdapterFacts:
-    """One line of the list of adapters; what only its content tells is empty until it was read."""
-
-    name: str
-    version: str
-    source: str
-    tier: str
-    pinned: bool
-    live: bool
-    active_requests: int
-    family: str = ""
-    rank: int = 0
-    parameters: int = 0
-    host_bytes: int = 0
-    device_bytes: int = 0
-    note: str = ""
-    task: str = ""
-    labels: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Outcome of loading an adapter by name."""
-
-    facts: AdapterFacts
-    # The name had this very content before.
-    already_loaded: bool
-
-
-def facts(registration: Registration, version: Version | None) -> AdapterFacts:
-    """Of one version, or of a name whose source has not been read."""
-    if version is None:
-        return AdapterFacts(registration.name, "", registration.source, "remote", False, True, 0)
-    known = AdapterFacts(
-        name=registration.name,
-        version=version.digest,
-        source=registration.source,
-        tier=version.content.tier,
-        pinned=version.pinned,
-        live=version.live,
-        active_requests=version.leases,
-    )
-    info = version.content.info
-    return replace(known, **msgspec.structs.asdict(info)) if info else known

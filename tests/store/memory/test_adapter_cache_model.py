@@ -20,9 +20,9 @@ from hypothesis.stateful import (
 
 from deltamux.adapters.traits import PLAIN, Traits
 from deltamux.errors import FailedPrecondition
-from deltamux.store.content import content_digest
-from deltamux.store.loader import Loader
-from deltamux.store.slots import AdapterCache
+from deltamux.store.digest import content_digest
+from deltamux.store.memory.adapter_cache import AdapterCache
+from deltamux.store.memory.loader import Loader
 
 SLOTS, DEVICE_BYTES, HOST_BYTES = 3, 60, 80
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from deltamux.errors import AlreadyExists, InvalidArgument
-from deltamux.store.names import Reference, check_name
-from deltamux.store.version import TIERS, AdapterFacts, Registration, Version, facts
+from deltamux.store.catalog.facts import TIERS, AdapterFacts, facts
+from deltamux.store.catalog.records import Registration, Version
+from deltamux.store.catalog.reference import Reference, check_name
 
 
 class Registry:

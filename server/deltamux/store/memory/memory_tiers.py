@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.sites.device_sites import DeviceSites
 from deltamux.errors import FailedPrecondition, ResourceExhausted
-from deltamux.store.device import DeviceSlots
-from deltamux.store.entry import Entry
-from deltamux.store.host import HostCache
-from deltamux.store.loader import Completed, Loader
+from deltamux.store.memory.device_slots import DeviceSlots
+from deltamux.store.memory.entry import Entry
+from deltamux.store.memory.host_cache import HostCache
+from deltamux.store.memory.loader import Completed, Loader
 from deltamux.wire.messages import AdapterInfo, AdapterMoved, FromEngine
 
 
-class Tiers:
+class MemoryTiers:
     """Host memory and device slots of `entries`; tells every change of tier in `events`."""
 
     def __init__(

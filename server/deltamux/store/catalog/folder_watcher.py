@@ -10,8 +10,8 @@ import structlog
 
 from deltamux.adapters.checkpoint.files import CONFIG
 from deltamux.errors import DeltamuxError
-from deltamux.store.catalog import Catalog
-from deltamux.store.content import Fingerprint, fingerprint
+from deltamux.store.catalog.catalog import Catalog
+from deltamux.store.digest import Fingerprint, fingerprint
 
 _log = structlog.get_logger(__name__)
 

@@ -15,9 +15,9 @@ import pytest
 import structlog
 
 from deltamux.errors import Aborted, DeltamuxError, InvalidArgument, ResourceExhausted
-from deltamux.store import disk as disk_module
-from deltamux.store.content import content_digest
-from deltamux.store.disk import DiskStore
+from deltamux.store.catalog import disk_tier
+from deltamux.store.catalog.disk_tier import DiskTier
+from deltamux.store.digest import content_digest
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -104,7 +104,7 @@ def test_a_crash_at_any_write_leaves_no_partial_copy(files, make_disk, tmp_path)
     script = """
 import os, sys
 from pathlib import Path
-from deltamux.store.disk import DiskStore
+from deltamux.store.catalog.disk_tier import DiskTier
 calls = 0
 def killing(function):
     def call(*args, **kwargs):
@@ -114,7 +114,7 @@ def killing(function):
             os._exit(9)
         return function(*args, **kwargs)
     return call
-store = DiskStore(Path(sys.argv[1]), 1 << 20, 1 << 20, lambda folder: None)
+store = DiskTier(Path(sys.argv[1]), 1 << 20, 1 << 20, lambda folder: None)
 os.fsync, os.rename = killing(os.fsync), killing(os.rename)
 store.ingest(Path(sys.argv[2]))
 """
@@ -183,7 +183,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(files, make_disk, mon
     disk = make_disk()
     weights = source / WEIGHTS
     content = weights.read_bytes()
-    chunks = disk_module.chunks
+    chunks = disk_tier.chunks
     changes = {
         "rewrite": lambda: weights.write_bytes(content),
         "grow": lambda: weights.write_bytes(content + b"x"),
@@ -195,7 +195,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(files, make_disk, mon
         changes[change]()
         return chunks(file)
 
-    monkeypatch.setattr(disk_module, "chunks", changing)
+    monkeypatch.setattr(disk_tier, "chunks", changing)
     with pytest.raises(Aborted) as error:
         disk.ingest(source)
     assert error.value.reason == "SOURCE_CHANGED"
@@ -208,13 +208,13 @@ def test_a_source_that_changes_while_it_is_read_is_refused(files, make_disk, mon
 def test_a_source_that_grows_once_it_is_measured_is_refused(files, make_disk, monkeypatch):
     source = files.write("a", seed=1)
     disk = make_disk()
-    copy = disk_module._copy
+    copy = disk_tier._copy
 
     def grown(*arguments):
         files.write("a", seed=1, rank=3)
         return copy(*arguments)
 
-    monkeypatch.setattr(disk_module, "_copy", grown)
+    monkeypatch.setattr(disk_tier, "_copy", grown)
     with pytest.raises(Aborted) as error:
         disk.ingest(source)
     assert (error.value.reason, disk.used_bytes) == ("SOURCE_CHANGED", 0)
@@ -299,10 +299,10 @@ def test_servers_may_share_the_folder(files, tmp_path):
     """Two stores ingest and evict in one folder; whatever is there is whole."""
     sources = [files.write(str(seed), seed) for seed in range(6)]
     size = sum(path.stat().st_size for path in sources[0].iterdir())
-    stores = [DiskStore(tmp_path / "cache", 3 * size, size, lambda folder: None) for _ in range(2)]
+    stores = [DiskTier(tmp_path / "cache", 3 * size, size, lambda folder: None) for _ in range(2)]
     barrier = threading.Barrier(2)
 
-    def churn(store: DiskStore) -> None:
+    def churn(store: DiskTier) -> None:
         barrier.wait()
         for source in sources * 3:
             store.unhold(store.ingest(source))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deltamux.errors import InvalidArgument
-from deltamux.store.names import Reference
+from deltamux.store.catalog.reference import Reference
 
 DIGEST = "0123456789abcdef" * 4
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from deltamux.store.keyed_lock import KeyedLock
+from deltamux.store.catalog.keyed_lock import KeyedLock
 
 
 async def test_one_key_is_serial_and_keys_are_independent():

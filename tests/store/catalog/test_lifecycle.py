@@ -13,7 +13,7 @@ from deltamux.errors import (
     FailedPrecondition,
     NotFound,
 )
-from deltamux.store.content import content_digest
+from deltamux.store.digest import content_digest
 
 WEIGHTS = "adapter_model.safetensors"
 

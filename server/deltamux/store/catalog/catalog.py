@@ -24,15 +24,16 @@ from deltamux.errors import (
     InvalidArgument,
     NotFound,
 )
-from deltamux.store.background import Background
-from deltamux.store.contents import AdapterEngine, Contents
-from deltamux.store.disk import DiskStore
-from deltamux.store.keyed_lock import KeyedLock
-from deltamux.store.lease import Lease
-from deltamux.store.names import Reference, check_name
-from deltamux.store.registry import Registry
-from deltamux.store.version import AdapterFacts, Content, Loaded, Registration, Version, facts
-from deltamux.store.versions import Versions
+from deltamux.store.catalog.background import Background
+from deltamux.store.catalog.disk_tier import DiskTier
+from deltamux.store.catalog.facts import AdapterFacts, Loaded, facts
+from deltamux.store.catalog.keyed_lock import KeyedLock
+from deltamux.store.catalog.lease import Lease
+from deltamux.store.catalog.lifecycle import Lifecycle
+from deltamux.store.catalog.records import Content, Registration, Version
+from deltamux.store.catalog.reference import Reference, check_name
+from deltamux.store.catalog.registry import Registry
+from deltamux.store.catalog.residency import AdapterEngine, Residency
 from deltamux.wire.messages import AdapterFailed, AdapterMoved
 
 _log = structlog.get_logger(__name__)
@@ -46,19 +47,19 @@ class Catalog:
 
     def __init__(
         self,
-        disk: DiskStore,
+        disk: DiskTier,
         engine: AdapterEngine,
         clock: Callable[[], float] = time.monotonic,
         unread: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """`unread(reason)` is told of every source that cannot be read, or is refused on sight."""
         self._disk = disk
-        self._contents = Contents(disk, engine, unread)
+        self._residency = Residency(disk, engine, unread)
         self._clock = clock
         self._registry = Registry()
         self._locks = KeyedLock()
         self._background = Background()
-        self._versions = Versions(self._contents, self._background)
+        self._lifecycle = Lifecycle(self._residency, self._background)
 
     def register(self, name: str, source: str) -> None:
         """Makes `name` known; raises AlreadyExists if it is, with another source."""
@@ -81,7 +82,7 @@ class Catalog:
             version = self._registry.find(wanted)
         if version is None:
             raise wanted.not_found()
-        return self._versions.lease(version)
+        return self._lifecycle.lease(version)
 
     async def load(
         self,
@@ -134,21 +135,21 @@ class Catalog:
 
     def moved(self, event: AdapterMoved) -> None:
         """Notes the tier that the engine tells."""
-        self._contents.moved(event)
+        self._residency.moved(event)
 
     def failed(self, event: AdapterFailed) -> None:
         """Repairs, in the background, a copy on disk that the engine found damaged."""
-        content = self._contents.get(event.digest)
+        content = self._residency.get(event.digest)
         if content is not None and event.reason == DataLoss.reason and not content.loading:
             self._background.start(self._repair(content))
 
     def engine_lost(self) -> None:
         """Nothing is in memory until the next engine loads it."""
-        self._contents.lost()
+        self._residency.lost()
 
     async def engine_restarted(self) -> None:
         """Returns when all that is pinned is on the device again."""
-        await self._contents.restarted()
+        await self._residency.restarted()
 
     def close(self) -> None:
         """Gives up all work under way."""
@@ -190,17 +191,17 @@ class Catalog:
         live = registration.live
         if live is not None and live.digest in self._disk:
             return
-        digest = await self._contents.ingest(registration.source)
+        digest = await self._residency.ingest(registration.source)
         if live is not None and live.digest != digest:
             _log.warning("source changed", adapter=registration.name, adapter_version=digest)
-        self._versions.go_live(self._versions.add(registration, digest))
+        self._lifecycle.go_live(self._lifecycle.add(registration, digest))
         self._disk.unhold(digest)
 
     async def _load(
         self, name: str, source: str, upto: str, pinned: bool, expect_version: str
     ) -> Loaded:
         async with self._locks(name):
-            digest = await self._contents.ingest(source)
+            digest = await self._residency.ingest(source)
             try:
                 _check_expected(digest, expect_version)
                 with self._registry.entered(name, source) as registration:
@@ -214,15 +215,15 @@ class Catalog:
     ) -> bool:
         """Loads this content and makes it live; returns whether it was live before."""
         known = registration.live is not None and registration.live.digest == digest
-        version = self._versions.add(registration, digest)
+        version = self._lifecycle.add(registration, digest)
         try:
             await self._bring(version, source, upto, pinned)
         except BaseException:
             if not known:
-                self._versions.retire(version)
+                self._lifecycle.retire(version)
             raise
         registration.source = source
-        self._versions.go_live(version)
+        self._lifecycle.go_live(version)
         return known
 
     async def _bring(self, version: Version, source: str, upto: str, pinned: bool) -> None:
@@ -230,26 +231,26 @@ class Catalog:
         live = version.registration.live
         if live is None or live is version or not live.pinned:
             pinned = pinned or version.pinned
-            await self._contents.load(version.content, source, upto, pinned)
+            await self._residency.load(version.content, source, upto, pinned)
             version.pinned = pinned
             return
-        await self._contents.pin(live, False)
+        await self._residency.pin(live, False)
         try:
-            await self._contents.load(version.content, source, upto, pinned=True)
+            await self._residency.load(version.content, source, upto, pinned=True)
             version.pinned = True
         except DeltamuxError:
-            await self._contents.pin(live, True)
+            await self._residency.pin(live, True)
             raise
 
     async def _pin(self, wanted: Reference, pinned: bool) -> AdapterFacts:
         async with self._locks(wanted.name):
             registration = self._registry.registration(wanted)
             live = registration.live
-            if pinned and (live is None or not self._versions.present(live)):
+            if pinned and (live is None or not self._lifecycle.present(live)):
                 await self._read_source(registration)
             version = self._registry.find(wanted)
             if version is not None and version.pinned != pinned:
-                await self._contents.pin(version, pinned)
+                await self._residency.pin(version, pinned)
             return facts(registration, version)
 
     async def _unload(self, wanted: Reference, purge: bool) -> None:
@@ -266,13 +267,13 @@ class Catalog:
                 self._registry.remove(wanted.name)
             for version in doomed:
                 version.purge = purge
-                self._versions.retire(version)
+                self._lifecycle.retire(version)
         await asyncio.gather(*(version.gone.wait() for version in doomed))
 
     async def _repair(self, content: Content) -> None:
         registration = next(iter(content.versions)).registration
         try:
-            await self._contents.load(content, content.source, "host", pinned=False)
+            await self._residency.load(content, content.source, "host", pinned=False)
         except DataLoss:
             # The source has other content by now: that is the next version.
             await self.refresh(registration.name)

@@ -22,7 +22,7 @@ from deltamux.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from deltamux.store.content import ContentDigest, chunks, fingerprint, openers
+from deltamux.store.digest import ContentDigest, chunks, fingerprint, openers
 
 # Then the id of the process that works in it.
 _TEMPORARY = ".tmp-"
@@ -34,7 +34,7 @@ _UNUSED = ("chat_template.jinja", "generation_config.json")
 _log = structlog.get_logger(__name__)
 
 
-class DiskStore:
+class DiskTier:
     """Least recently used copies go when `capacity_bytes` are taken, unless someone holds them.
 
     A copy appears by one rename, complete and synced, or not at all; after a crash, one whose new

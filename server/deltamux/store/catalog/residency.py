@@ -11,8 +11,8 @@ from typing import Protocol
 import structlog
 
 from deltamux.errors import DataLoss, DeltamuxError
-from deltamux.store.disk import DiskStore
-from deltamux.store.version import Content, Registration, Version
+from deltamux.store.catalog.disk_tier import DiskTier
+from deltamux.store.catalog.records import Content, Registration, Version
 from deltamux.wire.messages import AdapterInfo, AdapterMoved
 
 _log = structlog.get_logger(__name__)
@@ -28,11 +28,11 @@ class AdapterEngine(Protocol):
     async def drop(self, digest: str) -> None: ...
 
 
-class Contents:
+class Residency:
     """A content exists while some version means it; with the last one the engine drops it."""
 
     def __init__(
-        self, disk: DiskStore, engine: AdapterEngine, unread: Callable[[str], None]
+        self, disk: DiskTier, engine: AdapterEngine, unread: Callable[[str], None]
     ) -> None:
         """`unread(reason)` is told of sources that cannot be read, or are refused on sight."""
         self.disk = disk

@@ -25,7 +25,7 @@ from deltamux.errors import (
     ResourceExhausted,
     from_code,
 )
-from deltamux.store.content import Fingerprint, content_digest, fingerprint
+from deltamux.store.digest import Fingerprint, content_digest, fingerprint
 
 _log = structlog.get_logger(__name__)
 
@@ -205,13 +205,13 @@ def _run(job: _Job) -> Completed:
     except OSError as error:
         failure = DataLoss(f"the adapter's files on disk cannot be read: {_reason(error)}")
     except Exception as error:
-        failure = load_error(error)
+        failure = _load_error(error)
         if isinstance(failure, Internal):
             _log.exception("loading an adapter failed", adapter_version=job.digest)
     return Completed(job.digest, time.monotonic() - start, adapter, failure)
 
 
-def load_error(error: Exception) -> DeltamuxError:
+def _load_error(error: Exception) -> DeltamuxError:
     """What clients are told of an error that has no words for them."""
     if is_out_of_memory(error):
         return no_memory()

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from deltamux.errors import DataLoss, FailedPrecondition, Internal
-from deltamux.store.content import content_digest
-from deltamux.store.loader import Loader
-from deltamux.store.slots import AdapterCache
+from deltamux.store.digest import content_digest
+from deltamux.store.memory.adapter_cache import AdapterCache
+from deltamux.store.memory.loader import Loader
 from deltamux.wire.messages import AdapterDropped, AdapterFailed, AdapterLoaded, AdapterMoved
 
 Drive = Callable[[AdapterCache, Loader], list[Any]]

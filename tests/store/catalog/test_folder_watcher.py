@@ -8,8 +8,8 @@ from unittest.mock import Mock
 import pytest
 
 from deltamux.errors import FailedPrecondition
-from deltamux.store.content import content_digest
-from deltamux.store.watcher import FolderWatcher
+from deltamux.store.catalog.folder_watcher import FolderWatcher
+from deltamux.store.digest import content_digest
 
 
 @pytest.fixture

@@ -5,18 +5,18 @@ from __future__ import annotations
 from functools import partial
 
 from deltamux.errors import ResourceExhausted
-from deltamux.store.background import Background
-from deltamux.store.contents import Contents
-from deltamux.store.lease import Lease
-from deltamux.store.version import Registration, Version
+from deltamux.store.catalog.background import Background
+from deltamux.store.catalog.lease import Lease
+from deltamux.store.catalog.records import Registration, Version
+from deltamux.store.catalog.residency import Residency
 
 
-class Versions:
+class Lifecycle:
     """All that happens to one version of a name."""
 
-    def __init__(self, contents: Contents, background: Background) -> None:
-        self._contents = contents
-        self._disk = contents.disk
+    def __init__(self, residency: Residency, background: Background) -> None:
+        self._residency = residency
+        self._disk = residency.disk
         self._background = background
 
     def present(self, version: Version) -> bool:
@@ -27,7 +27,7 @@ class Versions:
         """The version of this content: a new one, or one that was about to go."""
         version = registration.versions.get(digest)
         if version is None:
-            version = self._contents.attach(registration, digest)
+            version = self._residency.attach(registration, digest)
             registration.versions[digest] = version
         elif version.retired:
             version.revive()
@@ -64,4 +64,4 @@ class Versions:
     def _forget_unused(self, version: Version) -> None:
         if version.retired and not version.leases:
             del version.registration.versions[version.digest]
-            self._background.start(self._contents.detach(version))
+            self._background.start(self._residency.detach(version))
