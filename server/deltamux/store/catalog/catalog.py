@@ -30,7 +30,7 @@ from deltamux.store.catalog.facts import AdapterFacts, Loaded, facts
 from deltamux.store.catalog.keyed_lock import KeyedLock
 from deltamux.store.catalog.lease import Lease
 from deltamux.store.catalog.lifecycle import Lifecycle
-from deltamux.store.catalog.records import Content, Registration, Version
+from deltamux.store.catalog.records import Content, Registration
 from deltamux.store.catalog.reference import Reference, check_name
 from deltamux.store.catalog.registry import Registry
 from deltamux.store.catalog.residency import AdapterEngine, Residency
@@ -77,7 +77,8 @@ class Catalog:
         """
         wanted = Reference.parse(reference)
         version = self._registry.find(wanted)
-        if version is None or not self._suffices(version, has_read):
+        files = version is not None and not has_read(version.digest)
+        if version is None or not self._residency.holds(version.content, files):
             await self._prepared(self._registry.registration(wanted))
             version = self._registry.find(wanted)
         if version is None:
@@ -155,12 +156,6 @@ class Catalog:
         """Gives up all work under way."""
         self._background.close()
 
-    def _suffices(self, version: Version, has_read: Callable[[str], bool]) -> bool:
-        """Whether a request can be served from where the version is."""
-        if version.content.tier == "disk" or not has_read(version.digest):
-            return version.digest in self._disk
-        return True
-
     async def _prepared(self, registration: Registration) -> None:
         """Waits for the one reading of the source that all first requests share."""
         if registration.failure is not None and self._clock() < registration.failed_until:
@@ -217,7 +212,7 @@ class Catalog:
         known = registration.live is not None and registration.live.digest == digest
         version = self._lifecycle.add(registration, digest)
         try:
-            await self._bring(version, source, upto, pinned)
+            await self._residency.bring(version, source, upto, pinned)
         except BaseException:
             if not known:
                 self._lifecycle.retire(version)
@@ -226,27 +221,11 @@ class Catalog:
         self._lifecycle.go_live(version)
         return known
 
-    async def _bring(self, version: Version, source: str, upto: str, pinned: bool) -> None:
-        """Loads the version; the pin of the live one passes to it."""
-        live = version.registration.live
-        if live is None or live is version or not live.pinned:
-            pinned = pinned or version.pinned
-            await self._residency.load(version.content, source, upto, pinned)
-            version.pinned = pinned
-            return
-        await self._residency.pin(live, False)
-        try:
-            await self._residency.load(version.content, source, upto, pinned=True)
-            version.pinned = True
-        except DeltamuxError:
-            await self._residency.pin(live, True)
-            raise
-
     async def _pin(self, wanted: Reference, pinned: bool) -> AdapterFacts:
         async with self._locks(wanted.name):
             registration = self._registry.registration(wanted)
             live = registration.live
-            if pinned and (live is None or not self._lifecycle.present(live)):
+            if pinned and (live is None or not self._residency.holds(live.content)):
                 await self._read_source(registration)
             version = self._registry.find(wanted)
             if version is not None and version.pinned != pinned:

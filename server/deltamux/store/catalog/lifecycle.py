@@ -19,10 +19,6 @@ class Lifecycle:
         self._disk = residency.disk
         self._background = background
 
-    def present(self, version: Version) -> bool:
-        """Whether the engine has it in memory or can read it from disk."""
-        return version.content.tier != "disk" or version.digest in self._disk
-
     def add(self, registration: Registration, digest: str) -> Version:
         """The version of this content: a new one, or one that was about to go."""
         version = registration.versions.get(digest)

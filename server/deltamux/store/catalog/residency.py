@@ -43,6 +43,10 @@ class Residency:
     def get(self, digest: str) -> Content | None:
         return self._contents.get(digest)
 
+    def holds(self, content: Content, files: bool = False) -> bool:
+        """Whether disk or engine has the content; with `files`, whether the disk has."""
+        return content.digest in self.disk or (content.tier != "disk" and not files)
+
     def attach(self, registration: Registration, digest: str) -> Version:
         """A new version with this content."""
         content = self._contents.setdefault(digest, Content(digest))
@@ -86,6 +90,22 @@ class Residency:
                 await self._load_anew(content, source, tier, pinned)
         finally:
             content.loading -= 1
+
+    async def bring(self, version: Version, source: str, tier: str, pinned: bool) -> None:
+        """Loads a version that is to be live; the pin of the one that is passes to it."""
+        live = version.registration.live
+        if live is None or live is version or not live.pinned:
+            pinned = pinned or version.pinned
+            await self.load(version.content, source, tier, pinned)
+            version.pinned = pinned
+            return
+        await self.pin(live, False)
+        try:
+            await self.load(version.content, source, tier, pinned=True)
+            version.pinned = True
+        except DeltamuxError:
+            await self.pin(live, True)
+            raise
 
     async def pin(self, version: Version, pinned: bool) -> None:
         """Sets a version's pin; the content stays pinned while any of its versions is."""

@@ -7,13 +7,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
 
 import structlog
-import torch
 
 from deltamux.adapters.adapter import Adapter
 from deltamux.base.out_of_memory import is_out_of_memory
@@ -26,6 +23,7 @@ from deltamux.errors import (
     from_code,
 )
 from deltamux.store.digest import Fingerprint, content_digest, fingerprint
+from deltamux.store.memory.thread_pool import ThreadPool
 
 _log = structlog.get_logger(__name__)
 
@@ -46,65 +44,6 @@ class _Job:
     run: Callable[[], Adapter | None]
 
 
-class _Lane:
-    """Runs jobs in order on up to `limit` daemon threads, started as they are needed and kept: to
-    start one, the engine's thread waits until it runs, which beside busy cores takes milliseconds.
-
-    With `alone`, torch computes on these threads without workers. A thread that has used torch
-    keeps a team of OpenMP workers for as long as it lives, and with more workers than cores OpenMP
-    no longer spins between two parallel regions: every decode step on a CPU took half as long again
-    while a loader's thread with workers was there.
-    """
-
-    def __init__(self, limit: int, alone: bool) -> None:
-        self._limit = limit
-        self._alone = alone
-        self._threads = 0
-        # Jobs that wait or run.
-        self._unfinished = 0
-        # None tells a thread to end.
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._lock = threading.Lock()
-
-    def put(self, job: Callable[[], None]) -> bool:
-        """False: there is no thread for it, because there was no memory for one."""
-        with self._lock:
-            self._unfinished += 1
-            missing = self._threads < min(self._limit, self._unfinished)
-        if missing and not self._start() and not self._threads:
-            self._unfinished -= 1
-            return False
-        self._jobs.put(job)
-        return True
-
-    def close(self) -> None:
-        """Forgets the jobs that no thread has begun, and lets the threads end."""
-        with suppress(Empty):
-            while True:
-                self._jobs.get_nowait()
-        for _ in range(self._threads):
-            self._jobs.put(None)
-
-    def _start(self) -> bool:
-        try:
-            threading.Thread(target=self._work, daemon=True).start()
-        except RuntimeError:
-            return False
-        self._threads += 1
-        return True
-
-    def _work(self) -> None:
-        if self._alone:
-            # Of OpenMP's settings, this is the calling thread's own.
-            torch.set_num_threads(1)
-        while (job := self._jobs.get()) is not None:
-            job()
-            # It holds an adapter, which need not stay until the next one comes.
-            del job
-            with self._lock:
-                self._unfinished -= 1
-
-
 class Loader:
     """Jobs go in from the engine thread and come back to it through `completed`.
 
@@ -122,8 +61,8 @@ class Loader:
         """`alone`: the steps compute on the same cores, which they are to have for themselves."""
         self._parse = parse
         self._write = write
-        self._reads = _Lane(readers, alone)
-        self._writes = _Lane(1, alone)
+        self._readers = ThreadPool(readers, alone)
+        self._writer = ThreadPool(1, alone)
         self._completed: deque[Completed] = deque()
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()
@@ -132,12 +71,12 @@ class Loader:
     def read(self, digest: str, path: str) -> None:
         """Starts reading, verifying and parsing the folder `path`."""
         job = _Job(digest, lambda: self._read_verified(Path(path), digest))
-        self._put(self._reads, job)
+        self._put(self._readers, job)
 
     def write(self, slot: int, adapter: Adapter) -> None:
         """Starts copying to a slot that has been reserved."""
         job = _Job(adapter.digest, lambda: self._write(slot, adapter))
-        self._put(self._writes, job)
+        self._put(self._writer, job)
 
     def completed(self) -> list[Completed]:
         """All jobs that ended since the last call, without blocking."""
@@ -162,11 +101,11 @@ class Loader:
         with self._lock:
             self._closed = True
             os.close(self._eventfd)
-        self._reads.close()
-        self._writes.close()
+        self._readers.close()
+        self._writer.close()
 
-    def _put(self, lane: _Lane, job: _Job) -> None:
-        if not lane.put(lambda: self._finish(_run(job))):
+    def _put(self, pool: ThreadPool, job: _Job) -> None:
+        if not pool.put(lambda: self._finish(_run(job))):
             self._finish(Completed(job.digest, 0.0, error=no_memory()))
 
     def _finish(self, completed: Completed) -> None:
