@@ -137,6 +137,8 @@ def test_messages_are_a_chat():
         ("user", "hello"),
     ]
     assert request.WhichOneof("input") == "chat" and request.adapter == "a"
+    with pytest.raises(TypeError):
+        generate_request([*messages, "and this?"])
 
 
 def test_requests_without_tokens_to_generate():

@@ -38,8 +38,8 @@ def generate_request(
         ),
         output=inference_pb2.OutputOptions(return_token_ids=True),
     )
-    messages = [message for message in prompt if isinstance(message, Mapping)]
-    if messages:
+    if any(isinstance(part, Mapping) for part in prompt):
+        messages = cast(Sequence[Message], prompt)
         request.chat.messages.extend(inference_pb2.Chat.Message(**m) for m in messages)
     else:
         _fill(request, cast(str | Sequence[int], prompt))
