@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 from pathlib import Path
@@ -29,6 +30,7 @@ class Compiler:
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr(build, "_compile", counting := Compiler())
     return counting
 
@@ -47,14 +49,12 @@ def test_the_second_start_finds_the_library_of_the_first(compiler: Compiler, cac
 
 
 def test_a_broken_library_is_made_anew(compiler: Compiler, cache: Path) -> None:
-    build.load_library()
-    (kept,) = cache.iterdir()
-    whole = kept.read_bytes()
-    # In place it would be changed under the process that has it loaded.
-    kept.unlink()
+    kept = cache / f"{build._key(['cc'])}.so"
+    cache.mkdir(parents=True)
     kept.write_bytes(b"no library")
-    assert build.load_library().shrink
-    assert compiler.times == 2 and kept.stat().st_size == len(whole)
+    for _ in range(2):
+        assert build.load_library().shrink
+    assert compiler.times == 1 and [*cache.iterdir()] == [kept]
 
 
 def test_other_code_or_another_compiler_is_another_library(
@@ -84,6 +84,27 @@ def test_a_user_without_a_home_keeps_nothing(
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert build.load_library().shrink
     assert compiler.times == 1 and not list(tmp_path.iterdir())
+    # Nor is what lies in the working directory theirs.
+    planted = tmp_path / "~/.cache/deltamux/native" / f"{build._key(['cc'])}.so"
+    planted.parent.mkdir(parents=True)
+    build._compile(["cc"], planted.parent).rename(planted)
+    assert build.load_library().shrink
+    assert compiler.times == 3
+
+
+@pytest.mark.parametrize("forbidden", ["kept", "made"])
+def test_a_folder_of_which_nothing_may_be_run_is_not_needed(
+    forbidden: str, compiler: Compiler, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = build._loaded
+
+    def load(library: Path) -> ctypes.CDLL:
+        if library.is_relative_to(cache) == (forbidden == "kept"):
+            raise OSError("failed to map segment from shared object")
+        return loaded(library)
+
+    monkeypatch.setattr(build, "_loaded", load)
+    assert build.load_library().shrink
 
 
 def test_without_a_compiler_it_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import platform
@@ -30,21 +31,28 @@ def load_library() -> ctypes.CDLL:
 
     Raises OSError or subprocess.SubprocessError where there is no compiler that can do it.
     """
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    kept = _cache() / f"{_key(compiler)}.so"
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    name = f"{_key(compiler)}.so"
     with suppress(OSError):
-        return ctypes.CDLL(str(kept))
+        return _loaded(_cache() / name)
     with tempfile.TemporaryDirectory() as folder:
         made = _compile(compiler, Path(folder))
+        # One of both folders may be mounted so that nothing in it can be run.
         with suppress(OSError):
-            _keep(made, kept)
-        return ctypes.CDLL(str(made))
+            return _loaded(_keep(made, _cache() / name))
+        return _loaded(made)
+
+
+def _loaded(library: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(library))
 
 
 def _cache() -> Path:
-    """A folder of this user, who may have none."""
+    """A folder of this user. Raises FileNotFoundError where there is no home to have it in."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     above = given if given.is_absolute() else Path(os.path.expanduser("~/.cache"))
+    if not above.is_absolute():
+        raise FileNotFoundError(errno.ENOENT, "no home", str(above))
     return above / "deltamux" / "native"
 
 
@@ -72,16 +80,14 @@ def _compile(compiler: Sequence[str], folder: Path) -> Path:
     return library
 
 
-def _keep(library: Path, kept: Path) -> None:
+def _keep(library: Path, kept: Path) -> Path:
     """Complete or not at all, whoever else starts meanwhile, and after a crash."""
-    if not kept.is_absolute():
-        return
     kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as beside:
         copy = Path(shutil.copy(library, beside))
         with copy.open("rb") as file:
             os.fsync(file.fileno())
-        copy.rename(kept)
+        return copy.rename(kept)
 
 
 def _run(command: Sequence[str]) -> bytes:
