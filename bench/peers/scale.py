@@ -3,10 +3,12 @@
 Usage: python bench/peers/scale.py adapters|slots FOLDER [--rounds 3] [--json FILE] [--png FILE]
 
 `adapters`: throughput with 1, 10, 100 and 1000 adapters on 32 slots, all requests due at once and
-their adapters drawn by Zipf(1.0). `slots`: the time to the first token of 16 adapters on 8 slots
-and on 16, with Poisson arrivals. FOLDER is made first if it is not there: a seeded random Llama of
-10 M parameters and a thousand LoRA adapters of ranks 8 to 64, 1.3 GB. Figures are medians over
-rounds in which the cells take turns. Adds to the figures that FILE has, and draws all of them.
+their adapters drawn by Zipf(1.0); first as a server meets them, some new in every round, then the
+same with all in the host's memory, where S-LoRA's are from the start. `slots`: the time to the
+first token of 16 adapters on 8 slots and on 16, with Poisson arrivals. FOLDER is made first if it
+is not there: a seeded random Llama of 10 M parameters and a thousand LoRA adapters of ranks 8 to
+64, 1.3 GB. Figures are medians over rounds in which the cells take turns. Adds to the figures that
+FILE has, and draws all of them.
 """
 
 from __future__ import annotations
@@ -147,17 +149,35 @@ def check_one(target: str, folder: Path) -> None:
 
 
 def measure_adapters(folder: Path, rounds: int, requests: int, threads: int) -> list[Any]:
-    """One row a number of adapters; the round before the first brings what is used to the host."""
-    runs: dict[int, list[dict[str, float]]] = {count: [] for count in COUNTS}
+    """One row a number of adapters, some of them new or all in the host's memory."""
+    runs: dict[tuple[bool, int], list[dict[str, float]]] = {}
     with serving(folder, SLOTS, threads) as target:
         check_one(target, folder)
-        for number in range(-1, rounds):
+        # In a round before the first, the server has seen none of them.
+        for number in range(rounds + 1):
             for count in COUNTS:
-                work = workload(count, requests, float("inf"), "zipf:1.0", seed=number + 1)
-                figures = measured(target, work)
-                if number >= 0:
-                    runs[count].append(figures)
-    return [{"adapters": count, **medians(found)} for count, found in runs.items()]
+                figures = measured(target, saturating(count, requests, number))
+                if number:
+                    runs.setdefault((False, count), []).append(figures)
+        ask_each(target)
+        for number in range(1, rounds + 1):
+            for count in COUNTS:
+                figures = measured(target, saturating(count, requests, number))
+                runs.setdefault((True, count), []).append(figures)
+    return [
+        {"adapters": count, "on_host": on_host, **medians(found)}
+        for (on_host, count), found in runs.items()
+    ]
+
+
+def saturating(count: int, requests: int, seed: int) -> Workload:
+    return workload(count, requests, float("inf"), "zipf:1.0", seed)
+
+
+def ask_each(target: str) -> None:
+    with Client(target) as client:
+        for name in names(max(COUNTS)):
+            client.generate(generate_request([5, 6, 7], adapter=name, max_tokens=1))
 
 
 def measure_slots(folder: Path, rounds: int, requests: int, threads: int) -> list[Any]:
@@ -185,10 +205,11 @@ def medians(runs: list[dict[str, float]]) -> dict[str, Any]:
 def draw(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    rows = result.get("adapters", [])
-    left.plot(
-        [row["adapters"] for row in rows], [row["tokens_per_second"] for row in rows], marker="o"
-    )
+    for on_host, label in ((True, "all in the host's memory"), (False, "some new to the server")):
+        rows = [row for row in result.get("adapters", []) if row["on_host"] == on_host]
+        counts, rates = [r["adapters"] for r in rows], [r["tokens_per_second"] for r in rows]
+        left.plot(counts, rates, marker="o", label=label)
+    left.legend()
     left.set(title=f"{SLOTS} slots, saturated", xlabel="adapters", ylabel="tokens a second")
     left.set_xscale("log")
     for slots in FEW_SLOTS:
