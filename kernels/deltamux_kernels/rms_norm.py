@@ -10,7 +10,7 @@ import torch
 
 from deltamux_kernels import native
 from deltamux_kernels._triton import tl, triton
-from deltamux_kernels.native.library import INTEGER, NUMBER, POINTER, function
+from deltamux_kernels.native.library import INTEGER, POINTER, as_word, function
 
 # Elements of the short rows that one program norms together.
 _PROGRAM = 1024
@@ -45,17 +45,15 @@ def rms_norm_native(
         weight.data_ptr(),
         y.data_ptr(),
         *rows.shape,
-        epsilon,
-        offset,
+        as_word(epsilon),
+        as_word(offset),
     )
     return y
 
 
 @cache
 def _native() -> Callable[..., None]:
-    return function(
-        "rms_norm", POINTER, *[INTEGER] * 2, *[POINTER] * 2, *[INTEGER] * 3, NUMBER, NUMBER
-    )
+    return function("rms_norm", POINTER, *[INTEGER] * 2, *[POINTER] * 2, *[INTEGER] * 5)
 
 
 def rms_norm_torch(

@@ -2,5 +2,6 @@
 
 from deltamux_kernels.native.library import available
 from deltamux_kernels.native.recording import Call, recording
+from deltamux_kernels.native.runs import joined
 
-__all__ = ["Call", "available", "recording"]
+__all__ = ["Call", "available", "joined", "recording"]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,9 +18,15 @@ from typing import Any
 from deltamux_kernels.native.build import load_library
 from deltamux_kernels.native.recording import recorded
 
-POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+# All that the functions take, so that each argument is a word: see run.c.
+POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 _log = logging.getLogger(__name__)
+
+
+def as_word(number: float) -> int:
+    """A double as an INTEGER of the same bits."""
+    return int.from_bytes(struct.pack("=d", number), sys.byteorder, signed=True)
 
 
 def available() -> bool:

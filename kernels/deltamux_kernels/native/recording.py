@@ -5,10 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class NativeCall:
+    """One of a C function, whose arguments are integers, pointers or None."""
+
+    # As ctypes has it.
+    function: Any
+    arguments: tuple[Any, ...]
+
+    def __call__(self) -> None:
+        self.function(*self.arguments)
 
 
 class _Kept(threading.local):
@@ -33,7 +45,7 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*arguments: Any) -> Any:
         if _kept.calls is not None:
-            _kept.calls.append(partial(function, *arguments))
+            _kept.calls.append(NativeCall(function, arguments))
         return function(*arguments)
 
     return call

@@ -30,20 +30,28 @@ INLINE void scale_numbers(const float *x, float scale, const float *weight, floa
     store(y, normed, numbers);
 }
 
-/* y[o, i, n] = (weight[n] + offset) x[o, i, n] / sqrt(mean of x[o, i]^2 + epsilon); y's rows lie one
- * after the other. */
-void rms_norm(const float *x, int64_t x_outer, int64_t x_inner, const float *weight, float *y,
-              int64_t outer, int64_t inner, int64_t width, double epsilon, double offset)
+static float number(int64_t word)
 {
+    double bits;
+    memcpy(&bits, &word, sizeof bits);
+    return bits;
+}
+
+/* y[o, i, n] = (weight[n] + offset) x[o, i, n] / sqrt(mean of x[o, i]^2 + epsilon); y's rows lie one
+ * after the other. Epsilon and offset are the bits of doubles. */
+void rms_norm(const float *x, int64_t x_outer, int64_t x_inner, const float *weight, float *y,
+              int64_t outer, int64_t inner, int64_t width, int64_t epsilon, int64_t offset)
+{
+    const float small = number(epsilon), shift = number(offset);
 #pragma omp parallel for collapse(2) if (outer * inner * width > ALONE)
     for (int64_t o = 0; o < outer; o++)
         for (int64_t i = 0; i < inner; i++) {
             const float *from = x + o * x_outer + i * x_inner;
             float *to = y + (o * inner + i) * width;
-            float scale = 1.0f / sqrtf(mean_of_squares(from, width) + (float)epsilon);
+            float scale = 1.0f / sqrtf(mean_of_squares(from, width) + small);
             int64_t n = 0;
             for (; n + LANES <= width; n += LANES)
-                scale_numbers(from + n, scale, weight + n, offset, to + n, LANES);
-            scale_numbers(from + n, scale, weight + n, offset, to + n, width - n);
+                scale_numbers(from + n, scale, weight + n, shift, to + n, LANES);
+            scale_numbers(from + n, scale, weight + n, shift, to + n, width - n);
         }
 }
