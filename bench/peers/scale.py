@@ -220,7 +220,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     right.set_ylabel("median time to first token, ms")
     right.legend()
     for axes in (left, right):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.dataLim.y1)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
