@@ -295,7 +295,7 @@ def engine_in_thread(
 
     @contextmanager
     def run(config: EngineConfig) -> Iterator[EngineDriver]:
-        driver = new_driver()
+        driver, others = new_driver(), set(threading.enumerate())
         thread = threading.Thread(target=serve, args=(driver.address, config))
         thread.start()
         try:
@@ -305,6 +305,9 @@ def engine_in_thread(
             driver.send(Shutdown())
             thread.join()
             driver.close()
+        for own in set(threading.enumerate()) - others:
+            own.join(PATIENCE)
+            assert not own.is_alive(), own
 
     return run
 

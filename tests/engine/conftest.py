@@ -82,6 +82,9 @@ class FakeAdapters:
     def pin(self, *order: object) -> None:
         self.orders.append(("pin", *order))
 
+    def close(self) -> None:
+        self.orders.append(("close",))
+
     def drop(self, *order: object) -> None:
         self.orders.append(("drop", *order))
 

@@ -92,10 +92,11 @@ class Engine:
         self.stopped = False
 
     def run(self) -> None:
-        """Steps until the front end says Shutdown."""
+        """Steps until the front end says Shutdown; then lets the threads end that load adapters."""
         while not self.stopped:
             self.step()
         self.settle()
+        self._adapters.close()
 
     def step(self) -> None:
         self._receive()

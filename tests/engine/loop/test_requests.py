@@ -165,8 +165,8 @@ def test_orders_for_adapters_are_passed_on_and_news_are_told(setup):
     assert served.link.told(AdapterDropped) == [AdapterDropped("d")]
 
 
-def test_shutdown_ends_the_loop(setup):
+def test_shutdown_ends_the_loop_and_the_loading(setup):
     served = setup()
     served.link.inbox.append(Shutdown())
     served.engine.run()
-    assert served.engine.stopped
+    assert served.engine.stopped and served.adapters.orders == [("close",)]
