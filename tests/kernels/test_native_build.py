@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deltamux_kernels import native
-from deltamux_kernels.native import build
+from deltamux_kernels.native import build, library
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="there is no C compiler")
 
@@ -114,3 +114,5 @@ def test_without_a_compiler_it_says_so(cache: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CC", "false")
     with pytest.raises(subprocess.SubprocessError):
         build.load_library()
+    monkeypatch.setenv("CC", "cc '")
+    assert library._compiled.__wrapped__() is None

@@ -29,7 +29,8 @@ _SECONDS = 60
 def load_library() -> ctypes.CDLL:
     """The functions of all C files, compiled at the first start on a machine.
 
-    Raises OSError or subprocess.SubprocessError where there is no compiler that can do it.
+    Raises OSError or subprocess.SubprocessError where there is no compiler that can do it, and
+    ValueError for a CC that is no command.
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
     name = f"{_key(compiler)}.so"

@@ -48,6 +48,6 @@ def function(name: str, *arguments: Any, result: Any = None) -> Callable[..., An
 def _compiled() -> ctypes.CDLL | None:
     try:
         return load_library()
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         _log.warning("torch computes what C would compute faster: %s", error)
         return None
