@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -31,6 +31,7 @@ def test_pieces_are_whole_characters_and_add_up(tokenizer, reference, text, prom
 
 
 @given(token_ids=st.lists(st.integers(0, 258)))
+@example(token_ids=[159, 0, 0, 97, 97])  # a character with special tokens in it
 def test_bytes_that_are_no_text_end_up_as_decoding_them_whole(
     tokenizer, reference, token_ids
 ) -> None:

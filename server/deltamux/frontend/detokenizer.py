@@ -34,6 +34,8 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty in the middle of a character."""
+        if self._skip_special_tokens and token_id in self._tokenizer.special_ids:
+            return ""  # it has no bytes: those before it still wait for theirs
         self._window.append(token_id)
         end, text = len(self._window), self._decode(self._window)
         if text.endswith(INCOMPLETE):

@@ -58,6 +58,8 @@ class Tokenizer:
         # Reads the text of a special token as the plain characters that it is made of.
         self._plain = RustTokenizer.from_str(self._backend.to_str())
         self._plain.encode_special_tokens = True
+        added = self._backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(number for number, token in added.items() if token.special)
         special = sorted(filter(None, _special_texts(self._backend)), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special))) if special else None
 
