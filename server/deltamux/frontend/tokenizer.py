@@ -58,10 +58,10 @@ class Tokenizer:
         # Reads the text of a special token as the plain characters that it is made of.
         self._plain = RustTokenizer.from_str(self._backend.to_str())
         self._plain.encode_special_tokens = True
-        added = self._backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(number for number, token in added.items() if token.special)
-        special = sorted(filter(None, _special_texts(self._backend)), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special))) if special else None
+        special = _special_texts(self._backend)
+        self.special_ids = frozenset(special)
+        texts = sorted(filter(None, special.values()), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, texts))) if texts else None
 
     @classmethod
     def load(cls, model: str) -> Tokenizer:
@@ -183,6 +183,7 @@ def _added(token: AddedToken) -> RustToken:
     )
 
 
-def _special_texts(backend: RustTokenizer) -> list[str]:
-    added = backend.get_added_tokens_decoder().values()
-    return [token.content for token in added if token.special]
+def _special_texts(backend: RustTokenizer) -> dict[int, str]:
+    """By their ids."""
+    added = backend.get_added_tokens_decoder().items()
+    return {number: token.content for number, token in added if token.special}

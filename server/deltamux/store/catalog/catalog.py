@@ -77,8 +77,9 @@ class Catalog:
         """
         wanted = Reference.parse(reference)
         version = self._registry.find(wanted)
-        files = version is not None and not has_read(version.digest)
-        if version is None or not self._residency.holds(version.content, files):
+        if version is None or not self._residency.holds(
+            version.content, files=not has_read(version.digest)
+        ):
             await self._prepared(self._registry.registration(wanted))
             version = self._registry.find(wanted)
         if version is None:
