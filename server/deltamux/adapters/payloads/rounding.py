@@ -22,11 +22,9 @@ def to_serving(site: SiteSpec, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def rounded(site: SiteSpec, payload: Payload, dtype: torch.dtype) -> Payload:
     """The payload as it is served. Raises InvalidArgument where rounding makes it infinite."""
-    parts: Any = payload
-    tensors = {
+    tensors: dict[str, Any] = {
         field.name: to_serving(site, value, dtype)
-        for field in dataclasses.fields(parts)
-        if isinstance(value := getattr(parts, field.name), Tensor) and value.is_floating_point()
+        for field in dataclasses.fields(payload)
+        if isinstance(value := getattr(payload, field.name), Tensor) and value.is_floating_point()
     }
-    served: Payload = dataclasses.replace(parts, **tensors)
-    return served
+    return dataclasses.replace(payload, **tensors)

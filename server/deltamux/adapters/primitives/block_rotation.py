@@ -7,31 +7,24 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux_kernels.block_rotate import block_rotate
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import Segments
 
 
 @dataclass(frozen=True, eq=False)
-class InputRotation:
+class InputRotation(Payload):
     """`blocks` [b, in]: in / b blocks side by side; a row x of the input becomes x R."""
 
     blocks: Tensor
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.blocks,)
-
 
 @dataclass(frozen=True, eq=False)
-class OutputRotation:
+class OutputRotation(Payload):
     """`blocks` [b, out]; a row y of the output becomes y R."""
 
     blocks: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.blocks,)
 
 
 class _Rotations:

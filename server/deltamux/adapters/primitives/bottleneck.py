@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux_kernels.activate import Activations, activate
 from deltamux_kernels.expand import Columns, expand
 from deltamux_kernels.packed import PackedMatrices
@@ -17,7 +18,7 @@ from deltamux_kernels.shrink import shrink
 
 
 @dataclass(frozen=True, eq=False)
-class Bottleneck:
+class Bottleneck(Payload):
     """`down` [width, hidden] and its `bias` [width], an activation, `up` [width + 1, hidden].
 
     The last row of `up` is the bias that is added after it; the adapter's scale is folded into
@@ -31,11 +32,6 @@ class Bottleneck:
     up: Tensor
     norm_before: Tensor | None = None
     norm_after: Tensor | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        parts = (self.down, self.bias, self.up, self.norm_before, self.norm_after)
-        return tuple(part for part in parts if part is not None)
 
 
 class OutputBottleneck(Bottleneck):

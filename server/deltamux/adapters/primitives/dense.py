@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux_kernels.embedding_rows import embedding_rows
 from deltamux_kernels.grouped_dense import dense_delta, grouped_dense
 from deltamux_kernels.packed import PackedMatrices
@@ -14,15 +15,11 @@ from deltamux_kernels.segments import Segments
 
 
 @dataclass(frozen=True, eq=False)
-class Dense:
+class Dense(Payload):
     """`weight` [out, in] and, where the module has one, `bias` [out]."""
 
     weight: Tensor
     bias: Tensor | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 
 class DenseBank:
@@ -45,14 +42,10 @@ class DenseBank:
 
 
 @dataclass(frozen=True, eq=False)
-class DenseDelta:
+class DenseDelta(Payload):
     """`delta` [out, in], for changes of a weight that have no smaller exact form."""
 
     delta: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.delta,)
 
 
 class DenseDeltaBank:
@@ -73,14 +66,10 @@ class DenseDeltaBank:
 
 
 @dataclass(frozen=True, eq=False)
-class DenseEmbedding:
+class DenseEmbedding(Payload):
     """`table` [vocabulary, out]; the base's scale of its embeddings is folded in."""
 
     table: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.table,)
 
 
 class DenseEmbeddingBank:

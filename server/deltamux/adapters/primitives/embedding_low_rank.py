@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux_kernels.embedding_shrink import embedding_shrink
 from deltamux_kernels.expand import Columns, expand
 from deltamux_kernels.packed import PackedMatrices
@@ -14,15 +15,11 @@ from deltamux_kernels.segments import Segments
 
 
 @dataclass(frozen=True, eq=False)
-class EmbeddingLowRank:
+class EmbeddingLowRank(Payload):
     """`a` [rank, vocabulary] and `b` [rank, out]; all scales are folded into `b`."""
 
     a: Tensor
     b: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.a, self.b)
 
 
 class EmbeddingLowRankBank:

@@ -8,6 +8,7 @@ from math import gcd
 
 from torch import Tensor, nn
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux_kernels.expand import Columns, expand
 from deltamux_kernels.packed import ALIGNMENT, DividedMatrices, PackedMatrices
 from deltamux_kernels.segments import Segments
@@ -15,7 +16,7 @@ from deltamux_kernels.shrink import shrink
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertLowRank:
+class ExpertLowRank(Payload):
     """`a` [experts * rank, in] and `b` [experts * rank, out], one expert's rows after the other's;
     the adapter's scale is folded into `b`."""
 
@@ -32,10 +33,6 @@ class ExpertLowRank:
         rank, multiple = a.shape[1], ALIGNMENT // gcd(ALIGNMENT, a.shape[2], b.shape[2])
         padding = (0, 0, 0, -rank % multiple)
         return cls(*(nn.functional.pad(m, padding).flatten(0, 1).contiguous() for m in (a, b)))
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.a, self.b)
 
 
 class ExpertLowRankBank:

@@ -7,20 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.row_affine import row_affine
 from deltamux_kernels.segments import Segments
 
 
 @dataclass(frozen=True, eq=False)
-class InputScale:
+class InputScale(Payload):
     """`scale` [in]."""
 
     scale: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.scale,)
 
 
 class InputScaleBank:

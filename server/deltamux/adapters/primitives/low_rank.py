@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux_kernels.expand import Columns, expand
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import Segments
@@ -14,15 +15,11 @@ from deltamux_kernels.shrink import Shrunk, shrink
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRank(Payload):
     """`a` [rank, in] and `b` [rank, out]; the adapter's scale is folded into `b`."""
 
     a: Tensor
     b: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.a, self.b)
 
 
 class SharedInput:

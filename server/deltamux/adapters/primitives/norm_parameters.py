@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux.base.norm_form import with_parameters
 from deltamux.base.structure import SiteSpec
 from deltamux_kernels.packed import PackedMatrices
@@ -15,15 +16,11 @@ from deltamux_kernels.segments import Segments
 
 
 @dataclass(frozen=True, eq=False)
-class NormParameters:
+class NormParameters(Payload):
     """`weight` [width] and, for a norm that has one, `bias` [width], as the module reads them."""
 
     weight: Tensor
     bias: Tensor | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 
 class NormParametersBank:

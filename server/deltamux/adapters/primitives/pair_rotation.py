@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.pair_rotate import PairFactors, distance_elements, pair_rotate
 from deltamux_kernels.segments import Segments
 
 
 @dataclass(frozen=True, eq=False)
-class PairRotation:
+class PairRotation(Payload):
     """`factors` [2, out]: of a feature itself and of its partner, `distance` features away.
 
     Features are cut into groups of twice the distance; the two halves of a group are partners.
@@ -21,10 +22,6 @@ class PairRotation:
 
     factors: Tensor
     distance: int
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.factors,)
 
 
 class PairRotationBank:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -11,13 +12,17 @@ from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import Segments
 
 
-class Payload(Protocol):
+@dataclass(frozen=True, eq=False)
+class Payload:
     """One primitive's tensors of one adapter at one site, in host memory and the serving dtype;
     those of `LowRank` may be in bfloat16 where that is float32 and they are the same numbers.
     """
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]: ...
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those among its fields, in their order."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return tuple(value for value in values if isinstance(value, Tensor))
 
 
 class Bank(Protocol):

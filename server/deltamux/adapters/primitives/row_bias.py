@@ -7,20 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.row_bias import row_bias
 from deltamux_kernels.segments import Segments
 
 
 @dataclass(frozen=True, eq=False)
-class RowBias:
+class RowBias(Payload):
     """`bias` [out]; the adapter's scale is folded in."""
 
     bias: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.bias,)
 
 
 class RowBiasBank:

@@ -8,31 +8,24 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.row_affine import row_affine
 from deltamux_kernels.segments import Segments
 
 
 @dataclass(frozen=True, eq=False)
-class RowScale:
+class RowScale(Payload):
     """`scale` [out]; the base module's bias is not scaled."""
 
     scale: Tensor
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.scale,)
-
 
 @dataclass(frozen=True, eq=False)
-class OutputScale:
+class OutputScale(Payload):
     """`scale` [out]; the base module's bias is scaled too."""
 
     scale: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.scale,)
 
 
 class RowScaleBank:

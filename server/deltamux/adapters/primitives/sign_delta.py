@@ -7,21 +7,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.sign_delta import SignMatrices, sign_delta
 
 
 @dataclass(frozen=True, eq=False)
-class SignDelta:
+class SignDelta(Payload):
     """`words` int32 [out, in / 32, rounded up] as `pack_signs` makes them, `scale` float32 [1]."""
 
     words: Tensor
     scale: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.words, self.scale)
 
 
 class SignDeltaBank:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux_kernels.packed import PackedMatrices, as_elements
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.sparse_delta import SparseMatrices, sparse_delta
 
 
 @dataclass(frozen=True, eq=False)
-class SparseDelta:
+class SparseDelta(Payload):
     """`values` [non-zeros] by rows, int32 `columns` beside them, int32 `starts` [out + 1]."""
 
     values: Tensor
@@ -28,10 +29,6 @@ class SparseDelta:
         starts = torch.zeros(out_features + 1, dtype=torch.int32)
         starts[1:] = torch.bincount(rows, minlength=out_features).cumsum(0)
         return cls(values[order].contiguous(), columns[order].int(), starts)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.values, self.columns, self.starts)
 
 
 class SparseDeltaBank:

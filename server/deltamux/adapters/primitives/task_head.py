@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux.base.task_heads import Activation, Level, Pooling
 from deltamux_kernels.packed import PackedMatrices
 
@@ -53,7 +54,7 @@ class HeadPlan:
 
 
 @dataclass(frozen=True, eq=False)
-class TaskHead:
+class TaskHead(Payload):
     """`weights` [rows, width] of each layer, and `biases` [rows] of those that have one."""
 
     plan: HeadPlan

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux_kernels.packed import PackedMatrices, as_elements
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.token_rows import TokenTable, token_columns, token_rows
 
 
 @dataclass(frozen=True, eq=False)
-class TokenRows:
+class TokenRows(Payload):
     """`ids` int32 [tokens], ascending, and the `rows` [tokens, width] of the table for them.
 
     At an embedding the base's scale of its embeddings is folded in.
@@ -28,10 +29,6 @@ class TokenRows:
         """From rows in the order of their different `ids`."""
         ascending, order = torch.tensor(ids).sort()
         return cls(ascending.int(), rows[order].contiguous())
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.ids, self.rows)
 
 
 class _TokenBank:

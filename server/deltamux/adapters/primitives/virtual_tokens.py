@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamux.adapters.primitives.payload import Payload
 from deltamux_kernels.packed import PackedMatrices, as_elements
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.token_rows import TokenTable, token_rows
@@ -39,14 +40,10 @@ NO_VIRTUAL = Virtual(0)
 
 
 @dataclass(frozen=True, eq=False)
-class VirtualTokens:
+class VirtualTokens(Payload):
     """`rows` [tokens, width]: what the model's embedding gives for them, its scale included."""
 
     rows: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.rows,)
 
     @property
     def virtual(self) -> Virtual:
@@ -79,7 +76,7 @@ class VirtualTokensBank:
 
 
 @dataclass(frozen=True, eq=False)
-class KeyValuePrefix:
+class KeyValuePrefix(Payload):
     """`states` [layers, 2, tokens, kv_heads * dim]: keys, then values, of each layer.
 
     The prompt begins at position `tokens`, or at 0 where they are not `counted`.
@@ -87,10 +84,6 @@ class KeyValuePrefix:
 
     states: Tensor
     counted: bool = True
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.states,)
 
     @property
     def virtual(self) -> Virtual:
