@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamux.adapters.primitives.payload import InputBank
 from deltamux.adapters.primitives.token_rows import EmbeddingTokenBank, HeadTokenBank, TokenRows
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.token_rows import TokenTable
@@ -17,7 +18,7 @@ class AddedTokens(TokenRows):
     """Token rows, whose `ids` follow those of the base without a gap."""
 
 
-class AddedEmbeddingBank(EmbeddingTokenBank):
+class AddedEmbeddingBank(EmbeddingTokenBank, InputBank):
     """Gives them their rows; `known` counts the tokens of the base's embedding."""
 
     def __init__(self, table: TokenTable, known: int) -> None:

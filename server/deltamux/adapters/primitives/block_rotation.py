@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import Bank, InputBank, OutputBank, Payload
 from deltamux_kernels.block_rotate import block_rotate
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import Segments
@@ -27,11 +27,11 @@ class OutputRotation(Payload):
     blocks: Tensor
 
 
-class _Rotations:
+class _Rotations(Bank):
     """The blocks of one site, [b, width] a slot, b the slot's own."""
 
     def __init__(self, blocks: PackedMatrices) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._blocks = blocks
 
     def pieces(
@@ -39,11 +39,8 @@ class _Rotations:
     ) -> Sequence[tuple[PackedMatrices, Tensor]]:
         return ((self._blocks, payload.blocks),)
 
-    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
-        """Nothing to keep: the blocks are alone in their store."""
 
-
-class InputRotationBank(_Rotations):
+class InputRotationBank(_Rotations, InputBank):
     """Siblings that read the same input still see it as it was."""
 
     def before(self, x: Tensor, segments: Segments) -> Tensor:
@@ -52,7 +49,7 @@ class InputRotationBank(_Rotations):
         return rotated
 
 
-class OutputRotationBank(_Rotations):
+class OutputRotationBank(_Rotations, OutputBank):
     """The rows of each slot are rotated in place."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import OutputBank, Payload
 from deltamux_kernels.activate import Activations, activate
 from deltamux_kernels.expand import Columns, expand
 from deltamux_kernels.packed import PackedMatrices
@@ -86,7 +86,7 @@ class Residual:
         return self.tensor.reshape(y.shape)
 
 
-class BottleneckBank:
+class BottleneckBank(OutputBank):
     """The bottlenecks that read one thing, of all slots, at the end of one sublayer.
 
     Those with a LayerNorm of what is added are rare, and have a store of their own for `up`.
@@ -95,7 +95,7 @@ class BottleneckBank:
     def __init__(
         self, arena: Tensor, slots: int, hidden: int, residual: Residual, read: Read
     ) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._residual = residual
         self._read = read
         self._down = PackedMatrices(arena, slots, hidden)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import OutputBank, Payload
 from deltamux_kernels.embedding_rows import embedding_rows
 from deltamux_kernels.grouped_dense import dense_delta, grouped_dense
 from deltamux_kernels.packed import PackedMatrices
@@ -22,20 +22,17 @@ class Dense(Payload):
     bias: Tensor | None = None
 
 
-class DenseBank:
+class DenseBank(OutputBank):
     """A weight matrix a slot; the rows of the slot get its product, whatever the base gave them."""
 
     def __init__(self, weights: PackedMatrices, biases: PackedMatrices) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._weights = weights
         self._biases = biases
 
     def pieces(self, payload: Dense) -> Sequence[tuple[PackedMatrices, Tensor]]:
         weight = (self._weights, payload.weight)
         return (weight,) if payload.bias is None else (weight, (self._biases, payload.bias[None]))
-
-    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
-        """Nothing to keep: weight and bias are alone in their stores."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         grouped_dense(y, x.flatten(0, -2), self._weights, self._biases, segments)
@@ -48,18 +45,15 @@ class DenseDelta(Payload):
     delta: Tensor
 
 
-class DenseDeltaBank:
+class DenseDeltaBank(OutputBank):
     """A matrix a slot; the rows of the slot get its product beside the base's."""
 
     def __init__(self, deltas: PackedMatrices) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._deltas = deltas
 
     def pieces(self, payload: DenseDelta) -> Sequence[tuple[PackedMatrices, Tensor]]:
         return ((self._deltas, payload.delta),)
-
-    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
-        """Nothing to keep: a delta is alone in its store."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         dense_delta(y, x.flatten(0, -2), self._deltas, segments)
@@ -72,18 +66,15 @@ class DenseEmbedding(Payload):
     table: Tensor
 
 
-class DenseEmbeddingBank:
+class DenseEmbeddingBank(OutputBank):
     """An embedding table a slot."""
 
     def __init__(self, tables: PackedMatrices) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._tables = tables
 
     def pieces(self, payload: DenseEmbedding) -> Sequence[tuple[PackedMatrices, Tensor]]:
         return ((self._tables, payload.table),)
-
-    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
-        """Nothing to keep: a table is alone in its store."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         # An added token has its row elsewhere.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import OutputBank, Payload
 from deltamux_kernels.embedding_shrink import embedding_shrink
 from deltamux_kernels.expand import Columns, expand
 from deltamux_kernels.packed import PackedMatrices
@@ -22,11 +22,11 @@ class EmbeddingLowRank(Payload):
     b: Tensor
 
 
-class EmbeddingLowRankBank:
+class EmbeddingLowRankBank(OutputBank):
     """A and B of one embedding."""
 
     def __init__(self, a: PackedMatrices, b: PackedMatrices, columns: Columns) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._a = a
         self._b = b
         self._columns = columns

@@ -8,7 +8,7 @@ from math import gcd
 
 from torch import Tensor, nn
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import Bank, Payload
 from deltamux_kernels.expand import Columns, expand
 from deltamux_kernels.packed import ALIGNMENT, DividedMatrices, PackedMatrices
 from deltamux_kernels.segments import Segments
@@ -35,19 +35,16 @@ class ExpertLowRank(Payload):
         return cls(*(nn.functional.pad(m, padding).flatten(0, 1).contiguous() for m in (a, b)))
 
 
-class ExpertLowRankBank:
+class ExpertLowRankBank(Bank):
     """A and B of one layer; to the kernels each expert of each slot is a slot of its own."""
 
     def __init__(self, a: DividedMatrices, b: DividedMatrices, columns: Columns) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._a, self._b = a, b
         self._columns = columns
 
     def pieces(self, payload: ExpertLowRank) -> Sequence[tuple[PackedMatrices, Tensor]]:
         return ((self._a, payload.a), (self._b, payload.b))
-
-    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
-        """Nothing to keep: A and B are alone in their stores."""
 
     def add(self, y: Tensor, x: Tensor, segments: Segments) -> None:
         """`segments` of slot * experts + expert; rows without an adapter here may be in one."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import InputBank, Payload
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.row_affine import row_affine
 from deltamux_kernels.segments import Segments
@@ -20,22 +20,21 @@ class InputScale(Payload):
     scale: Tensor
 
 
-class InputScaleBank:
+class InputScaleBank(InputBank):
     """One row of `in` numbers a slot.
 
     Siblings that read the same input still see the unscaled one, so a product that they share
     stays theirs.
     """
 
+    in_c = True
+
     def __init__(self, scales: PackedMatrices) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._scales = scales
 
     def pieces(self, payload: InputScale) -> Sequence[tuple[PackedMatrices, Tensor]]:
         return ((self._scales, payload.scale[None]),)
-
-    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
-        """Nothing to keep: a scale is alone in its store."""
 
     def before(self, x: Tensor, segments: Segments) -> Tensor:
         scaled = x.clone()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import OutputBank, Payload
 from deltamux_kernels.expand import Columns, expand
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import Segments
@@ -47,12 +47,15 @@ class SharedInput:
         self._product = None
 
 
-class LowRankBank:
+class LowRankBank(OutputBank):
     """B of one site; its A lie stacked with those of its siblings."""
+
+    in_c = True
 
     def __init__(
         self, shared: SharedInput, last: bool, b: PackedMatrices, columns: Columns
     ) -> None:
+        super().__init__()
         self.slots = shared.slots
         self._shared = shared
         self._last = last

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import OutputBank, Payload
 from deltamux.base.norm_form import with_parameters
 from deltamux.base.structure import SiteSpec
 from deltamux_kernels.packed import PackedMatrices
@@ -23,11 +23,11 @@ class NormParameters(Payload):
     bias: Tensor | None = None
 
 
-class NormParametersBank:
+class NormParametersBank(OutputBank):
     """A row of `width` numbers for each parameter of a slot, of a norm whose form is known."""
 
     def __init__(self, form: NormForm, spec: SiteSpec, parameters: PackedMatrices) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._form = form
         self._spec = spec
         self._parameters = parameters
@@ -35,21 +35,18 @@ class NormParametersBank:
     def pieces(self, payload: NormParameters) -> Sequence[tuple[PackedMatrices, Tensor]]:
         return tuple((self._parameters, tensor[None]) for tensor in payload.tensors)
 
-    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
-        """Nothing to keep: the parameters are alone in their store."""
-
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         row_norm(y, self._spec.rows(x), self._parameters, self._form, segments)
 
 
-class CopiedNormBank:
+class CopiedNormBank(OutputBank):
     """The same for a norm that computes something else: a copy of it a slot, on the host.
 
     So whatever a norm computes (Gemma adds 1 to its weight) is computed by its own code.
     """
 
     def __init__(self, norm: nn.Module, spec: SiteSpec, parameters: PackedMatrices) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._norm = norm
         self._spec = spec
         self._parameters = parameters

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import OutputBank, Payload
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.pair_rotate import PairFactors, distance_elements, pair_rotate
 from deltamux_kernels.segments import Segments
@@ -24,11 +24,11 @@ class PairRotation(Payload):
     distance: int
 
 
-class PairRotationBank:
+class PairRotationBank(OutputBank):
     """Two rows of `out` numbers and a distance a slot."""
 
     def __init__(self, factors: PairFactors) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._factors = factors
 
     def pieces(self, payload: PairRotation) -> Sequence[tuple[PackedMatrices, Tensor]]:

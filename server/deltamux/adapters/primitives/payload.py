@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -25,35 +26,39 @@ class Payload:
         return tuple(value for value in values if isinstance(value, Tensor))
 
 
-class Bank(Protocol):
+class Bank(ABC):
     """Device storage of one primitive at one site, for the adapters of all slots."""
 
-    # Slots that have something here; a step of none of them costs nothing.
-    slots: set[int]
+    # Whether C code on a CPU finds by slot what is here. The torch of all other banks is told in
+    # every step by the host which rows there are, and which matrices for them.
+    in_c = False
 
+    def __init__(self) -> None:
+        # Slots that have something here; a step of none of them costs nothing.
+        self.slots: set[int] = set()
+
+    @abstractmethod
     def pieces(self, payload: Any) -> Sequence[tuple[PackedMatrices, Tensor]]:
         """The payload as matrices, each with the store that it goes to.
 
         Matrices of several sites may go to one store: they are stacked there, in call order.
         """
-        ...
 
-    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
-        """Tells where in its store's stack each of the pieces begins."""
-        ...
+    def placed(self, slot: int, first_rows: Sequence[int]) -> None:  # noqa: B027
+        """Tells where in its store's stack each of the pieces begins; most are alone there."""
 
 
-class InputBank(Bank, Protocol):
+class InputBank(Bank):
     """A bank that acts before the module does."""
 
+    @abstractmethod
     def before(self, x: Tensor, segments: Segments) -> Tensor:
         """What the module is given in place of `x` [..., in], which stays as it is."""
-        ...
 
 
-class OutputBank(Bank, Protocol):
+class OutputBank(Bank):
     """A bank that acts on what the module gives."""
 
+    @abstractmethod
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         """Changes the module's output `y` [rows, out] in place; `x` is the input it was given."""
-        ...

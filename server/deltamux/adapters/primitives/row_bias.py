@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import OutputBank, Payload
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.row_bias import row_bias
 from deltamux_kernels.segments import Segments
@@ -20,18 +20,17 @@ class RowBias(Payload):
     bias: Tensor
 
 
-class RowBiasBank:
+class RowBiasBank(OutputBank):
     """One row of `out` numbers a slot."""
 
+    in_c = True
+
     def __init__(self, biases: PackedMatrices) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._biases = biases
 
     def pieces(self, payload: RowBias) -> Sequence[tuple[PackedMatrices, Tensor]]:
         return ((self._biases, payload.bias[None]),)
-
-    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
-        """Nothing to keep: a bias is alone in its store."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         row_bias(y, self._biases, segments)

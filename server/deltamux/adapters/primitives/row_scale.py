@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import OutputBank, Payload
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.row_affine import row_affine
 from deltamux_kernels.segments import Segments
@@ -28,19 +28,18 @@ class OutputScale(Payload):
     scale: Tensor
 
 
-class RowScaleBank:
+class RowScaleBank(OutputBank):
     """One row of `out` numbers a slot: y = (y - bias) * g + bias, `bias` None for zero."""
 
+    in_c = True
+
     def __init__(self, scales: PackedMatrices, bias: Tensor | None) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._scales = scales
         self._bias = bias
 
     def pieces(self, payload: RowScale | OutputScale) -> Sequence[tuple[PackedMatrices, Tensor]]:
         return ((self._scales, payload.scale[None]),)
-
-    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
-        """Nothing to keep: a scale is alone in its store."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         row_affine(y, self._bias, self._scales, segments)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import OutputBank, Payload
 from deltamux_kernels.packed import PackedMatrices
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.sign_delta import SignMatrices, sign_delta
@@ -21,19 +21,16 @@ class SignDelta(Payload):
     scale: Tensor
 
 
-class SignDeltaBank:
+class SignDeltaBank(OutputBank):
     """The signs and scales of one site."""
 
     def __init__(self, matrices: SignMatrices) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._matrices = matrices
 
     def pieces(self, payload: SignDelta) -> Sequence[tuple[PackedMatrices, Tensor]]:
         words, scale = self._matrices.elements(payload.words, payload.scale)
         return ((self._matrices.words, words), (self._matrices.scales, scale))
-
-    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
-        """Nothing to keep: both parts are alone in their stores."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         sign_delta(y, x.flatten(0, -2), self._matrices, segments)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import OutputBank, Payload
 from deltamux_kernels.packed import PackedMatrices, as_elements
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.sparse_delta import SparseMatrices, sparse_delta
@@ -31,11 +31,11 @@ class SparseDelta(Payload):
         return cls(values[order].contiguous(), columns[order].int(), starts)
 
 
-class SparseDeltaBank:
+class SparseDeltaBank(OutputBank):
     """The sparse matrices of one site."""
 
     def __init__(self, matrices: SparseMatrices) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._matrices = matrices
 
     def pieces(self, payload: SparseDelta) -> Sequence[tuple[PackedMatrices, Tensor]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import Bank, Payload
 from deltamux.base.task_heads import Activation, Level, Pooling
 from deltamux_kernels.packed import PackedMatrices
 
@@ -66,13 +66,13 @@ class TaskHead(Payload):
         return self.weights + self.biases
 
 
-class TaskHeadBank:
+class TaskHeadBank(Bank):
     """One head a slot. Few rows reach it, one of a sequence or those of a prompt, so that a
     product for each slot is enough."""
 
     def __init__(self, weights: PackedMatrices, biases: PackedMatrices) -> None:
         """`biases` is 1 wide: heads differ in how many labels they have."""
-        self.slots: set[int] = set()
+        super().__init__()
         # By slot.
         self.plans: dict[int, HeadPlan] = {}
         self._weights = weights
@@ -81,9 +81,6 @@ class TaskHeadBank:
     def pieces(self, payload: TaskHead) -> Sequence[tuple[PackedMatrices, Tensor]]:
         weights = [(self._weights, weight) for weight in payload.weights]
         return (*weights, *((self._biases, bias[:, None]) for bias in payload.biases))
-
-    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
-        """Nothing to keep: no other site uses the two stores."""
 
     def logits(self, x: Tensor, slot: int) -> Tensor:
         """Logits [rows, labels] of the pooled rows `x` [rows, width] under the slot's head."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import OutputBank, Payload
 from deltamux_kernels.packed import PackedMatrices, as_elements
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.token_rows import TokenTable, token_columns, token_rows
@@ -31,11 +31,11 @@ class TokenRows(Payload):
         return cls(ascending.int(), rows[order].contiguous())
 
 
-class _TokenBank:
+class _TokenBank(OutputBank):
     """The rows of all slots at one site."""
 
     def __init__(self, table: TokenTable) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._table = table
 
     def pieces(self, payload: TokenRows) -> Sequence[tuple[PackedMatrices, Tensor]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamux.adapters.primitives.payload import Payload
+from deltamux.adapters.primitives.payload import Bank, InputBank, OutputBank, Payload
 from deltamux_kernels.packed import PackedMatrices, as_elements
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.token_rows import TokenTable, token_rows
@@ -50,11 +50,11 @@ class VirtualTokens(Payload):
         return Virtual(self.rows.shape[0])
 
 
-class VirtualTokensBank:
+class VirtualTokensBank(InputBank, OutputBank):
     """y = rows[j] where the id is -1 - j."""
 
     def __init__(self, table: TokenTable) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._table = table
 
     def pieces(self, payload: VirtualTokens) -> Sequence[tuple[PackedMatrices, Tensor]]:
@@ -90,19 +90,16 @@ class KeyValuePrefix(Payload):
         return Virtual(self.states.shape[2], computed=False, counted=self.counted)
 
 
-class KeyValuePrefixBank:
+class KeyValuePrefixBank(Bank):
     """Keys and values from which a sequence's first pages are filled; it acts at no module."""
 
     def __init__(self, states: PackedMatrices, num_layers: int) -> None:
-        self.slots: set[int] = set()
+        super().__init__()
         self._states = states
         self._num_layers = num_layers
 
     def pieces(self, payload: KeyValuePrefix) -> Sequence[tuple[PackedMatrices, Tensor]]:
         return ((self._states, payload.states.flatten(0, 2)),)
-
-    def placed(self, slot: int, first_rows: Sequence[int]) -> None:
-        """Nothing to keep: the states are alone in their store."""
 
     def states(self, slot: int) -> Tensor:
         """[layers, 2, tokens, kv_heads * dim] of an adapter that has a prefix."""

@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.primitives.added_tokens import AddedColumnsBank, AddedTokens
 from deltamux.adapters.primitives.bottleneck import BottleneckBank
-from deltamux.adapters.primitives.input_scale import InputScaleBank
 from deltamux.adapters.primitives.low_rank import LowRankBank
 from deltamux.adapters.primitives.payload import Bank, Payload
-from deltamux.adapters.primitives.row_bias import RowBiasBank
-from deltamux.adapters.primitives.row_scale import RowScaleBank
 from deltamux.adapters.sites.arena import ArenaAllocator
 from deltamux.adapters.sites.banks import BankFactory, SiteBanks
 from deltamux.adapters.sites.experts_site import ExpertsLayer, ExpertsSite
@@ -28,9 +25,6 @@ from deltamux.base.experts import PROJECTIONS, Experts
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux_kernels.packed import ALIGNMENT, PackedMatrices
 from deltamux_kernels.segments import Segments
-
-# What they compute on a CPU is C; of all other banks it is torch, told by the host which rows.
-_IN_C = (LowRankBank, RowScaleBank, RowBiasBank, InputScaleBank)
 
 
 @dataclass(eq=False)
@@ -214,7 +208,7 @@ class DeviceSites:
     def _is_read_by_host(self, layout: _Layout) -> bool:
         """Whether something of it is not found by slot, in tables."""
         if self._in_c:
-            return not all(isinstance(bank, _IN_C) for _, bank, _ in layout.placements)
+            return not all(bank.in_c for _, bank, _ in layout.placements)
         return any(store.host_read for store in layout.stacks)
 
     def _extend_captures(self, layout: _Layout) -> None:
