@@ -199,6 +199,10 @@ def test_a_step_of_what_is_found_by_slot_serves_any_adapters(
     pair.load(1, tune("llama", configs[2], seed=7))
     pair.load(SLOTS - 1, tune("llama", configs[1], seed=8))
     assert pair.step(a, b, pair.decoding(SLOTS - 1, 7, 5))
+    # One that only fills pages, before its first step.
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    pair.load(4, tune("llama", prefix))
+    assert pair.step(a, b, pair.decoding(4, 7, 5))
     # More rows in one slot than a tile has.
     many = [pair.decoding(2, 5, token) for token in range(20)]
     assert pair.steps(3, *many)[-1]

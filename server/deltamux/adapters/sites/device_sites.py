@@ -206,10 +206,10 @@ class DeviceSites:
         return layout
 
     def _is_read_by_host(self, layout: _Layout) -> bool:
-        """Whether something of it is not found by slot, in tables."""
+        """Whether something of it that sites read in a step is not found by slot, in tables."""
         if self._in_c:
-            return not all(bank.in_c for _, bank, _ in layout.placements)
-        return any(store.host_read for store in layout.stacks)
+            return not all(bank.in_c for sites, bank, _ in layout.placements if sites)
+        return any(store.host_read for store in layout.acting)
 
     def _extend_captures(self, layout: _Layout) -> None:
         """Makes what is captured from now on act for such an adapter; see `CapturedSegments`."""
