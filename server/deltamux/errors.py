@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 
 class DeltamuxError(Exception):
     """Base of all errors that may reach a client.
@@ -23,14 +21,12 @@ class DeltamuxError(Exception):
         reason: str | None = None,
         retry_after: float | None = None,
         field: str | None = None,
-        metadata: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.reason = reason or type(self).reason
         self.retry_after = retry_after
         self.field = field
-        self.metadata = dict(metadata or {})
 
 
 class InvalidArgument(DeltamuxError):

@@ -33,9 +33,7 @@ def rich_status(error: DeltamuxError) -> grpc.Status:
 
 
 def _details(error: DeltamuxError, message: str) -> list[object]:
-    details: list[object] = [
-        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
-    ]
+    details: list[object] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     if error.retry_after is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after * 1e9))

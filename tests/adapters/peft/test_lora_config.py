@@ -12,7 +12,7 @@ import pytest
 
 from deltamux.adapters.peft.lora_config import LoraConfig, read_lora_config
 from deltamux.adapters.peft.per_module import MAX_RANK
-from deltamux.errors import DeltamuxError, FailedPrecondition
+from deltamux.errors import DeltamuxError
 
 PLAIN = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
 
@@ -188,9 +188,7 @@ def test_what_does_not_change_the_arithmetic_is_accepted(harmless: dict[str, Any
 
 
 def test_the_largest_rank_is_told() -> None:
-    error = refusal(r=MAX_RANK + 1)
-    assert isinstance(error, FailedPrecondition)
-    assert error.metadata == {"max_rank": str(MAX_RANK)}
+    assert str(MAX_RANK) in refusal(r=MAX_RANK + 1).message
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,6 @@ def require_served_rank(subject: str, rank: int) -> None:
         raise FailedPrecondition(
             f"{subject} is {rank}; this server serves ranks up to {MAX_RANK}",
             reason="RANK_TOO_LARGE",
-            metadata={"max_rank": str(MAX_RANK)},
         )
 
 
