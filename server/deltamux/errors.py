@@ -7,12 +7,11 @@ class DeltamuxError(Exception):
     """Base of all errors that may reach a client.
 
     `code` is a gRPC status code name; `reason` is the stable UPPER_SNAKE word of
-    google.rpc.ErrorInfo; `retry_after` (seconds) becomes RetryInfo where waiting helps;
-    `field` becomes a BadRequest field violation.
+    google.rpc.ErrorInfo, the code where none is given; `retry_after` (seconds) becomes RetryInfo
+    where waiting helps; `field` becomes a BadRequest field violation.
     """
 
     code = "INTERNAL"
-    reason = "INTERNAL"
 
     def __init__(
         self,
@@ -24,7 +23,7 @@ class DeltamuxError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.reason = reason or type(self).reason
+        self.reason = reason or self.code
         self.retry_after = retry_after
         self.field = field
 
@@ -33,77 +32,66 @@ class InvalidArgument(DeltamuxError):
     """Wrong whatever the server's state."""
 
     code = "INVALID_ARGUMENT"
-    reason = "INVALID_ARGUMENT"
 
 
 class FailedPrecondition(DeltamuxError):
     """Sound, but not with this base model or configuration, or the stored adapter is unfit."""
 
     code = "FAILED_PRECONDITION"
-    reason = "FAILED_PRECONDITION"
 
 
 class NotFound(DeltamuxError):
     """Unknown, or not the caller's."""
 
     code = "NOT_FOUND"
-    reason = "NOT_FOUND"
 
 
 class AlreadyExists(DeltamuxError):
     """The name or id is taken."""
 
     code = "ALREADY_EXISTS"
-    reason = "ALREADY_EXISTS"
 
 
 class Aborted(DeltamuxError):
     """The state changed while the call was under way."""
 
     code = "ABORTED"
-    reason = "ABORTED"
 
 
 class ResourceExhausted(DeltamuxError):
     """A queue, a quota or a size is exceeded; `retry_after` only where waiting helps."""
 
     code = "RESOURCE_EXHAUSTED"
-    reason = "RESOURCE_EXHAUSTED"
 
 
 class Unavailable(DeltamuxError):
     """The server cannot serve now: starting, restarting, draining."""
 
     code = "UNAVAILABLE"
-    reason = "UNAVAILABLE"
 
 
 class DataLoss(DeltamuxError):
     """Stored bytes do not match their digest."""
 
     code = "DATA_LOSS"
-    reason = "DATA_LOSS"
 
 
 class DeadlineExceeded(DeltamuxError):
     """The deadline passed, or cannot be met."""
 
     code = "DEADLINE_EXCEEDED"
-    reason = "DEADLINE_EXCEEDED"
 
 
 class Cancelled(DeltamuxError):
     """The client, or an Abort call, ended the request."""
 
     code = "CANCELLED"
-    reason = "CANCELLED"
 
 
 class Unimplemented(DeltamuxError):
     """Part of the contract that this server does not serve."""
 
     code = "UNIMPLEMENTED"
-    reason = "UNIMPLEMENTED"
 
 
 class Internal(DeltamuxError):

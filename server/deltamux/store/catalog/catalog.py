@@ -142,7 +142,7 @@ class Catalog:
     def failed(self, event: AdapterFailed) -> None:
         """Repairs, in the background, a copy on disk that the engine found damaged."""
         content = self._residency.get(event.digest)
-        if content is not None and event.reason == DataLoss.reason and not content.loading:
+        if content is not None and event.code == DataLoss.code and not content.loading:
             self._background.start(self._repair(content))
 
     def engine_lost(self) -> None:
