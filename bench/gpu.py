@@ -4,10 +4,10 @@
     python bench/gpu.py --dry-run
 
 One command, at most nine minutes on an H100 or H200, without a network. First every op runs against
-float64 in bfloat16; then CUDA graphs of 32 distinct layers of Llama-3.1-8B, base products in place,
-are replayed in turn, and what an arm adds to the base alone is its figure. `--peers` is described
-in gpu/peers.py; without it the peers are left out. `--dry-run` needs no GPU: it prints launches,
-bytes and floors, and compiles.
+float64 in bfloat16; then CUDA graphs of 32 distinct layers of Llama-3.1-8B, all but attention in
+place, are replayed in turn, and what an arm adds to the base alone is its figure. `--peers` is
+described in gpu/peers.py; without it the peers are left out. `--dry-run` needs no GPU: it prints
+launches, bytes and floors, and compiles.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ways to add the adapters' products of one site to what the base has put there."""
+"""Ways to add the adapters' products of one site to what the base has put there, and to go on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from deltamux_kernels import CapturedSegments, Segments, Slice
 from deltamux_kernels.expand import expand_triton
 from deltamux_kernels.expand_slices import expand_slices_triton
 from deltamux_kernels.shrink import SPLIT_ROWS, shrink_triton
+from gpu.consumers import Consumer
+from gpu.fused import Delta
 from gpu.shapes import Step
 from gpu.weights import SiteWeights
 
@@ -25,6 +27,9 @@ class Arm(Protocol):
 
     def after(self, site: int, x: torch.Tensor, y: torch.Tensor) -> None: ...
 
+    def consume(self, site: int, y: torch.Tensor, consumer: Consumer) -> tuple[torch.Tensor, ...]:
+        """What the model computes from y."""
+
 
 class Nothing:
     """The base alone."""
@@ -36,6 +41,9 @@ class Nothing:
 
     def after(self, site: int, x: torch.Tensor, y: torch.Tensor) -> None:
         return
+
+    def consume(self, site: int, y: torch.Tensor, consumer: Consumer) -> tuple[torch.Tensor, ...]:
+        return consumer.plain(y)
 
 
 class Deltamux(Nothing):
@@ -87,6 +95,23 @@ class Deltamux(Nothing):
                 expand_triton(part.y, h, part.b, part.columns, self._segments)
 
 
+class Fused(Deltamux):
+    """The expand of a site inside what reads its outputs."""
+
+    def __init__(self, sites: Sequence[SiteWeights], step: Step, *, beside: bool = False) -> None:
+        super().__init__(sites, step, "fused", beside=beside)
+        nobody = len(step.ranks)
+        everyone = [*step.spans, (nobody, step.rows - step.bare, step.rows)]
+        self._tiles = Segments.build(everyone, sites[0].base.device).tiles
+
+    def after(self, site: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        return
+
+    def consume(self, site: int, y: torch.Tensor, consumer: Consumer) -> tuple[torch.Tensor, ...]:
+        weights, h = self._sites[site], self._products.pop(site)
+        return consumer.fused(y, Delta(h, weights.bs, weights.columns, self._tiles))
+
+
 class CublasLoop(Nothing):
     """Two matrix products an adapter and a slice."""
 
@@ -136,8 +161,10 @@ def own_arms(sites: Sequence[SiteWeights], step: Step) -> Arms:
     }
     if step.phase == "decode":
         arms["deltamux, site, beside the base"] = deltamux("site", beside=True)
+        arms["deltamux, fused, beside the base"] = lambda: Fused(sites, step, beside=True)
     else:
         arms["deltamux, site, K not split"] = deltamux("site", split_rows=0)
+    arms["deltamux, fused"] = lambda: Fused(sites, step)
     # A graph of more products than this takes longer to capture than to tell.
     if len(step.ranks) <= 32:
         arms["cuBLAS loop"] = lambda: CublasLoop(sites, step)

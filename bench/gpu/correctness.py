@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from gpu.arms import Arm, Deltamux, own_arms
+from gpu.arms import Arm, Deltamux, Fused, own_arms
+from gpu.consumers import consumer
 from gpu.peer_arms import peer_arms
 from gpu.peers import Peers
 from gpu.shapes import SiteShape, Step
@@ -21,7 +22,8 @@ def compare_arms(
     device: torch.device,
 ) -> list[dict[str, Any]]:
     """One row an arm: its largest error in roundings of what was summed, and whether a repeat and
-    a row alone in its batch give the same bits."""
+    a row alone in its batch give the same bits. Of a fused one whether what the model computes next
+    has the bits that it has behind an expand by itself."""
     torch.manual_seed(0)
     weights = exact(site, step, dtype, device)
     x = torch.randn(step.rows, site.width).to(dtype).to(device)
@@ -32,6 +34,10 @@ def compare_arms(
     for name, make in list(arms.items())[1:]:
         try:
             arm = make()
+            if isinstance(arm, Fused):
+                same = fused_is_apart(weights, step, arm, x, before)
+                rows.append({"arm": name, "as_apart": same})
+                continue
             y, again = (_run(arm, x, before) for _ in range(2))
         except Exception as error:  # one arm less, and the reason in the report
             rows.append({"arm": name, "failed": f"{type(error).__name__}: {error}"[:300]})
@@ -42,6 +48,20 @@ def compare_arms(
             row["row_alone"] = _row_alone(weights, step, arm, x, before, y)
         rows.append(row)
     return rows
+
+
+def fused_is_apart(
+    weights: SiteWeights, step: Step, fused: Fused, x: torch.Tensor, before: torch.Tensor
+) -> bool:
+    """Whether what the model computes behind the site has the same bits either way."""
+
+    def bits(arm: Arm) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        behind = consumer(weights.shape, step.rows, before)
+        results = arm.consume(0, _run(arm, x, before), behind)
+        return [result.contiguous().view(torch.uint8) for result in results]
+
+    return all(map(torch.equal, bits(Deltamux([weights], step, "apart")), bits(fused)))
 
 
 def _formula(

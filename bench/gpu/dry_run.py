@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from gpu.arms import Deltamux
+from gpu.arms import Deltamux, Fused
+from gpu.consumers import consumer
 from gpu.plan import FORMS, Machine, adapter_bytes, floor_seconds, launches, sorted_ranks
 from gpu.shapes import LLAMA, Step, steps
 from gpu.weights import SiteWeights, exact
@@ -39,6 +40,8 @@ def dry_run() -> None:
         counted = _launches(form, weights, step)
         planned = sum(launches(form, site) for site in LLAMA)
         print(f"{form}: {sum(counted.values())} launches a layer, planned {planned}: {counted}")
+    counted = _launches_of_fused(weights, step)
+    print(f"fused: {sum(counted.values())} launches, the consumers' own among them: {counted}")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(COMPILE), "sm_90:bfloat16"]
     subprocess.run(command, env=environment, check=True)
@@ -53,6 +56,16 @@ def _launches(form: str, sites: list[SiteWeights], step: Step) -> Counter[str]:
             arm = Deltamux(sites, step, form)
             arm.before(number, x)
             arm.after(number, x, y)
+    return counted
+
+
+def _launches_of_fused(sites: list[SiteWeights], step: Step) -> Counter[str]:
+    with _launches_counted() as counted:
+        arm = Fused(sites, step)
+        for number, site in enumerate(sites):
+            arm.before(number, torch.zeros(step.rows, site.shape.width, dtype=torch.bfloat16))
+            y = torch.zeros(step.rows, sum(site.shape.outputs), dtype=torch.bfloat16)
+            arm.consume(number, y, consumer(site.shape, step.rows, y))
     return counted
 
 

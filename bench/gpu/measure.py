@@ -47,6 +47,7 @@ def _measure(
     bases: list[torch.Tensor],
     pool: Pool,
 ) -> dict[str, Any]:
+    began = time.monotonic()
     sites = [
         of_pool(site, step, base, pool) for site, base in zip(LLAMA * LAYERS, bases, strict=True)
     ]
@@ -71,4 +72,5 @@ def _measure(
             name: median - base for name, median in zip(list(captured)[1:], others, strict=True)
         },
         "failed": failed,
+        "seconds": round(time.monotonic() - began, 1),
     }

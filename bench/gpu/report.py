@@ -40,7 +40,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"triton {where['triton']}, {where['date']}. Peers: their LoRA operations run standalone, "
         f"{', '.join(f'{k} {v}' for k, v in where['peers'].items()) or 'none'}.",
         "",
-        "Milliseconds of 32 layers, bfloat16: the base's products, and what each way adds to them.",
+        "Milliseconds of 32 layers without attention, bfloat16: the base, and what each way adds.",
         "",
         _row(head),
         _row(["---"] * len(head)),
@@ -58,9 +58,10 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _correctness(rows: list[dict[str, Any]]) -> list[str]:
     head = ["arm", "error, roundings of the sum", "repeats to the bit", "row alone to the bit"]
+    head.append("next as apart to the bit")
     lines = [_row(head), _row(["---"] * len(head))]
     for row in rows:
-        facts = [row.get(key, "") for key in ("error_ulps", "repeats", "row_alone")]
+        facts = [row.get(key, "") for key in ("error_ulps", "repeats", "row_alone", "as_apart")]
         if "failed" in row:
             facts[0] = row["failed"]
         lines.append(_row([f"{row['arm']} ({row['site']})", *map(str, facts)]))

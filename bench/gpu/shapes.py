@@ -15,6 +15,7 @@ class SiteShape:
     name: str
     width: int
     outputs: tuple[int, ...]
+    head: int = 128  # features of a head, at q, k and v
 
 
 # Llama-3.1-8B.
@@ -25,25 +26,33 @@ LLAMA = (
     SiteShape("down", 14336, (4096,)),
 )
 # Small enough for the interpreter, with widths that no block divides, the last of three chunks.
-TINY = (SiteShape("qkv", 96, (144, 48, 48)), SiteShape("down", 1160, (96,)))
+TINY = (
+    SiteShape("qkv", 96, (144, 48, 48), head=48),
+    SiteShape("gate_up", 96, (200, 200)),
+    SiteShape("down", 1160, (96,)),
+)
 
 RANKS = {"8": (8,), "16": (16,), "64": (64,), "mixed": (8, 16, 32, 64)}
 
 
 @dataclass(frozen=True)
 class Step:
-    """`rows` rows, spread evenly over adapters of these ranks, a slot's rows side by side."""
+    """`rows` rows, spread evenly over adapters of these ranks, a slot's rows side by side.
+
+    The last `bare` rows have no adapter.
+    """
 
     phase: str
     rows: int
     rank: str
     ranks: tuple[int, ...]
+    bare: int = 0
 
     @property
     def spans(self) -> list[tuple[int, int, int]]:
         """`(slot, start, end)` of each adapter."""
         count = len(self.ranks)
-        edges = [self.rows * slot // count for slot in range(count + 1)]
+        edges = [(self.rows - self.bare) * slot // count for slot in range(count + 1)]
         return [(slot, edges[slot], edges[slot + 1]) for slot in range(count)]
 
     @property

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from gpu.arms import Arm
+from gpu.consumers import consumer
 from gpu.plan import Machine
 from gpu.weights import SiteWeights
 
@@ -18,12 +19,14 @@ class Layers:
 
     def __init__(self, sites: Sequence[SiteWeights], rows: int) -> None:
         self.sites = sites
+        kinds = {site.shape: consumer(site.shape, rows, sites[0].base) for site in sites}
+        self._consumers = [kinds[site.shape] for site in sites]
         like = sites[0].base
         self._x = {site.shape.width: torch.randn(rows, site.shape.width).to(like) for site in sites}
         self._y = {site.base.shape[0]: like.new_empty(rows, site.base.shape[0]) for site in sites}
 
     def run(self, arm: Arm, side: torch.cuda.Stream) -> None:
-        """Every site: the base's product, and what the arm adds to it."""
+        """Every site: the base's product, what the arm adds to it, and what the model does next."""
         for number, site in enumerate(self.sites):
             x, y = self._x[site.shape.width], self._y[site.base.shape[0]]
             if arm.beside:
@@ -37,6 +40,7 @@ class Layers:
                 torch.mm(x, site.base.t(), out=y)
                 arm.before(number, x)
             arm.after(number, x, y)
+            arm.consume(number, y, self._consumers[number])
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ from unittest import mock
 
 import torch
 import triton
+from gpu.arms import Fused
+from gpu.consumers import consumer
+from gpu.shapes import LLAMA, Step
+from gpu.weights import exact
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -209,6 +213,16 @@ def layer(dtype: torch.dtype, width: int, dim: int) -> None:
     rotary_triton(query, key, heads[:, :, 0], heads[:, :, 1])
 
 
+def fused_consumers(dtype: torch.dtype) -> None:
+    """Candidates of bench/gpu.py: expands inside what a Llama block computes next."""
+    step = Step("decode", 16, "mixed", (17,))
+    for site in LLAMA:
+        weights = exact(site, step, dtype, CPU)
+        arm, y = Fused([weights], step), torch.zeros(16, sum(site.outputs), dtype=dtype)
+        arm.before(0, torch.zeros(16, site.width, dtype=dtype))
+        arm.consume(0, y, consumer(site, 16, y))
+
+
 def row_norms(dtype: torch.dtype, x: torch.Tensor, form: NormForm) -> None:
     """One slot's own norm of rows or heads."""
     parameters = PackedMatrices(torch.zeros(2 * x.shape[-1], dtype=dtype), 1, x.shape[-1])
@@ -244,6 +258,7 @@ def compile_all(target: str, number: int) -> None:
                 attention(torch.float32, dim, 64, plain)
         for width, dim in ((2048, 64), (4096, 128), (16384, 256)):
             layer(dtype, width, dim)
+        fused_consumers(dtype)
 
 
 if __name__ == "__main__":

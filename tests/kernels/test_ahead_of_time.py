@@ -59,6 +59,9 @@ LIMITS = {
     "rms_norm_kernel": Limit(64, 1_024),
     "gated_silu_kernel": Limit(32, 0),
     "rotary_kernel": Limit(40, 512),
+    "gated_silu_of_sum_kernel": Limit(96, 9_216),
+    "residual_of_sum_kernel": Limit(64, 5_120),
+    "rotary_of_sum_kernel": Limit(72, 5_120),
 }
 # Bytes, the only ones: attention of 128 dimensions over prompts, and of 256 decoding.
 SPILLS = {
