@@ -70,10 +70,15 @@ class TestWithAnAdminPort:
             assert "deltamux.v1.InferenceService" not in await listed(channel)
 
     async def test_the_command_line_names_the_port_that_is_meant(self, harness, capsys) -> None:
-        target = f"127.0.0.1:{harness.servers.port}"
-        for command in (["adapters", "list"], ["bench"]):
+        public, admin = harness.servers.port, harness.servers.admin_port
+        for command, port, meant in (
+            (["adapters", "list"], public, "administers adapters there"),
+            (["bench"], public, "administers adapters there"),
+            (["generate", "hello"], admin, "serves all else on --port"),
+        ):
+            target = f"127.0.0.1:{port}"
             assert await asyncio.to_thread(main, [*command, "--target", target]) == 1
-            assert "--admin-port" in capsys.readouterr().err
+            assert meant in capsys.readouterr().err
 
 
 class TestWithoutReflection:

@@ -38,5 +38,8 @@ def translated(error: grpc.RpcError) -> ClientError:
     message = error.details() or ""
     if error.code() is grpc.StatusCode.UNIMPLEMENTED and not reason:
         # gRPC itself answers so, where nobody serves the method.
-        message = "not served on this port: adapters are administered on the server's --admin-port"
+        message = (
+            "not served on this port: a server with an --admin-port administers adapters there, "
+            "and serves all else on --port"
+        )
     return ClientError(error.code().name, reason, message, retry_after)
