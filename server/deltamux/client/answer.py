@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deltamux.v1 import inference_pb2
@@ -21,38 +22,30 @@ class Answer:
     timing: inference_pb2.Timing
 
 
-class Collected:
-    """Adds up the responses of a stream."""
-
-    def __init__(self) -> None:
-        self._text: list[str] = []
-        self._token_ids: list[int] = []
-        self._finish = ""
-        self._usage = inference_pb2.Usage()
-        self._timing = inference_pb2.Timing()
-        self._served_by = inference_pb2.ServedBy()
-
-    def add(self, response: inference_pb2.GenerateResponse) -> None:
+def added_up(responses: Iterable[inference_pb2.GenerateResponse]) -> Answer:
+    """The first choice of a stream."""
+    text: list[str] = []
+    token_ids: list[int] = []
+    finish = ""
+    # Each is in one of the responses; to merge what is absent changes nothing.
+    served_by, usage = inference_pb2.ServedBy(), inference_pb2.Usage()
+    timing = inference_pb2.Timing()
+    for response in responses:
         if response.index == 0:
-            self._text.append(response.text)
-            self._token_ids.extend(response.token_ids)
+            text.append(response.text)
+            token_ids.extend(response.token_ids)
             if response.HasField("finish"):
                 reason = inference_pb2.Finish.Reason.Name(response.finish.reason)
-                self._finish = reason.removeprefix("REASON_").lower()
-        if response.HasField("served_by"):
-            self._served_by = response.served_by
-        if response.HasField("usage"):
-            self._usage = response.usage
-        if response.HasField("timing"):
-            self._timing = response.timing
-
-    def complete(self) -> Answer:
-        return Answer(
-            text="".join(self._text),
-            token_ids=tuple(self._token_ids),
-            finish=self._finish,
-            prompt_tokens=self._usage.prompt_tokens,
-            completion_tokens=self._usage.completion_tokens,
-            served_by=self._served_by,
-            timing=self._timing,
-        )
+                finish = reason.removeprefix("REASON_").lower()
+        served_by.MergeFrom(response.served_by)
+        usage.MergeFrom(response.usage)
+        timing.MergeFrom(response.timing)
+    return Answer(
+        text="".join(text),
+        token_ids=tuple(token_ids),
+        finish=finish,
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        served_by=served_by,
+        timing=timing,
+    )

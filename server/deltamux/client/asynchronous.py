@@ -8,7 +8,7 @@ from typing import Any, Self
 import grpc
 import grpc.aio
 
-from deltamux.client.answer import Answer, Collected
+from deltamux.client.answer import Answer, added_up
 from deltamux.client.blocking import DEFAULT_TARGET
 from deltamux.client.error import translated
 from deltamux.v1 import inference_pb2, inference_pb2_grpc
@@ -37,10 +37,7 @@ class AsyncClient:
 
     async def generate(self, request: inference_pb2.GenerateRequest) -> Answer:
         """The first choice, complete."""
-        answer = Collected()
-        async for response in self.stream(request):
-            answer.add(response)
-        return answer.complete()
+        return added_up([response async for response in self.stream(request)])
 
     async def classify(
         self, request: inference_pb2.ClassifyRequest

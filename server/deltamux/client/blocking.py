@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deltamux.client.answer import Answer, Collected
+from deltamux.client.answer import Answer, added_up
 from deltamux.client.error import ClientError, translated
 from deltamux.v1 import (
     adapters_pb2,
@@ -52,10 +52,7 @@ class Client:
 
     def generate(self, request: inference_pb2.GenerateRequest) -> Answer:
         """The first choice, complete."""
-        answer = Collected()
-        for response in self.stream(request):
-            answer.add(response)
-        return answer.complete()
+        return added_up(self.stream(request))
 
     def classify(
         self, request: inference_pb2.ClassifyRequest
