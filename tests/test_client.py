@@ -235,6 +235,21 @@ def test_administration(client):
     assert caught.value.code == "UNIMPLEMENTED"
 
 
+async def test_asyncio_administration(server):
+    server.health.set("", health_pb2.HealthCheckResponse.SERVING)
+    async with AsyncClient(server.target, timeout=20) as client:
+        assert await client.healthy()
+        assert [adapter.name for adapter in await client.list_adapters()] == ["a0", "a1", "a2"]
+        loaded = await client.load_adapter("a", "/folder", pinned=True, upto="host")
+        assert (loaded.source, loaded.pinned) == ("/folder", True)
+        assert loaded.tier == inference_pb2.TIER_HOST
+        assert not (await client.pin_adapter("a", pinned=False)).pinned
+        for unserved in (client.unload_adapter("a"), client.server_info()):
+            with pytest.raises(ClientError) as caught:
+                await unserved
+            assert caught.value.code == "UNIMPLEMENTED"
+
+
 def test_healthy_means_serving(server, client):
     server.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
     assert not client.healthy()

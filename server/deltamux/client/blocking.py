@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deltamux.client.answer import Answer, added_up
 from deltamux.client.error import ClientError, translated
+from deltamux.client.requests import load_adapter_request
 from deltamux.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -66,9 +67,8 @@ class Client:
 
     def server_info(self) -> control_pb2.GetServerInfoResponse:
         request = control_pb2.GetServerInfoRequest()
-        return cast(
-            control_pb2.GetServerInfoResponse, self._call(self._control.GetServerInfo, request)
-        )
+        info: control_pb2.GetServerInfoResponse = self._call(self._control.GetServerInfo, request)
+        return info
 
     def list_adapters(self) -> list[adapters_pb2.Adapter]:
         """All adapters that the server knows, page after page."""
@@ -85,12 +85,9 @@ class Client:
         self, name: str, source: str, *, pinned: bool = False, upto: str = "device"
     ) -> adapters_pb2.Adapter:
         """Registers `source`, a folder on the server, and loads it up to disk, host or device."""
-        tier = inference_pb2.Tier.Value(f"TIER_{upto.upper()}")
-        request = adapters_pb2.LoadAdapterRequest(
-            name=name, source=source, pinned=pinned, upto=tier
-        )
-        loaded = self._call(self._adapters.LoadAdapter, request)
-        return cast(adapters_pb2.Adapter, loaded.adapter)
+        request = load_adapter_request(name, source, pinned, upto)
+        adapter: adapters_pb2.Adapter = self._call(self._adapters.LoadAdapter, request).adapter
+        return adapter
 
     def unload_adapter(self, name: str, *, purge: bool = False) -> None:
         request = adapters_pb2.UnloadAdapterRequest(name=name, purge=purge)
@@ -98,8 +95,8 @@ class Client:
 
     def pin_adapter(self, name: str, pinned: bool = True) -> adapters_pb2.Adapter:
         request = adapters_pb2.UpdateAdapterRequest(name=name, pinned=pinned)
-        updated = self._call(self._adapters.UpdateAdapter, request)
-        return cast(adapters_pb2.Adapter, updated.adapter)
+        adapter: adapters_pb2.Adapter = self._call(self._adapters.UpdateAdapter, request).adapter
+        return adapter
 
     def healthy(self) -> bool:
         """Whether the server says SERVING; False too when nothing answers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from deltamux.v1 import inference_pb2
+from deltamux.v1 import adapters_pb2, inference_pb2
 
 # Of a chat: its `role` and its `content`.
 Message = Mapping[str, str]
@@ -70,6 +70,14 @@ def embed_request(
         request.pooling = inference_pb2.EmbedRequest.Pooling.Value(f"POOLING_{pooling.upper()}")
     _fill(request, prompt)
     return request
+
+
+def load_adapter_request(
+    name: str, source: str, pinned: bool, upto: str
+) -> adapters_pb2.LoadAdapterRequest:
+    """`upto` is "disk", "host" or "device"."""
+    tier = inference_pb2.Tier.Value(f"TIER_{upto.upper()}")
+    return adapters_pb2.LoadAdapterRequest(name=name, source=source, pinned=pinned, upto=tier)
 
 
 def _fill(
