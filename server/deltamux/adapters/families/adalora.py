@@ -13,11 +13,12 @@ from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.checkpoint.strict_json import Json, quoted
 from deltamux.adapters.payloads.low_rank_delta import Factors
 from deltamux.adapters.peft.lora_config import HARMLESS, UNSERVED
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
 from deltamux.adapters.peft.per_module import as_rank, as_scale
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 from deltamux.errors import InvalidArgument
 
@@ -43,7 +44,7 @@ _UNSERVED: Mapping[str, Json] = {
 _EPSILON = 1e-5
 
 
-class AdaLora(LowRankFamily):
+class AdaLora(ModuleFamily):
     """The scale is lora_alpha / init_r whatever the ranks became."""
 
     name = "adalora"
@@ -63,7 +64,7 @@ class AdaLora(LowRankFamily):
 
 
 @dataclass(frozen=True, eq=False)
-class _AdaLora(Tuner):
+class _AdaLora(LowRankTuner):
     first_rank: int
     # Of modules whose rank was cut.
     ranks: Mapping[str, int]

@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+from collections.abc import Iterable
 
 from deltamux.adapters.checkpoint.manifest import Manifest
-from deltamux.adapters.family import Parsed
-from deltamux.adapters.peft.module_family import parse_modules
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, Tuner
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.row_bias import RowBias
-from deltamux.base.structure import SiteSpec, Structure
+from deltamux.base.structure import SiteSpec
 
 _BIAS = "beft_bias"
 
 
-class Beft:
+class Beft(ModuleFamily):
     """What is saved is added, not put in the place of the base's bias."""
 
     name = "beft"
+    peft_types = ("BEFT",)
 
-    def claims(self, manifest: Manifest) -> bool:
-        return manifest.peft_type == "BEFT"
-
-    def parse(
-        self,
-        manifest: Manifest,
-        tensors: Mapping[str, Tensor],
-        structure: Structure,
-        dtype: torch.dtype,
-    ) -> Parsed:
+    def read(self, manifest: Manifest) -> Tuner:
         with tuner_fields(manifest.fields, ("init_weights",)) as fields:
-            targets = read_targets(fields)
-        modules = ModuleTensors(tensors, structure, {_BIAS: _BIAS})
+            return _Beft(read_targets(fields), Names((_BIAS,)))
 
-        def read(site: SiteSpec) -> list[Payload]:
-            bias = modules.take_shaped(site, _BIAS, (1, site.out_features))
-            return [RowBias(bias.flatten())]
 
-        sites = targets.sites(structure)
-        return parse_modules(targets, sites, modules, structure, dtype, read)
+class _Beft(Tuner):
+    def payloads(self, site: SiteSpec, given: Given) -> Iterable[Payload]:
+        bias = given.modules.take_shaped(site, _BIAS, (1, site.out_features))
+        yield RowBias(bias.flatten())

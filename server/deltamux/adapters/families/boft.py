@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,18 +10,17 @@ from torch import Tensor
 
 from deltamux.adapters.checkpoint.fields import as_integer, refuse_field
 from deltamux.adapters.checkpoint.manifest import Manifest
-from deltamux.adapters.checkpoint.strict_json import Json
-from deltamux.adapters.family import Parsed
 from deltamux.adapters.payloads.base_fit import other_base
 from deltamux.adapters.payloads.rotations import block_diagonal, cayley, side_by_side
-from deltamux.adapters.peft.module_family import parse_modules
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.shared_fields import tuner_fields
-from deltamux.adapters.peft.targets import Targets, read_targets
+from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, Tuner
 from deltamux.adapters.primitives.block_rotation import InputRotation
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.row_scale import RowScale
-from deltamux.base.structure import SiteSpec, Structure
+from deltamux.base.structure import SiteSpec
 
 _ROTATIONS, _SCALES = "boft_R", "boft_s"
 
@@ -32,43 +31,44 @@ _MAX = 1 << 20
 _MAX_FACTORS = 20
 
 
-class Boft:
+class Boft(ModuleFamily):
     """All factors together are block-diagonal again, in blocks 2^(factors - 1) times as large."""
 
     name = "boft"
+    peft_types = ("BOFT",)
 
-    def claims(self, manifest: Manifest) -> bool:
-        return manifest.peft_type == "BOFT"
-
-    def parse(
-        self,
-        manifest: Manifest,
-        tensors: Mapping[str, Tensor],
-        structure: Structure,
-        dtype: torch.dtype,
-    ) -> Parsed:
-        config = _read_config(manifest.fields)
-        modules = ModuleTensors(tensors, structure, {p: p for p in (_ROTATIONS, _SCALES)})
-
-        def read(site: SiteSpec) -> list[Payload]:
-            factors = modules.take(site.name, _ROTATIONS, 4).float()
-            scale = modules.take(site.name, _SCALES, 2).float()
-            config.check(site, factors, scale)
-            return [InputRotation(side_by_side(_blocks(factors))), RowScale(scale.flatten())]
-
-        sites = config.targets.sites(structure)
-        return parse_modules(config.targets, sites, modules, structure, dtype, read)
+    def read(self, manifest: Manifest) -> Tuner:
+        with tuner_fields(manifest.fields, _HARMLESS) as fields:
+            number = as_integer("boft_block_num", fields.take("boft_block_num", 0), 0, _MAX)
+            size = as_integer("boft_block_size", fields.take("boft_block_size", 4), 0, _MAX)
+            if bool(number) == bool(size):
+                wanted = f"0 if boft_block_num (here {number}) is not, and only then"
+                refuse_field("boft_block_size", size, wanted)
+            factors = fields.take("boft_n_butterfly_factor", 1)
+            return _Boft(
+                read_targets(fields, "boft_only"),
+                Names((_ROTATIONS, _SCALES)),
+                number,
+                size,
+                as_integer("boft_n_butterfly_factor", factors, 1, _MAX_FACTORS),
+            )
 
 
 @dataclass(frozen=True, eq=False)
-class _Config:
-    targets: Targets
+class _Boft(Tuner):
     # One of the two is 0.
     block_number: int
     block_size: int
     factors: int
 
-    def check(self, site: SiteSpec, factors: Tensor, scale: Tensor) -> None:
+    def payloads(self, site: SiteSpec, given: Given) -> Iterable[Payload]:
+        factors = given.modules.take(site.name, _ROTATIONS, 4).float()
+        scale = given.modules.take(site.name, _SCALES, 2).float()
+        self._check(site, factors, scale)
+        yield InputRotation(side_by_side(_blocks(factors)))
+        yield RowScale(scale.flatten())
+
+    def _check(self, site: SiteSpec, factors: Tensor, scale: Tensor) -> None:
         """PEFT trains a single factor, whatever the config says, where its extension is missing."""
         size = self.block_size or site.in_features // self.block_number
         blocks = (site.in_features // max(size, 1), size, size)
@@ -78,22 +78,6 @@ class _Config:
             raise other_base(site, f"boft_R of {tuple(factors.shape)}, {tuple(scale.shape)} scales")
         if blocks[0] % (1 << (len(factors) - 1)) or (len(factors) > 1 and size % 2):
             raise other_base(site, f"{len(factors)} butterfly factors of {blocks[0]} blocks")
-
-
-def _read_config(values: Mapping[str, Json]) -> _Config:
-    with tuner_fields(values, _HARMLESS) as fields:
-        number = as_integer("boft_block_num", fields.take("boft_block_num", 0), 0, _MAX)
-        size = as_integer("boft_block_size", fields.take("boft_block_size", 4), 0, _MAX)
-        if bool(number) == bool(size):
-            wanted = f"0 if boft_block_num (here {number}) is not, and only then"
-            refuse_field("boft_block_size", size, wanted)
-        factors = fields.take("boft_n_butterfly_factor", 1)
-        return _Config(
-            targets=read_targets(fields, "boft_only"),
-            block_number=number,
-            block_size=size,
-            factors=as_integer("boft_n_butterfly_factor", factors, 1, _MAX_FACTORS),
-        )
 
 
 def _blocks(parameters: Tensor) -> Tensor:

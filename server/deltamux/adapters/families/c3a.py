@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from deltamux.adapters.checkpoint.manifest import Manifest
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 _KERNELS = "c3a_kernel"
@@ -19,7 +21,7 @@ _KERNELS = "c3a_kernel"
 _HARMLESS = ("block_size", "block_size_pattern", "init_weights")
 
 
-class C3a(LowRankFamily):
+class C3a(ModuleFamily):
     """Circulant blocks have full rank, so the change is a dense matrix."""
 
     name = "c3a"
@@ -31,7 +33,7 @@ class C3a(LowRankFamily):
 
 
 @dataclass(frozen=True, eq=False)
-class _C3a(Tuner):
+class _C3a(LowRankTuner):
     def change(self, site: SiteSpec, given: Given) -> Tensor:
         kernels = given.modules.take(site.name, _KERNELS, 3).float()
         return _circulant(kernels) / site.in_features

@@ -9,10 +9,12 @@ import torch
 from deltamux.adapters.checkpoint.fields import refuse_field
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.payloads.low_rank_delta import Factors
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.per_module import as_rank, as_scale
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 _P, _R = "deft_P", "deft_R"
@@ -20,7 +22,7 @@ _P, _R = "deft_P", "deft_R"
 _HARMLESS = ("deft_dropout", "fan_in_fan_out", "init_scale", "init_weights")
 
 
-class Deft(LowRankFamily):
+class Deft(ModuleFamily):
     """W + Q (s R - K^T W), where Q and K come from P; without R (PaRa), nothing is put in."""
 
     name = "deft"
@@ -39,7 +41,7 @@ class Deft(LowRankFamily):
 
 
 @dataclass(frozen=True, eq=False)
-class _Deft(Tuner):
+class _Deft(LowRankTuner):
     rank: int
     scale: float
     orthogonal: bool

@@ -8,10 +8,12 @@ from typing import Any
 
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.payloads.low_rank_delta import Factors
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.per_module import PerModule, read_ranks
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 _A, _B, _BOUND, _NORMS = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
@@ -23,7 +25,7 @@ _HARMLESS = ("delora_lambda", "init_weights", "lambda_pattern", "module_dropout"
 _LEAST_NORM = 1e-4
 
 
-class DeLora(LowRankFamily):
+class DeLora(ModuleFamily):
     """y += B diag(bound / (r |a_i| |b_i|)) A (norms x); the norms are of the base's columns."""
 
     name = "delora"
@@ -37,7 +39,7 @@ class DeLora(LowRankFamily):
 
 
 @dataclass(frozen=True, eq=False)
-class _DeLora(Tuner):
+class _DeLora(LowRankTuner):
     ranks: PerModule[int]
 
     @property

@@ -16,7 +16,7 @@ from deltamux.adapters.family import Parsed
 from deltamux.adapters.payloads.base_fit import is_copy, other_base
 from deltamux.adapters.payloads.replacement import replacement
 from deltamux.adapters.payloads.rounding import to_serving
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
 from deltamux.adapters.peft.trained_tokens import token_payload
 from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.adapters.primitives.norm_parameters import NormParameters
@@ -55,7 +55,7 @@ class Delta:
         dtype: torch.dtype,
     ) -> Parsed:
         _check_config(manifest.fields)
-        modules = ModuleTensors(tensors, structure, {p: p for p in _PARTS}, _INTEGERS, prefix="")
+        modules = ModuleTensors(tensors, structure, Names(_PARTS, _INTEGERS), prefix="")
         reader = _Reader(modules, structure, dtype)
         payloads = {site.name: tuple(reader.payloads(site)) for site in structure.sites.values()}
         modules.require_none_left()

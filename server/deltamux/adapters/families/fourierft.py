@@ -13,11 +13,13 @@ from torch import Tensor
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.payloads.low_rank_delta import Change, Factors, low_rank_is_smaller
 from deltamux.adapters.peft.drawn_places import DrawnPlaces, read_places
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.patterns import ONCE_ENDS
 from deltamux.adapters.peft.per_module import PerModule, as_scale, read_frequencies
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 _SPECTRUM = "fourierft_spectrum"
@@ -25,7 +27,7 @@ _SPECTRUM = "fourierft_spectrum"
 _HARMLESS = ("fan_in_fan_out", "init_weights")
 
 
-class Fourierft(LowRankFamily):
+class Fourierft(ModuleFamily):
     """A coefficient makes a matrix of rank 2, so that more than a few make a dense one."""
 
     name = "fourierft"
@@ -43,7 +45,7 @@ class Fourierft(LowRankFamily):
 
 
 @dataclass(frozen=True, eq=False)
-class _Fourierft(Tuner):
+class _Fourierft(LowRankTuner):
     places: DrawnPlaces
     counts: PerModule[int]
     scale: float

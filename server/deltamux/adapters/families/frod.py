@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from deltamux.adapters.checkpoint.fields import as_number, unsupported
 from deltamux.adapters.checkpoint.manifest import Manifest
-from deltamux.adapters.checkpoint.strict_json import Json
-from deltamux.adapters.family import Parsed
 from deltamux.adapters.payloads.base_fit import other_base
-from deltamux.adapters.peft.module_family import parse_modules
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
 from deltamux.adapters.peft.shared_fields import tuner_fields
-from deltamux.adapters.peft.targets import Targets, read_targets
+from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, Tuner
 from deltamux.adapters.primitives.dense import Dense
 from deltamux.adapters.primitives.payload import Payload
-from deltamux.base.structure import SiteSpec, Structure
+from deltamux.base.structure import SiteSpec
 from deltamux.errors import InvalidArgument
 
 _DIAGONAL, _OTHERS = "frod_lambda_l", "frod_lambda_s_values"
@@ -40,59 +39,48 @@ _HARMLESS = (
 _LEAST_NORM = 1e-12
 
 
-class Frod:
+class Frod(ModuleFamily):
     """W = U diag(l) V^T with columns of length 1 in U; trained are l and a few numbers beside it.
 
     What comes of it takes the place of the weight.
     """
 
     name = "frod"
+    peft_types = ("FROD",)
 
-    def claims(self, manifest: Manifest) -> bool:
-        return manifest.peft_type == "FROD"
-
-    def parse(
-        self,
-        manifest: Manifest,
-        tensors: Mapping[str, Tensor],
-        structure: Structure,
-        dtype: torch.dtype,
-    ) -> Parsed:
-        config = _read_config(manifest.fields)
-        sites = config.targets.sites(structure)
-        widths = {_kind(site.name): site.in_features for site in sites}
-        places, sizes = (tuple(f"{name}.{kind}" for kind in widths) for name in (_PLACES, _SIZE))
-        modules = ModuleTensors(
-            tensors,
-            structure,
-            {part: part for part in (_DIAGONAL, _OTHERS)},
-            integers=(*places, *sizes),
-            shared=(*places, *sizes, *(f"{_BASIS}.{kind}" for kind in widths)),
-        )
-        bases = {kind: config.take_basis(kind, width, modules) for kind, width in widths.items()}
-
-        def read(site: SiteSpec) -> list[Payload]:
-            weight = _weight(site, modules, structure, bases[_kind(site.name)])
-            bias = structure.bias(site.name)
-            return [Dense(weight, None if bias is None else bias.detach().float().cpu())]
-
-        return parse_modules(config.targets, sites, modules, structure, dtype, read)
+    def read(self, manifest: Manifest) -> Tuner:
+        with tuner_fields(manifest.fields, _HARMLESS) as fields:
+            if not fields.take_bool("save_projection", True):
+                raise unsupported("FRoD whose bases are not in the file")
+            rate = fields.take("sparse_rate", 0.01)
+            density = 0.0 if rate in (0, 0.0) else as_number("sparse_rate", rate, 1)
+            targets = read_targets(fields, "frod_only")
+            return _Frod(targets, Names((_DIAGONAL, _OTHERS)), density)
 
 
 @dataclass(frozen=True, eq=False)
-class _Basis:
-    """V [in, in] and the places off the diagonal that were trained, [2, number]."""
-
-    matrix: Tensor
-    places: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class _Config:
-    targets: Targets
+class _Frod(Tuner):
     density: float
 
-    def take_basis(self, kind: str, width: int, modules: ModuleTensors) -> _Basis:
+    def names_at(self, sites: Sequence[SiteSpec]) -> Names:
+        integers, bases = (
+            tuple(f"{name}.{kind}" for name in names for kind in _widths(sites))
+            for names in ((_PLACES, _SIZE), (_BASIS,))
+        )
+        return replace(self.names, integers=integers, shared=(*integers, *bases))
+
+    def prepare(self, modules: ModuleTensors, sites: Sequence[SiteSpec]) -> Sequence[Tensor]:
+        """Of each kind V [in, in] and the trained places off the diagonal, [2, number]."""
+        widths = _widths(sites).items()
+        return [part for kind, width in widths for part in self._basis(kind, width, modules)]
+
+    def payloads(self, site: SiteSpec, given: Given) -> Iterable[Payload]:
+        first = 2 * list(_widths(given.sites)).index(_kind(site.name))
+        weight = _weight(site, given, *given.shared[first : first + 2])
+        bias = given.structure.bias(site.name)
+        yield Dense(weight, None if bias is None else bias.detach().float().cpu())
+
+    def _basis(self, kind: str, width: int, modules: ModuleTensors) -> tuple[Tensor, Tensor]:
         number = min(int(width * width * self.density), width * (width - 1))
         if self.density and width > 1:
             number = max(number, 1)
@@ -102,16 +90,12 @@ class _Config:
             message = f"{_PLACES}.{kind} lies outside a matrix of {width} rows"
             raise InvalidArgument(message, reason="MALFORMED_WEIGHTS")
         matrix = modules.take_shared(f"{_BASIS}.{kind}", (width, width), trained=False)
-        return _Basis(matrix, places)
+        return matrix, places
 
 
-def _read_config(values: Mapping[str, Json]) -> _Config:
-    with tuner_fields(values, _HARMLESS) as fields:
-        if not fields.take_bool("save_projection", True):
-            raise unsupported("FRoD whose bases are not in the file")
-        rate = fields.take("sparse_rate", 0.01)
-        density = 0.0 if rate in (0, 0.0) else as_number("sparse_rate", rate, 1)
-        return _Config(read_targets(fields, "frod_only"), density)
+def _widths(sites: Iterable[SiteSpec]) -> dict[str, int]:
+    """Inputs of the modules of each kind."""
+    return {_kind(site.name): site.in_features for site in sites}
 
 
 def _kind(module: str) -> str:
@@ -124,13 +108,13 @@ def _kind(module: str) -> str:
     return f"{around[-1]}_{name}"
 
 
-def _weight(site: SiteSpec, modules: ModuleTensors, structure: Structure, basis: _Basis) -> Tensor:
-    if len(basis.matrix) != site.in_features:
-        raise other_base(site, f"a basis of {tuple(basis.matrix.shape)}")
-    core = torch.diag(modules.take_shaped(site, _DIAGONAL, (site.in_features,)))
-    values = modules.take_shaped(site, _OTHERS, (basis.places.shape[1],))
-    core.index_put_(tuple(basis.places), values, accumulate=True)
-    return _directions(structure.host_weight(site.name), basis.matrix) @ core @ basis.matrix.T
+def _weight(site: SiteSpec, given: Given, basis: Tensor, places: Tensor) -> Tensor:
+    if len(basis) != site.in_features:
+        raise other_base(site, f"a basis of {tuple(basis.shape)}")
+    core = torch.diag(given.modules.take_shaped(site, _DIAGONAL, (site.in_features,)))
+    values = given.modules.take_shaped(site, _OTHERS, (places.shape[1],))
+    core.index_put_(tuple(places), values, accumulate=True)
+    return _directions(given.structure.host_weight(site.name), basis) @ core @ basis.T
 
 
 def _directions(weight: Tensor, basis: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,19 +10,18 @@ from torch import Tensor
 
 from deltamux.adapters.checkpoint.fields import Fields, refuse_field
 from deltamux.adapters.checkpoint.manifest import Manifest
-from deltamux.adapters.checkpoint.strict_json import Json
-from deltamux.adapters.family import Parsed
-from deltamux.adapters.peft.module_family import parse_modules
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
 from deltamux.adapters.peft.per_module import as_rank
 from deltamux.adapters.peft.shared_fields import tuner_fields
-from deltamux.adapters.peft.targets import Targets, read_targets
+from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, Tuner
 from deltamux.adapters.primitives.dense import DenseDelta
 from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.row_bias import RowBias
 from deltamux.adapters.primitives.row_scale import RowScale
-from deltamux.base.structure import SiteSpec, Structure
+from deltamux.base.structure import SiteSpec
 
 # PEFT's names of the five paths, and the parts that each may have; a path that is off has zeros.
 _PARTS = tuple(f"glora_{path}.{part}" for path in "ABCDE" for part in ("Xd", "Xu", "X"))
@@ -32,65 +31,52 @@ _ZEROS = tuple(f"glora_{path}.zeros" for path in "ABCDE")
 _LEAST_SCALE = 0.01
 
 
-class Glora:
+class Glora(ModuleFamily):
     """W becomes W + W * A + B; a bias b becomes b + b * D + E + W C, all products elementwise but
     the last. A base without a bias has no C, D and E."""
 
     name = "glora"
+    peft_types = ("GLORA",)
 
-    def claims(self, manifest: Manifest) -> bool:
-        return manifest.peft_type == "GLORA"
-
-    def parse(
-        self,
-        manifest: Manifest,
-        tensors: Mapping[str, Tensor],
-        structure: Structure,
-        dtype: torch.dtype,
-    ) -> Parsed:
-        config = _read_config(manifest.fields)
-        modules = ModuleTensors(tensors, structure, {part: part for part in _PARTS + _ZEROS})
-        for part in _ZEROS:
-            modules.drop_idle(part, lambda zeros: not zeros.any())
-
-        def read(site: SiteSpec) -> list[Payload]:
-            weight, bias = structure.host_weight(site.name), structure.bias(site.name)
-            paths = _Paths(site, modules, config.rank)
-            payloads = list(_weight_payloads(site, paths, weight, config.weight))
-            if bias is not None:
-                change = torch.zeros(site.out_features)
-                if config.input != "none":
-                    change = weight @ paths.take("C", config.input, (site.in_features, 1)).flatten()
-                if config.bias != "none":
-                    scale, shift = (paths.take_vector(path, config.bias) for path in "DE")
-                    change = change + bias.detach().float().cpu() * scale + shift
-                payloads.append(RowBias(change))
-            return payloads
-
-        sites = config.targets.sites(structure)
-        return parse_modules(config.targets, sites, modules, structure, dtype, read)
+    def read(self, manifest: Manifest) -> Tuner:
+        with tuner_fields(manifest.fields, ("init_weights",)) as fields:
+            fields.require_off({"bias": "none"})
+            return _Glora(
+                read_targets(fields),
+                Names(_PARTS + _ZEROS),
+                as_rank("r", fields.take("r", 8)),
+                _kind(fields, "config_A_B", ("lora", "vector", "constant", "none")),
+                _kind(fields, "config_C", ("lora", "vector", "none")),
+                _kind(fields, "config_D_E", ("constant", "vector", "none")),
+            )
 
 
 @dataclass(frozen=True, eq=False)
-class _Config:
-    targets: Targets
+class _Glora(Tuner):
     rank: int
     # Of the paths A and B, C, D and E: "lora", "vector", "constant" or "none".
     weight: str
     input: str
     bias: str
 
+    def prepare(self, modules: ModuleTensors, sites: Sequence[SiteSpec]) -> Sequence[Tensor]:
+        for part in _ZEROS:
+            modules.drop_idle(part, lambda zeros: not zeros.any())
+        return ()
 
-def _read_config(values: Mapping[str, Json]) -> _Config:
-    with tuner_fields(values, ("init_weights",)) as fields:
-        fields.require_off({"bias": "none"})
-        return _Config(
-            targets=read_targets(fields),
-            rank=as_rank("r", fields.take("r", 8)),
-            weight=_kind(fields, "config_A_B", ("lora", "vector", "constant", "none")),
-            input=_kind(fields, "config_C", ("lora", "vector", "none")),
-            bias=_kind(fields, "config_D_E", ("constant", "vector", "none")),
-        )
+    def payloads(self, site: SiteSpec, given: Given) -> Iterable[Payload]:
+        weight, bias = given.structure.host_weight(site.name), given.structure.bias(site.name)
+        paths = _Paths(site, given.modules, self.rank)
+        yield from _weight_payloads(site, paths, weight, self.weight)
+        if bias is None:
+            return
+        change = torch.zeros(site.out_features)
+        if self.input != "none":
+            change = weight @ paths.take("C", self.input, (site.in_features, 1)).flatten()
+        if self.bias != "none":
+            scale, shift = (paths.take_vector(path, self.bias) for path in "DE")
+            change = change + bias.detach().float().cpu() * scale + shift
+        yield RowBias(change)
 
 
 def _kind(fields: Fields, name: str, kinds: tuple[str, ...]) -> str:
@@ -101,7 +87,7 @@ def _kind(fields: Fields, name: str, kinds: tuple[str, ...]) -> str:
     return kind
 
 
-def _weight_payloads(site: SiteSpec, paths: _Paths, weight: Tensor, kind: str) -> Iterator[Payload]:
+def _weight_payloads(site: SiteSpec, paths: _Paths, weight: Tensor, kind: str) -> Iterable[Payload]:
     if kind == "none":
         return
     scale, shift = (paths.take(path, kind, (site.out_features, site.in_features)) for path in "AB")

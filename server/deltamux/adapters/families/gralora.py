@@ -9,10 +9,12 @@ import torch
 from deltamux.adapters.checkpoint.fields import as_integer, refuse_field
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.payloads.low_rank_delta import Factors
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.per_module import MAX_RANK, as_rank, as_scale, require_served_rank
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 _A, _B = "gralora_A", "gralora_B"
@@ -21,7 +23,7 @@ _HYBRID_A, _HYBRID_B = "gralora_A_general.weight", "gralora_B_general.weight"
 _HARMLESS = ("fan_in_fan_out", "gralora_dropout", "init_weights")
 
 
-class GraLora(LowRankFamily):
+class GraLora(ModuleFamily):
     """Each block has rank r / k, the whole k r; a plain LoRA of rank hybrid_r may stand beside."""
 
     name = "gralora"
@@ -42,7 +44,7 @@ class GraLora(LowRankFamily):
 
 
 @dataclass(frozen=True, eq=False)
-class _GraLora(Tuner):
+class _GraLora(LowRankTuner):
     rank: int
     hybrid_rank: int
     blocks: int

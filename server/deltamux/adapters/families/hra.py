@@ -9,16 +9,18 @@ from torch import Tensor
 
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.payloads.low_rank_delta import Factors
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.per_module import as_rank
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 _VECTORS = "hra_u"
 
 
-class Hra(LowRankFamily):
+class Hra(ModuleFamily):
     """W H is W plus a matrix whose rows lie in the space of the r normals of the reflections."""
 
     name = "hra"
@@ -35,7 +37,7 @@ class Hra(LowRankFamily):
 
 
 @dataclass(frozen=True, eq=False)
-class _Hra(Tuner):
+class _Hra(LowRankTuner):
     rank: int
     # Whether PEFT makes the normals orthogonal before it reflects.
     orthogonal: bool

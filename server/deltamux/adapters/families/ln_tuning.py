@@ -10,7 +10,7 @@ from torch import Tensor
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.checkpoint.strict_json import Json
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
 from deltamux.adapters.peft.norm_tensors import take_norm
 from deltamux.adapters.peft.patterns import Selector
 from deltamux.adapters.peft.shared_fields import tuner_fields
@@ -38,7 +38,7 @@ class LnTuning:
         dtype: torch.dtype,
     ) -> Parsed:
         selector = _read_selector(manifest.fields)
-        modules = ModuleTensors(tensors, structure, {_WEIGHT: _WEIGHT, _BIAS: _BIAS})
+        modules = ModuleTensors(tensors, structure, Names((_WEIGHT, _BIAS)))
         notes = modules.drop_base_copies()
         payloads = {
             site.name: (take_norm(site, modules, structure, (_WEIGHT, _BIAS), dtype),)

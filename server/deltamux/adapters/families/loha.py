@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.payloads.low_rank_delta import Change, low_rank_is_smaller
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.per_module import read_ranks, read_scales
-from deltamux.adapters.peft.scaled_tuner import ScaledTuner
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, ScaledTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 _PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -17,7 +18,7 @@ _PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _HARMLESS = ("init_weights", "module_dropout", "rank_dropout", "use_effective_conv2d")
 
 
-class LoHa(LowRankFamily):
+class LoHa(ModuleFamily):
     """Two factors of rank r make a delta of rank r^2."""
 
     name = "loha"

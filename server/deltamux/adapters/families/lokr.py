@@ -11,12 +11,12 @@ from torch import Tensor
 from deltamux.adapters.checkpoint.fields import as_integer
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.payloads.low_rank_delta import Change, Factors, low_rank_is_smaller
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
 from deltamux.adapters.peft.per_module import read_ranks, read_scales
-from deltamux.adapters.peft.scaled_tuner import ScaledTuner
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, ScaledTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 _MATRICES = ("lokr_w1", "lokr_w2")
@@ -31,7 +31,7 @@ _HARMLESS = (
 _MAX_FACTOR = 1 << 20
 
 
-class LoKr(LowRankFamily):
+class LoKr(ModuleFamily):
     """Each matrix is saved whole or as a product of rank r; the scale is alpha / r in any case."""
 
     name = "lokr"

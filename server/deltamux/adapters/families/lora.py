@@ -22,7 +22,7 @@ from deltamux.adapters.peft.expert_tensors import (
     take_experts,
 )
 from deltamux.adapters.peft.lora_config import LoraConfig, read_lora_config
-from deltamux.adapters.peft.module_tensors import PREFIX, ModuleTensors
+from deltamux.adapters.peft.module_tensors import PREFIX, ModuleTensors, Names
 from deltamux.adapters.peft.per_module import require_served_rank
 from deltamux.adapters.peft.targets import targeted_sites
 from deltamux.adapters.peft.trained_biases import take_bias_shifts
@@ -38,17 +38,16 @@ from deltamux.errors import InvalidArgument
 
 _KINDS: frozenset[Kind] = frozenset(("linear", "embedding", "head"))
 
-_PARTS = {
-    "lora_A.weight": "lora_A.weight",
-    "lora_B.weight": "lora_B.weight",
-    "lora_B.bias": "lora_B.bias",
-    "lora_diag": "lora_diag",
-    "lora_embedding_A": "lora_embedding_A",
-    "lora_embedding_B": "lora_embedding_B",
-    "lora_magnitude_vector": "lora_magnitude_vector",
-    "lora_magnitude_vector.weight": "lora_magnitude_vector",
-    f"token_adapter.{TOKEN_ROWS}": TOKEN_ROWS,
-}
+_NAMES = Names(
+    (
+        *("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_diag"),
+        *("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+    ),
+    aliases={
+        "lora_magnitude_vector.weight": "lora_magnitude_vector",
+        f"token_adapter.{TOKEN_ROWS}": TOKEN_ROWS,
+    },
+)
 
 # Rows of a weight that are widened to float32 at a time.
 _NORM_ROWS = 1024
@@ -74,7 +73,7 @@ class Lora:
         sites, experts = _targets(config, structure, pair)
         left = dict(tensors)
         of_experts = take_experts(experts, left, config.ranks.of, config.scale_of, dtype)
-        modules = ModuleTensors(left, structure, _PARTS)
+        modules = ModuleTensors(left, structure, _NAMES)
         shifts = take_bias_shifts(config.trained_biases, sites, modules, structure)
         tokens = take_trained_tokens(config.trained_tokens, modules, structure, dtype)
         notes = modules.drop_base_copies()

@@ -10,16 +10,18 @@ from deltamux.adapters.checkpoint.fields import Fields, as_integer, refuse_field
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.payloads.base_fit import other_base
 from deltamux.adapters.payloads.low_rank_delta import Change, Factors
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.per_module import as_rank
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 _MAX_TILE = 1 << 20
 
 
-class Miss(LowRankFamily):
+class Miss(ModuleFamily):
     """Input feature i goes to the number i mod r; `init_weights` names the variant too."""
 
     name = "miss"
@@ -52,7 +54,7 @@ def _variant(fields: Fields, variants: tuple[str, ...]) -> str | None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Fold(Tuner):
+class _Fold(LowRankTuner):
     rank: int
     # Columns of the block, which is repeated; None for as many as the module has outputs.
     tile: int | None
@@ -67,7 +69,7 @@ class _Fold(Tuner):
 
 
 @dataclass(frozen=True, eq=False)
-class _Bat(Tuner):
+class _Bat(LowRankTuner):
     """W M + M, where M has one block for each r outputs, and W is cut to blocks of r x r."""
 
     rank: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +19,15 @@ from deltamux.adapters.checkpoint.fields import (
 )
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.checkpoint.strict_json import Json, quoted
-from deltamux.adapters.family import Parsed
 from deltamux.adapters.payloads.rotations import cayley, side_by_side, skew_symmetric
-from deltamux.adapters.peft.module_family import parse_modules
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.shared_fields import tuner_fields
-from deltamux.adapters.peft.targets import LINEAR_OR_EMBEDDING, Targets, read_targets
+from deltamux.adapters.peft.targets import LINEAR_OR_EMBEDDING, read_targets
+from deltamux.adapters.peft.tuner import Given, Tuner
 from deltamux.adapters.primitives.block_rotation import InputRotation, OutputRotation
 from deltamux.adapters.primitives.payload import Payload
-from deltamux.base.structure import SiteSpec, Structure
+from deltamux.base.structure import SiteSpec
 
 _LINEAR, _EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
 
@@ -38,40 +38,30 @@ _MAX = 1 << 20
 _MAX_TERMS = 64
 
 
-class Oft:
+class Oft(ModuleFamily):
     """Rotations by Cayley's transform, or by the first terms of its Neumann series."""
 
     name = "oft"
+    peft_types = ("OFT",)
 
-    def claims(self, manifest: Manifest) -> bool:
-        return manifest.peft_type == "OFT"
-
-    def parse(
-        self,
-        manifest: Manifest,
-        tensors: Mapping[str, Tensor],
-        structure: Structure,
-        dtype: torch.dtype,
-    ) -> Parsed:
-        config = _read_config(manifest.fields)
-        modules = ModuleTensors(tensors, structure, {p: p for p in (_LINEAR, _EMBEDDING)})
-
-        def read(site: SiteSpec) -> list[Payload]:
-            embedding = site.kind == "embedding"
-            width = site.out_features if embedding else site.in_features
-            part, shape = _EMBEDDING if embedding else _LINEAR, config.shape(width)
-            rotations = _rotations(modules.take_shaped(site, part, shape), config)
-            size = rotations.shape[1]
-            blocks = side_by_side(rotations.expand(width // size, size, size))
-            return [OutputRotation(blocks) if embedding else InputRotation(blocks)]
-
-        sites = config.targets.sites(structure, kinds=LINEAR_OR_EMBEDDING)
-        return parse_modules(config.targets, sites, modules, structure, dtype, read)
+    def read(self, manifest: Manifest) -> Tuner:
+        with tuner_fields(manifest.fields, _HARMLESS) as fields:
+            number, size = _blocking(fields)
+            eps = as_number("eps", fields.take("eps", 6e-5), 1e6)
+            return _Oft(
+                read_targets(fields, "oft_only"),
+                Names((_LINEAR, _EMBEDDING)),
+                number,
+                size,
+                fields.take_bool("block_share"),
+                eps if fields.take_bool("coft") else None,
+                _terms(fields),
+            )
 
 
 @dataclass(frozen=True, eq=False)
-class _Config:
-    targets: Targets
+class _Oft(Tuner):
+    kinds = LINEAR_OR_EMBEDDING
     # One of the two is 0.
     block_number: int
     block_size: int
@@ -81,7 +71,16 @@ class _Config:
     # Terms of the Neumann series; None for the exact transform.
     terms: int | None
 
-    def shape(self, width: int) -> tuple[int, int]:
+    def payloads(self, site: SiteSpec, given: Given) -> Iterable[Payload]:
+        embedding = site.kind == "embedding"
+        width = site.out_features if embedding else site.in_features
+        part, shape = _EMBEDDING if embedding else _LINEAR, self._shape(width)
+        rotations = self._rotations(given.modules.take_shaped(site, part, shape))
+        size = rotations.shape[1]
+        blocks = side_by_side(rotations.expand(width // size, size, size))
+        yield OutputRotation(blocks) if embedding else InputRotation(blocks)
+
+    def _shape(self, width: int) -> tuple[int, int]:
         """Blocks, parameters of each; as in PEFT the nearest divisor of the width decides."""
         number = _nearest_divisor(width, self.block_number or self.block_size)
         size = width // number
@@ -89,19 +88,15 @@ class _Config:
             number, size = size, number
         return 1 if self.shared else number, size * (size - 1) // 2
 
-
-def _read_config(values: Mapping[str, Json]) -> _Config:
-    with tuner_fields(values, _HARMLESS) as fields:
-        number, size = _blocking(fields)
-        eps = as_number("eps", fields.take("eps", 6e-5), 1e6)
-        return _Config(
-            targets=read_targets(fields, "oft_only"),
-            block_number=number,
-            block_size=size,
-            shared=fields.take_bool("block_share"),
-            constraint=eps if fields.take_bool("coft") else None,
-            terms=_terms(fields),
-        )
+    def _rotations(self, upper: Tensor) -> Tensor:
+        """The blocks [number, size, size] whose parameters are the rows of `upper`."""
+        size = (1 + math.isqrt(1 + 8 * upper.shape[1])) // 2
+        skew = skew_symmetric(upper, size)
+        if self.constraint is not None:
+            most = self.constraint / math.sqrt(len(skew))
+            norms = torch.linalg.matrix_norm(skew, keepdim=True)
+            skew = torch.where(norms <= most, skew, most * skew / norms)
+        return cayley(skew) if self.terms is None else _neumann(skew, self.terms)
 
 
 def _blocking(fields: Fields) -> tuple[int, int]:
@@ -141,17 +136,6 @@ def _settled(version: Json) -> bool:
 def _nearest_divisor(width: int, wanted: int) -> int:
     divisors = (d for d in range(1, width + 1) if width % d == 0)
     return min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor))
-
-
-def _rotations(upper: Tensor, config: _Config) -> Tensor:
-    """The blocks [number, size, size] whose parameters are the rows of `upper`."""
-    size = (1 + math.isqrt(1 + 8 * upper.shape[1])) // 2
-    skew = skew_symmetric(upper, size)
-    if config.constraint is not None:
-        most = config.constraint / math.sqrt(len(skew))
-        norms = torch.linalg.matrix_norm(skew, keepdim=True)
-        skew = torch.where(norms <= most, skew, most * skew / norms)
-    return cayley(skew) if config.terms is None else _neumann(skew, config.terms)
 
 
 def _neumann(skew: Tensor, terms: int) -> Tensor:

@@ -9,9 +9,11 @@ import torch
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.payloads.base_fit import other_base
 from deltamux.adapters.payloads.low_rank_delta import Factors
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 _U, _S, _V = (f"osf_svd_params.{part}_low" for part in "USV")
@@ -20,7 +22,7 @@ _U, _S, _V = (f"osf_svd_params.{part}_low" for part in "USV")
 _HARMLESS = ("effective_rank", "init_weights", "rank_pattern")
 
 
-class Osf(LowRankFamily):
+class Osf(ModuleFamily):
     """Half of all singular values are trained by default, which changes all of a weight."""
 
     name = "osf"
@@ -33,7 +35,7 @@ class Osf(LowRankFamily):
 
 
 @dataclass(frozen=True, eq=False)
-class _Osf(Tuner):
+class _Osf(LowRankTuner):
     def change(self, site: SiteSpec, given: Given) -> Factors:
         """What was trained less what it began with."""
         values = given.modules.take(site.name, _S, 1).float()

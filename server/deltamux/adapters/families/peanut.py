@@ -10,10 +10,12 @@ from transformers.activations import ACT2FN
 from deltamux.adapters.checkpoint.fields import as_integer, refuse_field
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.payloads.low_rank_delta import Factors
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.per_module import as_rank, as_scale
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 _A, _B = "peanut_A.weight", "peanut_B.weight"
@@ -21,7 +23,7 @@ _A, _B = "peanut_A.weight", "peanut_B.weight"
 _MAX_DEPTH = 64
 
 
-class Peanut(LowRankFamily):
+class Peanut(ModuleFamily):
     """The network is not linear in the weight, but what it adds is linear in the input."""
 
     name = "peanut"
@@ -48,7 +50,7 @@ def _layers(kind: str, depth: int) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Peanut(Tuner):
+class _Peanut(LowRankTuner):
     rank: int
     depth: int
     activation: str

@@ -12,10 +12,12 @@ from deltamux.adapters.checkpoint.fields import Fields, as_integer, refuse_field
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.payloads.base_fit import other_base
 from deltamux.adapters.payloads.low_rank_delta import Factors
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.per_module import as_rank
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 _A, _B, _LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
@@ -23,7 +25,7 @@ _A, _B, _LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
 _MAX_COUNT = 1 << 10
 
 
-class Poly(LowRankFamily):
+class Poly(ModuleFamily):
     """A is the mixture of all skills' A, B that of their B: where there is one task, one low rank.
 
     With more of them PEFT wants a task id beside each prompt, which no request has.
@@ -55,7 +57,7 @@ def _count(fields: Fields, name: str, default: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class _Poly(Tuner):
+class _Poly(LowRankTuner):
     """A split is a share of a module's inputs and outputs, whose skills are weighed anew."""
 
     rank: int

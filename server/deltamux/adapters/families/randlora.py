@@ -10,11 +10,12 @@ from torch import Tensor
 
 from deltamux.adapters.checkpoint.fields import unsupported
 from deltamux.adapters.checkpoint.manifest import Manifest
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
 from deltamux.adapters.peft.per_module import as_rank, as_scale
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 _A, _B = "randlora_A", "randlora_B"
@@ -31,7 +32,7 @@ _HARMLESS = (
 )
 
 
-class Randlora(LowRankFamily):
+class Randlora(ModuleFamily):
     """The bases together span all of a weight, so the change is a dense matrix."""
 
     name = "randlora"
@@ -51,7 +52,7 @@ class Randlora(LowRankFamily):
 
 
 @dataclass(frozen=True, eq=False)
-class _Randlora(Tuner):
+class _Randlora(LowRankTuner):
     rank: int
     scale: float
 

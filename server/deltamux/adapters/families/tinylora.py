@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,23 +12,21 @@ from deltamux.adapters.checkpoint.fields import as_integer, refuse_field
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.checkpoint.strict_json import Json
 from deltamux.adapters.payloads.low_rank_delta import Factors
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
 from deltamux.adapters.peft.per_module import MAX_RANK, as_rank
 from deltamux.adapters.peft.seeds import as_kept, as_seed
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 _A, _B, _P = "tinylora_A", "tinylora_B", "tinylora_P"
 
 _HARMLESS = ("fan_in_fan_out", "init_v_bound", "init_weights", "tinylora_dropout")
 
-# As many vectors as there may be targeted modules.
-_VECTORS = tuple(f"tinylora_v.{group}" for group in range(4096))
 
-
-class TinyLora(LowRankFamily):
+class TinyLora(ModuleFamily):
     """B (v1 P1 + ... + vu Pu) A; neighbours in the model's order share v with `weight_tying`."""
 
     name = "tinylora"
@@ -39,7 +37,7 @@ class TinyLora(LowRankFamily):
             saved = fields.take_bool("save_projection", True)
             return _TinyLora(
                 read_targets(fields, "tinylora_only"),
-                Names((_A, _B, _P) if saved else (_A, _B), shared=_VECTORS),
+                Names((_A, _B, _P) if saved else (_A, _B)),
                 as_rank("r", fields.take("r")),
                 as_integer("u", fields.take("u"), 1, MAX_RANK),
                 _tying(fields.take("weight_tying")),
@@ -54,16 +52,19 @@ def _tying(value: Json) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class _TinyLora(Tuner):
+class _TinyLora(LowRankTuner):
     rank: int
     vectors: int
     tying: float
     seed: int
 
-    def prepare(self, modules: ModuleTensors, sites: Sequence[SiteSpec]) -> Sequence[Tensor]:
-        """The trained vectors, one for each group of neighbours."""
+    def names_at(self, sites: Sequence[SiteSpec]) -> Names:
+        """With those of the trained vectors, one for each group of neighbours."""
         last = self._group(len(sites) - 1, len(sites))
-        names = (f"tinylora_v.{group}" for group in range(last + 1))
+        return replace(self.names, shared=tuple(f"tinylora_v.{n}" for n in range(last + 1)))
+
+    def prepare(self, modules: ModuleTensors, sites: Sequence[SiteSpec]) -> Sequence[Tensor]:
+        names = self.names_at(sites).shared
         return [modules.take_shared(name, (self.vectors,)) for name in names]
 
     def change(self, site: SiteSpec, given: Given) -> Factors:

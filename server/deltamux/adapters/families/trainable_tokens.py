@@ -12,7 +12,7 @@ from deltamux.adapters.checkpoint.fields import Fields
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.checkpoint.strict_json import Json
 from deltamux.adapters.family import Parsed
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
 from deltamux.adapters.peft.patterns import Selector
 from deltamux.adapters.peft.shared_fields import PROVENANCE, refuse_executable, require_generation
 from deltamux.adapters.peft.targets import read_selector, targeted_sites
@@ -47,7 +47,7 @@ class TrainableTokens:
         dtype: torch.dtype,
     ) -> Parsed:
         config = _read_config(manifest.fields, structure)
-        modules = ModuleTensors(tensors, structure, {TOKEN_ROWS: TOKEN_ROWS})
+        modules = ModuleTensors(tensors, structure, Names((TOKEN_ROWS,)))
         notes = modules.drop_base_copies()
         sites = {site.name for site in targeted_sites(config.selector, structure, _KINDS)}
         if structure.tied and structure.embedding in sites:

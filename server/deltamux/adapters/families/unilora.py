@@ -13,12 +13,13 @@ from deltamux.adapters.checkpoint.fields import as_integer
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.payloads.base_fit import other_base
 from deltamux.adapters.payloads.low_rank_delta import Factors
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
 from deltamux.adapters.peft.per_module import as_rank
 from deltamux.adapters.peft.seeds import as_kept, as_seed
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 _THETA = "unilora_theta_d"
@@ -30,7 +31,7 @@ _HARMLESS = ("fan_in_fan_out", "init_theta_d_bound", "init_weights", "unilora_dr
 _MAX_LENGTH = 1 << 24
 
 
-class UniLora(LowRankFamily):
+class UniLora(ModuleFamily):
     """Which one, the file says, or the seed and the order of the modules in the model."""
 
     name = "unilora"
@@ -53,7 +54,7 @@ class UniLora(LowRankFamily):
 
 
 @dataclass(frozen=True, eq=False)
-class _UniLora(Tuner):
+class _UniLora(LowRankTuner):
     rank: int
     length: int
     seed: int

@@ -11,11 +11,12 @@ from torch import Tensor
 from deltamux.adapters.checkpoint.fields import as_integer
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.payloads.low_rank_delta import Factors
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
 from deltamux.adapters.peft.per_module import as_rank
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 from deltamux.errors import InvalidArgument
 
@@ -28,7 +29,7 @@ _HARMLESS = ("fan_in_fan_out", "init_logits_std", "init_vector_bank_bound", "vbl
 _MAX_SIZE = 1 << 24
 
 
-class VbLora(LowRankFamily):
+class VbLora(ModuleFamily):
     """Each piece is the softmax of its `topk` largest logits over as many vectors of the bank."""
 
     name = "vblora"
@@ -58,7 +59,7 @@ def _names(mixtures: bool) -> Names:
 
 
 @dataclass(frozen=True, eq=False)
-class _VbLora(Tuner):
+class _VbLora(LowRankTuner):
     rank: int
     vectors: int
     length: int

@@ -10,16 +10,17 @@ from torch import Tensor
 from deltamux.adapters.checkpoint.fields import unsupported
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.payloads.low_rank_delta import Factors
-from deltamux.adapters.peft.low_rank_family import Given, LowRankFamily, Names, Tuner
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
 from deltamux.adapters.peft.per_module import as_rank
 from deltamux.adapters.peft.seeds import as_kept, as_seed, kaiming_uniform
 from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
 
-class Vera(LowRankFamily):
+class Vera(ModuleFamily):
     """y += d_b (B d_a (A x)); modules smaller than A and B use their first columns and rows.
 
     PVeRA's A has r rows more, for the variance of samples that are drawn in training only.
@@ -46,7 +47,7 @@ class Vera(LowRankFamily):
 
 
 @dataclass(frozen=True, eq=False)
-class _Vera(Tuner):
+class _Vera(LowRankTuner):
     rank: int
     rows_of_a: int
     seed: int

@@ -2,65 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltamux.adapters.checkpoint.fields import unsupported
 from deltamux.adapters.checkpoint.manifest import Manifest
-from deltamux.adapters.checkpoint.strict_json import Json, quoted
-from deltamux.adapters.family import Parsed
+from deltamux.adapters.checkpoint.strict_json import quoted
 from deltamux.adapters.peft.drawn_places import DrawnPlaces, read_places
-from deltamux.adapters.peft.module_family import parse_modules
-from deltamux.adapters.peft.module_tensors import ModuleTensors
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.per_module import PerModule, as_scale, read_frequencies
 from deltamux.adapters.peft.shared_fields import tuner_fields
-from deltamux.adapters.peft.targets import Targets, read_targets
+from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, Tuner
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.sparse_delta import SparseDelta
-from deltamux.base.structure import SiteSpec, Structure
+from deltamux.base.structure import SiteSpec
 
 _SPECTRUM = "waveft_spectrum"
 
 _HARMLESS = ("fan_in_fan_out", "init_weights")
 
 
-class Waveft:
+class Waveft(ModuleFamily):
     """A coefficient of Haar's wavelet ("db1") makes four numbers; other wavelets make many more."""
 
     name = "waveft"
+    peft_types = ("WAVEFT",)
 
-    def claims(self, manifest: Manifest) -> bool:
-        return manifest.peft_type == "WAVEFT"
-
-    def parse(
-        self,
-        manifest: Manifest,
-        tensors: Mapping[str, Tensor],
-        structure: Structure,
-        dtype: torch.dtype,
-    ) -> Parsed:
-        config = _read_config(manifest.fields)
-        modules = ModuleTensors(tensors, structure, {_SPECTRUM: _SPECTRUM})
-
-        def read(site: SiteSpec) -> list[Payload]:
-            number = config.number(site, sites)
-            spectrum = modules.take_shaped(site, _SPECTRUM, (number,))
-            rows, columns = config.places.of(site, number)
-            values = spectrum * config.scale
-            if config.transforms:
-                rows, columns, values = _haar(site, rows, columns, values)
-            return [_sparse(site, rows, columns, values)]
-
-        sites = config.targets.sites(structure, (config.numbers,))
-        return parse_modules(config.targets, sites, modules, structure, dtype, read)
+    def read(self, manifest: Manifest) -> Tuner:
+        with tuner_fields(manifest.fields, _HARMLESS) as fields:
+            wavelet = fields.take("wavelet_family", "db1")
+            transforms = fields.take_bool("use_idwt", True)
+            if transforms and wavelet != "db1":
+                raise unsupported(f"wavelet_family = {quoted(wavelet)}, whose filters it lacks,")
+            return _Waveft(
+                read_targets(fields, "waveft_only"),
+                Names((_SPECTRUM,)),
+                read_places(fields),
+                read_frequencies(fields),
+                fields.take_bool("proportional_parameters"),
+                as_scale("scaling", fields.take("scaling", 25.0)),
+                transforms,
+            )
 
 
 @dataclass(frozen=True, eq=False)
-class _Config:
-    targets: Targets
+class _Waveft(Tuner):
     places: DrawnPlaces
     # Of the coefficients of each module, or on average where they follow the modules' sizes.
     numbers: PerModule[int]
@@ -69,28 +61,24 @@ class _Config:
     # Whether what was trained are coefficients, not the numbers themselves.
     transforms: bool
 
-    def number(self, site: SiteSpec, sites: Sequence[SiteSpec]) -> int:
+    @property
+    def tables(self) -> Sequence[PerModule[Any]]:
+        return (self.numbers,)
+
+    def payloads(self, site: SiteSpec, given: Given) -> Iterable[Payload]:
+        number = self._number(site, given.sites)
+        values = given.modules.take_shaped(site, _SPECTRUM, (number,)) * self.scale
+        rows, columns = self.places.of(site, number)
+        if self.transforms:
+            rows, columns, values = _haar(site, rows, columns, values)
+        yield _sparse(site, rows, columns, values)
+
+    def _number(self, site: SiteSpec, sites: Sequence[SiteSpec]) -> int:
         """How many coefficients a module has, which is one of `sites`."""
         if not self.proportional:
             return self.numbers.of(site.name)
         share = _elements(site) / sum(map(_elements, sites))
         return max(1, round(share * (self.numbers.default * len(sites))))
-
-
-def _read_config(values: Mapping[str, Json]) -> _Config:
-    with tuner_fields(values, _HARMLESS) as fields:
-        wavelet = fields.take("wavelet_family", "db1")
-        transforms = fields.take_bool("use_idwt", True)
-        if transforms and wavelet != "db1":
-            raise unsupported(f"wavelet_family = {quoted(wavelet)}, whose filters it lacks,")
-        return _Config(
-            targets=read_targets(fields, "waveft_only"),
-            places=read_places(fields),
-            numbers=read_frequencies(fields),
-            proportional=fields.take_bool("proportional_parameters"),
-            scale=as_scale("scaling", fields.take("scaling", 25.0)),
-            transforms=transforms,
-        )
 
 
 def _elements(site: SiteSpec) -> int:

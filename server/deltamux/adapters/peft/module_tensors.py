@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -29,10 +30,22 @@ _BASE_PARTS = {
 }
 
 
+@dataclass(frozen=True)
+class Names:
+    """How the names of tensors end: with the part of a module that each is.
+
+    Those in `integers` hold whole numbers, all others weights. `shared` names tensors of no module,
+    which PEFT keeps for all of them; `aliases` are other ends of names, with their parts.
+    """
+
+    parts: tuple[str, ...]
+    integers: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
 class ModuleTensors:
-    """`parts` says how a tensor's name may end, and which part of its module that is; those in
-    `integers` hold whole numbers, all others weights; `prefix` is what stands before each module.
-    `shared` names tensors of no module, which PEFT keeps for all of them.
+    """Those of a checkpoint; `prefix` is what stands before each module.
 
     Raises FailedPrecondition (BASE_MISMATCH) for a module that is no site of the base.
     """
@@ -41,15 +54,13 @@ class ModuleTensors:
         self,
         tensors: Mapping[str, Tensor],
         structure: Structure,
-        parts: Mapping[str, str],
-        integers: tuple[str, ...] = (),
+        names: Names,
         prefix: str = PREFIX,
-        shared: tuple[str, ...] = (),
     ) -> None:
         self._prefix = prefix
         self._structure = structure
-        self._parts = parts
-        self._shared = {f"{_SHARED_PREFIX}{name}": name for name in shared}
+        self._parts = {**{part: part for part in names.parts}, **names.aliases}
+        self._shared = {f"{_SHARED_PREFIX}{name}": name for name in names.shared}
         self._left: dict[tuple[str, str], tuple[str, Tensor]] = {}
         # Trained numbers in the tensors that were taken.
         self.taken = 0
@@ -57,7 +68,7 @@ class ModuleTensors:
             key = self._split(name)
             if key in self._left:
                 raise _extra(name, f"the same as {quoted(self._left[key][0])}")
-            if tensor.is_floating_point() == (key[1] in integers):
+            if tensor.is_floating_point() == (key[1] in names.integers):
                 message = f"{WEIGHTS}: {quoted(name)} has dtype {tensor.dtype}"
                 raise InvalidArgument(message, reason="MALFORMED_WEIGHTS")
             self._left[key] = (name, tensor)

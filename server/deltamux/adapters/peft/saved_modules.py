@@ -14,7 +14,7 @@ from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.checkpoint.strict_json import Json, quoted
 from deltamux.adapters.payloads.replacement import replacement
 from deltamux.adapters.peft import weight_tying
-from deltamux.adapters.peft.module_tensors import PREFIX, ModuleTensors
+from deltamux.adapters.peft.module_tensors import PREFIX, ModuleTensors, Names
 from deltamux.adapters.peft.norm_tensors import take_norm
 from deltamux.adapters.peft.weight_tying import require_tied, tied_pair
 from deltamux.adapters.primitives.payload import Payload
@@ -49,7 +49,7 @@ def take_saved_modules(
     pair = _tied(manifest, structure)
     sites = modules_to_save(manifest, structure)
     own = {name for name in tensors if _module(name) in sites}
-    modules = ModuleTensors({name: tensors[name] for name in own}, structure, {})
+    modules = ModuleTensors({name: tensors[name] for name in own}, structure, Names(()))
     payloads = {site.name: _payloads(site, modules, structure, dtype) for site in sites.values()}
     modules.require_none_left()
     if pair:

@@ -44,13 +44,16 @@ class Targets:
         return sites
 
     def sites_in_model_order(
-        self, structure: Structure, tables: Iterable[PerModule[Any]] = ()
+        self,
+        structure: Structure,
+        tables: Iterable[PerModule[Any]] = (),
+        kinds: frozenset[Kind] = LINEAR,
     ) -> list[SiteSpec]:
         """`sites`, in the order in which the model holds them.
 
         Raises FailedPrecondition (UNSUPPORTED_FEATURE) where PEFT adapts others between them.
         """
-        sites = {site.name: site for site in self.sites(structure, tables)}
+        sites = {site.name: site for site in self.sites(structure, tables, kinds)}
         for name, kind in structure.registered.items():
             targeted = self.selector.selects(name, kind == "linear")
             if (
