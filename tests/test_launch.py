@@ -99,6 +99,13 @@ async def test_engine_says_why_it_cannot_start(tmp_path):
         await engine.ready()
 
 
+async def test_a_folder_too_deep_for_a_socket_is_one_line(tmp_path):
+    """What TMPDIR names may be longer than the address of a socket."""
+    supervisor, _ = make_supervisor(EngineConfig(MODEL), tmp_path / ("d" * 107))
+    with pytest.raises(StartupError, match=r"no socket at ipc:.*d/engine-1: File name too long"):
+        await supervisor.start()
+
+
 async def test_engine_that_dies_unheard_is_an_error_too(tmp_path, monkeypatch):
     """No last words: the interpreter itself does not start."""
     monkeypatch.setattr(engine_process, "PROGRAM", ("/bin/false",))

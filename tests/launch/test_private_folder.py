@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from deltamux.errors import StartupError
 from deltamux.launch.private_folder import PrivateFolder, sweep
 
 HOLD = """
@@ -93,6 +94,12 @@ def test_folders_of_other_users_stay(root) -> None:
     os.chown(folder, 65534, 65534)
     sweep(root)
     assert folder.exists()
+
+
+def test_where_nothing_can_be_written_the_server_cannot_start(root, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(root / "missing"))
+    with pytest.raises(StartupError, match=r"no folder for sockets: .*/missing/"):
+        PrivateFolder()
 
 
 def test_nothing_to_sweep(tmp_path) -> None:

@@ -10,6 +10,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from deltamux.errors import StartupError
+
 # Only folders of this name are ever looked into for what to clean up.
 _PREFIX = "deltamux-sockets-"
 
@@ -21,10 +23,14 @@ class PrivateFolder:
     """
 
     def __init__(self) -> None:
-        root = Path(tempfile.gettempdir())
-        sweep(root)
-        # It gets its name when it has its lock, so that nobody takes it for one left behind.
-        made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=root))
+        """Raises StartupError where no temporary folder can be made."""
+        try:
+            root = Path(tempfile.gettempdir())
+            sweep(root)
+            # It gets its name when it has its lock, so that nobody takes it for one left behind.
+            made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=root))
+        except OSError as error:
+            raise StartupError(f"no folder for sockets: {error}") from error
         self._lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.path = made.rename(root / made.name.removeprefix("."))

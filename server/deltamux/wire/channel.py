@@ -10,7 +10,7 @@ import structlog
 import zmq
 import zmq.asyncio
 
-from deltamux.errors import Internal
+from deltamux.errors import Internal, StartupError
 from deltamux.wire.messages import (
     AdapterFailed,
     FromEngine,
@@ -33,6 +33,7 @@ class FrontendEnd:
     """Binds `address` (ipc:// in a private folder), sends ToEngine, receives FromEngine."""
 
     def __init__(self, address: str) -> None:
+        """Raises StartupError for a path that no socket can have."""
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Outbound)
         self._context = zmq.asyncio.Context()
@@ -40,7 +41,12 @@ class FrontendEnd:
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.set(zmq.LINGER, 0)
-        self._socket.bind(address)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self.close()
+            why = zmq.strerror(error.errno or 0)
+            raise StartupError(f"no socket at {address}: {why}") from error
 
     async def send(self, message: ToEngine) -> None:
         await self._socket.send(self._encoder.encode(message))
