@@ -44,3 +44,9 @@ def test_a_model_without_a_generation_config(tmp_path: Path) -> None:
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="cannot load the configuration"):
         GenerationDefaults.load(str(tmp_path), None)
+
+
+def test_a_generation_config_that_transformers_refuses(tmp_path: Path) -> None:
+    model = write(tmp_path, max_new_tokens=0)
+    with pytest.raises(StartupError, match="`max_new_tokens` must be greater than 0"):
+        GenerationDefaults.load(model, None)

@@ -23,13 +23,7 @@ class GenerationDefaults:
     @classmethod
     def load(cls, model: str, tokenizer_end: int | None) -> GenerationDefaults:
         """From a model folder or hub id; `tokenizer_end` counts where the model names no id."""
-        # Takes seconds to import.
-        from transformers import GenerationConfig
-
-        try:
-            config = GenerationConfig.from_pretrained(model)
-        except OSError:
-            config = GenerationConfig.from_model_config(_model_config(model))
+        config = _generation_config(model)
         ids = _ids(config.eos_token_id) or _ids(tokenizer_end)
         # Without do_sample, generation is greedy and the other fields mean nothing.
         temperature = _or(config.temperature, 1.0) if config.do_sample else 0.0
@@ -43,11 +37,16 @@ class GenerationDefaults:
         )
 
 
-def _model_config(model: str) -> Any:
-    from transformers import AutoConfig
+def _generation_config(model: str) -> Any:
+    """The model's own, or what its configuration says where there is none."""
+    # Takes seconds to import.
+    from transformers import AutoConfig, GenerationConfig
 
     try:
-        return AutoConfig.from_pretrained(model)
+        try:
+            return GenerationConfig.from_pretrained(model)
+        except OSError:
+            return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
     except (OSError, ValueError) as error:
         raise StartupError(f"cannot load the configuration of {model}: {error}") from error
 
