@@ -102,6 +102,15 @@ def test_help_speaks_in_our_words(capsys):
         ),
         (["generate", ""], "deltamux generate: PROMPT is required"),
         (
+            ["generate", "hello", "--max-tokens", "4294967296"],
+            "deltamux generate: Value out of range: 4294967296",
+        ),
+        (
+            ["generate", "\udcff"],
+            "deltamux generate: 'utf-8' codec can't encode character '\\udcff' in position 0: "
+            "surrogates not allowed",
+        ),
+        (
             ["generate", "hello", "--temperature", "-1"],
             "deltamux generate: --temperature -1: input should be greater than or equal to 0",
         ),

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from pydantic_settings import CliPositionalArg
 
-from deltamux.cli.command import Command, option
+from deltamux.cli.command import Command, UsageError, option
 from deltamux.client import DEFAULT_TARGET, Client, ClientError, generate_request
+from deltamux.v1 import inference_pb2
 
 
 class Generate(Command):
@@ -36,17 +37,11 @@ class Generate(Command):
 
 def main(arguments: Sequence[str]) -> int:
     options = Generate.parse("deltamux generate", arguments)
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
-    request = generate_request(
-        [{"role": "user", "content": text}] if options.chat else text,
-        adapter=options.adapter,
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        seed=options.seed,
-        stop=options.stop,
-    )
+    try:
+        request = _request(options)
+    except ValueError as error:
+        # A number that no field of the contract can hold, or a text that is not UTF-8.
+        raise UsageError(f"deltamux generate: {error}") from None
     try:
         with Client(options.target, options.timeout) as client:
             for response in client.stream(request):
@@ -56,3 +51,17 @@ def main(arguments: Sequence[str]) -> int:
         print(f"deltamux generate: {error.code}: {error.message}", file=sys.stderr)
         return 1
     return 0
+
+
+def _request(options: Generate) -> inference_pb2.GenerateRequest:
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    return generate_request(
+        [{"role": "user", "content": text}] if options.chat else text,
+        adapter=options.adapter,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+        stop=options.stop,
+    )
