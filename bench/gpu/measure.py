@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def _measure(
     arms = own_arms(sites, step) | peer_arms(peers, sites, step)
     for name, make in arms.items():
         try:
-            captured[name] = capture(layers, make())
+            captured[name] = capture(partial(layers.run, make()))
         except Exception as error:  # one arm less, and the reason in the report
             failed[name] = f"{type(error).__name__}: {error}"[:300]
     medians = interleaved_medians(list(captured.values()), REPLAY_SECONDS)

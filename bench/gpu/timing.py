@@ -19,23 +19,24 @@ class Layers:
 
     def __init__(self, sites: Sequence[SiteWeights], rows: int) -> None:
         self.sites = sites
+        self._side = torch.cuda.Stream()
         kinds = {site.shape: consumer(site.shape, rows, sites[0].base) for site in sites}
         self._consumers = [kinds[site.shape] for site in sites]
         like = sites[0].base
         self._x = {site.shape.width: torch.randn(rows, site.shape.width).to(like) for site in sites}
         self._y = {site.base.shape[0]: like.new_empty(rows, site.base.shape[0]) for site in sites}
 
-    def run(self, arm: Arm, side: torch.cuda.Stream) -> None:
+    def run(self, arm: Arm) -> None:
         """Every site: the base's product, what the arm adds to it, and what the model does next."""
         for number, site in enumerate(self.sites):
             x, y = self._x[site.shape.width], self._y[site.base.shape[0]]
             if arm.beside:
                 main = torch.cuda.current_stream()
-                side.wait_stream(main)
-                with torch.cuda.stream(side):
+                self._side.wait_stream(main)
+                with torch.cuda.stream(self._side):
                     arm.before(number, x)
                 torch.mm(x, site.base.t(), out=y)
-                main.wait_stream(side)
+                main.wait_stream(self._side)
             else:
                 torch.mm(x, site.base.t(), out=y)
                 arm.before(number, x)
@@ -45,21 +46,20 @@ class Layers:
 
 @dataclass(frozen=True)
 class Captured:
-    """One replay is one step of the arm, which owns memory that the graph reads."""
+    """One replay does the work once. The work owns memory that the graph reads."""
 
     graph: torch.cuda.CUDAGraph
-    arm: Arm
+    work: Callable[[], None]
 
 
-def capture(layers: Layers, arm: Arm) -> Captured:
+def capture(work: Callable[[], None]) -> Captured:
     """Kernels are compiled by a run before."""
-    side = torch.cuda.Stream()
-    layers.run(arm, side)
+    work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        layers.run(arm, side)
-    return Captured(graph, arm)
+        work()
+    return Captured(graph, work)
 
 
 def interleaved_medians(steps: Sequence[Captured], seconds: float) -> list[float]:

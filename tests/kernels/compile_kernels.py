@@ -22,6 +22,7 @@ import triton
 from gpu.arms import Fused
 from gpu.consumers import consumer
 from gpu.shapes import LLAMA, Step
+from gpu.skinny import Scratch, Shape, skinny_linear
 from gpu.weights import exact
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -223,6 +224,14 @@ def fused_consumers(dtype: torch.dtype) -> None:
         arm.consume(0, y, consumer(site, 16, y))
 
 
+def skinny(dtype: torch.dtype) -> None:
+    """A candidate of bench/gpu_linear.py: the base's product of a few rows."""
+    x, weight = torch.zeros(32, 4096, dtype=dtype), torch.zeros(256, 4096, dtype=dtype)
+    y, scratch = torch.zeros(32, 256, dtype=dtype), Scratch(x, 256)
+    for shape in (Shape(64, 128, 4, 4, 3), Shape(128, 64, 1, 8, 4)):
+        skinny_linear(x, weight, y, shape, scratch)
+
+
 def row_norms(dtype: torch.dtype, x: torch.Tensor, form: NormForm) -> None:
     """One slot's own norm of rows or heads."""
     parameters = PackedMatrices(torch.zeros(2 * x.shape[-1], dtype=dtype), 1, x.shape[-1])
@@ -259,6 +268,7 @@ def compile_all(target: str, number: int) -> None:
         for width, dim in ((2048, 64), (4096, 128), (16384, 256)):
             layer(dtype, width, dim)
         fused_consumers(dtype)
+        skinny(dtype)
 
 
 if __name__ == "__main__":

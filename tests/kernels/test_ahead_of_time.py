@@ -62,6 +62,7 @@ LIMITS = {
     "gated_silu_of_sum_kernel": Limit(96, 9_216),
     "residual_of_sum_kernel": Limit(64, 5_120),
     "rotary_of_sum_kernel": Limit(72, 5_120),
+    "skinny_kernel": Limit(136, 81_936),
 }
 # Bytes, the only ones: attention of 128 dimensions over prompts, and of 256 decoding.
 SPILLS = {
