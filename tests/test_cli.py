@@ -100,6 +100,10 @@ def test_help_speaks_in_our_words(capsys):
             "deltamux inspect: --dtype int4: "
             "input should be 'auto', 'float32', 'bfloat16' or 'float16'",
         ),
+        (
+            ["serve", "--model", "m", "--device", "tpu"],
+            "deltamux serve: --device tpu: expected cpu, cuda, cuda:N or auto",
+        ),
         (["generate", ""], "deltamux generate: PROMPT is required"),
         (
             ["generate", "hello", "--max-tokens", "4294967296"],

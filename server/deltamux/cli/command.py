@@ -6,9 +6,9 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Annotated, Any, ClassVar, NoReturn, Self
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -59,6 +59,15 @@ def option(default: Any = ..., *, help: str, metavar: str = "", **constraints: A
     """A field of a Command: what --help says of it, and the word for its value."""
     # The word travels in front of the help text; `add_field` takes it off again.
     return Field(default, description=f"{metavar}|{help}", **constraints)
+
+
+def _device(word: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", word):
+        raise ValueError("expected cpu, cuda, cuda:N or auto")
+    return word
+
+
+Device = Annotated[str, AfterValidator(_device)]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

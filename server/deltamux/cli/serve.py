@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ByteSize
 
 from deltamux import logs
-from deltamux.cli.command import Command, option
+from deltamux.cli.command import Command, Device, option
 from deltamux.config import EngineConfig, FrontendConfig, StoreConfig
 from deltamux.launch import preflight
 
@@ -46,7 +46,7 @@ class Serve(Command):
     )
     reflection: bool = option(True, help="let clients such as grpcurl ask for the schema")
 
-    device: str = option("auto", help="cpu, cuda or cuda:N; auto prefers cuda", metavar="DEVICE")
+    device: Device = option("auto", help="cpu, cuda or cuda:N; auto prefers cuda", metavar="DEVICE")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", help="of weights and arithmetic; auto is the model's own, float32 on a CPU"
     )

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic_settings import CliPositionalArg
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from deltamux.cli.command import option
+from deltamux.cli.command import Device, option
 from deltamux.cli.tables import Report, print_facts, print_json, progress_bar
 from deltamux.extract.samples import sample_texts
 from deltamux.verify.interpreter import Interpreter
@@ -29,7 +29,7 @@ class Verify(Report):
         1e-4, gt=0, help="largest difference of a logit, or in an embedding", metavar="X"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", help="to compute in")
-    device: str = option("auto", help="cpu, cuda, cuda:N or auto", metavar="DEVICE")
+    device: Device = option("auto", help="cpu, cuda, cuda:N or auto", metavar="DEVICE")
     reference_python: str | None = option(
         None, help="the Python that has the adapter's library, where deltamux's own has not: "
         "AdapterHub's needs an environment of its own", metavar="PYTHON",
