@@ -6,10 +6,10 @@ import asyncio
 import copy
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from tokenizers import AddedToken as RustToken
 from tokenizers import Tokenizer as RustTokenizer
@@ -18,9 +18,6 @@ from deltamux.adapters.checkpoint.tokenizer_file import AddedToken, parse_tokeni
 from deltamux.errors import FailedPrecondition, InvalidArgument, StartupError
 
 THREADS = 2
-
-Argument = TypeVar("Argument")
-Result = TypeVar("Result")
 
 
 class ChatMessage(Protocol):
@@ -111,7 +108,8 @@ class Tokenizer:
 
         With `pair`, both texts in the tokenizer's own template.
         """
-        return await self._run(self._encode, (text, pair))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._encode, text, pair)
 
     async def encode_chat(self, messages: Sequence[ChatMessage]) -> Prompt:
         """A chat under the model's template, up to where its answer begins.
@@ -120,17 +118,13 @@ class Tokenizer:
         """
         if not self._tokenizer.chat_template:
             raise FailedPrecondition("the model has no chat template", reason="NO_CHAT_TEMPLATE")
-        return await self._run(self._encode_chat, messages)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._encode_chat, messages)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    async def _run(self, function: Callable[[Argument], Result], argument: Argument) -> Result:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, function, argument)
-
-    def _encode(self, texts: tuple[str, str]) -> Prompt:
-        text, pair = texts
+    def _encode(self, text: str, pair: str) -> Prompt:
         encoding = self._backend.encode(text, pair or None, add_special_tokens=True)
         types = encoding.type_ids if pair and self._tells_pairs_apart else ()
         return Prompt(text, tuple(encoding.ids), tuple(types))
