@@ -155,14 +155,14 @@ class _Server:
             self._watch.cancel()
             with contextlib.suppress(asyncio.CancelledError, StartupError):
                 await self._watch
-        # 6. The ports close, once the last answers are out.
+        # 5. The ports close, once the last answers are out.
         if self._servers is not None:
             await self._servers.stop(LAST_ANSWERS)
         if self._exporter is not None:
             # A scrape under way may be waiting for this very loop.
             await asyncio.to_thread(self._exporter.shutdown)
             self._exporter.server_close()
-        # 7. The engine goes, and the private folder with its sockets.
+        # 6. The engine goes, and the private folder with its sockets.
         await self._store.close()
         await self._supervisor.stop()
         self._folder.remove()

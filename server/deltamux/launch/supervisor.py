@@ -53,7 +53,7 @@ class Supervisor:
         self._lives = itertools.count(1)
         self._process: EngineProcess | None = None
 
-    async def start(self) -> Ready:
+    async def start(self) -> None:
         """Starts the engine and waits until it is ready; raises StartupError with the reason."""
         started = time.monotonic()
         address = f"ipc://{self._folder}/engine-{next(self._lives)}"
@@ -67,7 +67,6 @@ class Supervisor:
             raise
         seconds = round(time.monotonic() - started, 3)
         _log.info("engine ready", pid=process.pid, seconds=seconds, device=ready.device)
-        return ready
 
     async def keep_alive(self) -> None:
         """Runs until cancelled; raises StartupError when no new engine will start."""

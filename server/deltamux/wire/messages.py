@@ -6,7 +6,8 @@ from typing import Literal
 
 import msgspec
 
-# A request is named by its gRPC request id; each of its n choices by (request_id, index).
+# `request_id` is the front end's own name for a request: the client's may come again. Each of its n
+# choices is named by (request_id, index).
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
