@@ -60,6 +60,7 @@ def folder(tune: Make) -> Path:
         ({"r": 3}, "BASE_MISMATCH"),
         ({"save_projection": False}, "UNSUPPORTED_FEATURE"),
         ({"target_modules": ["o_proj"]}, "MISSING_TENSORS"),
+        ({"target_modules": "dummy-target-modules"}, "NO_TARGETS"),
         ({"a_new_field": 3}, "UNKNOWN_FIELD"),
     ],
 )

@@ -83,6 +83,7 @@ GOLDEN_B = [[0.933192, -1.287267, -0.310872], [1.045282, 0.650412, 0.501940]]
         ({"save_projection": False}, "EXTRA_TENSORS"),
         ({"projection_prng_key": "x"}, "BAD_FIELD"),
         ({"target_modules": ["q_proj"]}, "BASE_MISMATCH"),
+        ({"target_modules": "dummy-target-modules"}, "NO_TARGETS"),
         ({"sample_at_inference": True}, "UNSUPPORTED_FEATURE"),
         ({"r": 5000}, "RANK_TOO_LARGE"),
     ],

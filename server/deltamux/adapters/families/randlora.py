@@ -14,7 +14,7 @@ from deltamux.adapters.peft.module_family import ModuleFamily
 from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
 from deltamux.adapters.peft.per_module import as_rank, as_scale
 from deltamux.adapters.peft.shared_fields import tuner_fields
-from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.targets import largest, read_targets
 from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
@@ -58,9 +58,7 @@ class _Randlora(LowRankTuner):
 
     def prepare(self, modules: ModuleTensors, sites: Sequence[SiteSpec]) -> Sequence[Tensor]:
         """A [r, 1, least] and B [most, bases, r], of the size that all modules together need."""
-        least, most = sorted(
-            (max(site.in_features for site in sites), max(site.out_features for site in sites))
-        )
+        least, most = sorted(largest(sites))
         a = modules.take_shared(_A, (self.rank, 1, least), trained=False)
         b = modules.take_shared(_B, (most, self._bases(least), self.rank), trained=False)
         # PEFT saves the shared bases once more with each module.

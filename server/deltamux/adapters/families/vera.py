@@ -15,7 +15,7 @@ from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
 from deltamux.adapters.peft.per_module import as_rank
 from deltamux.adapters.peft.seeds import as_kept, as_seed, kaiming_uniform
 from deltamux.adapters.peft.shared_fields import tuner_fields
-from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.targets import largest, read_targets
 from deltamux.adapters.peft.tuner import Given, LowRankTuner, Tuner
 from deltamux.base.structure import SiteSpec
 
@@ -54,8 +54,7 @@ class _Vera(LowRankTuner):
 
     def prepare(self, modules: ModuleTensors, sites: Sequence[SiteSpec]) -> Sequence[Tensor]:
         """A and B, as wide and as tall as the largest module asks for."""
-        widest = max(site.in_features for site in sites)
-        tallest = max(site.out_features for site in sites)
+        widest, tallest = largest(sites)
         shapes = ((self.rows_of_a, widest), (tallest, self.rank))
         if not self.names.shared:
             return kaiming_uniform(shapes, self.seed)

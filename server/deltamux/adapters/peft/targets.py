@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,11 +89,18 @@ def targeted_sites(
         if site.kind in kinds and selector.selects(site.name, site.kind == "linear")
     ]
     if not sites and selector.targets != ():
-        raise InvalidArgument(
-            "target_modules matches no module of the base model that takes an adapter of this type",
-            reason="NO_TARGETS",
-        )
+        raise _no_targets()
     return sites
+
+
+def largest(sites: Sequence[SiteSpec]) -> tuple[int, int]:
+    """Inputs of the widest and outputs of the tallest module.
+
+    Raises InvalidArgument (NO_TARGETS) where there is none.
+    """
+    if not sites:
+        raise _no_targets()
+    return max(site.in_features for site in sites), max(site.out_features for site in sites)
 
 
 def read_selector(fields: Fields, may_be_empty: bool = False) -> Selector:
@@ -131,3 +138,10 @@ def _rule(name: str, value: Json) -> tuple[str, ...] | Pattern:
 def _layers(value: Json) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     return tuple(as_integer("layers_to_transform", v, 0, _MAX_LAYER) for v in values)
+
+
+def _no_targets() -> InvalidArgument:
+    return InvalidArgument(
+        "target_modules matches no module of the base model that takes an adapter of this type",
+        reason="NO_TARGETS",
+    )
