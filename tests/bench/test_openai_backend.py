@@ -147,8 +147,11 @@ def test_the_command_asks_for_all_adapters_of_the_server(tmp_path: Path) -> None
         arguments = ["--backend", "openai", "--target", server.target, "--vocab-size", "100"]
         arguments += ["--num-prompts", "3", "--save-json", str(tmp_path / "figures.json")]
         assert main(["bench", *arguments]) == 0
-    [figures] = json.loads((tmp_path / "figures.json").read_text())
+    text = (tmp_path / "figures.json").read_text()
+    # Python alone would read the word Infinity, which is no JSON.
+    [figures] = json.loads(text, parse_constant=pytest.fail)
     assert (figures["backend"], figures["completed"]) == ("openai", 3)
+    assert figures["request_rate"] == "inf"
     assert figures["total_output_tokens"] == 6
     assert all(max(asked["prompt"]) < 100 for asked in server.asked)
 

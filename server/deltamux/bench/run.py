@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,14 @@ async def _measure(
     start = time.perf_counter()
     outcomes = await _play(backend, workload, console)
     duration = time.perf_counter() - start
-    described = {k: v for k, v in asdict(workload).items() if k != "adapters"}
+    described = {k: v for k, v in asdict(workload).items() if k not in ("adapters", "rate")}
     return {
         "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
         "backend": backend.name,
         "num_prompts": workload.requests,
         "num_adapters": len(workload.adapters),
-        "request_rate": workload.rate,
+        # JSON has no infinity; vLLM writes the word.
+        "request_rate": workload.rate if isfinite(workload.rate) else "inf",
         "burstiness": workload.burstiness,
         "goodput_config": dict(objective.limits),
         "workload": described,
@@ -102,7 +104,7 @@ def _table(summaries: list[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right")
     for s in summaries:
         table.add_row(
-            f"{s['request_rate']:g}",
+            f"{float(s['request_rate']):g}",
             str(s["completed"]),
             str(s["failed"]),
             f"{s['request_throughput']:.2f}",
