@@ -1,4 +1,4 @@
-"""What commands that look at files have in common: --json, tables, a bar while they work."""
+"""How commands print: tables or JSON, as --json says, and a bar while they work."""
 
 from __future__ import annotations
 

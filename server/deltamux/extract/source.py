@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 
 from deltamux.errors import InvalidArgument
 
@@ -18,7 +18,8 @@ def local_folder(model: str) -> Path:
         return Path(model)
     try:
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=_FILES))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
+    # What the hub does not give, or not now, is an OSError too.
+    except (HFValidationError, OSError):
         raise InvalidArgument(
             f"{model} is neither a folder nor a model that the hub can give"
         ) from None

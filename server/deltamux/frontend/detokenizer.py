@@ -108,7 +108,7 @@ class StopStrings:
 
     def _possible_start(self) -> int:
         """Where the longest end of the text begins that is the beginning of a stop string."""
-        longest = max(map(len, self._stops), default=1)
+        longest = max(map(len, self._stops))
         for start in range(max(0, len(self._held) - longest + 1), len(self._held)):
             if any(stop.startswith(self._held[start:]) for stop in self._stops):
                 return start
