@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltamux.errors import StartupError
+from deltamux.frontend.validation import check, context_tokens, invalid
+from deltamux.v1 import inference_pb2 as v1
+from deltamux.wire.messages import Ready, Sampling, Stopping
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,44 @@ class GenerationDefaults:
             repetition_penalty=_or(config.repetition_penalty, cls.repetition_penalty),
             end_of_sequence=ids,
         )
+
+    def sampling(self, request: v1.GenerateRequest) -> Sampling:
+        """The checked parameters, with these in place of those left open."""
+        given = request.sampling
+
+        def chosen(field: str) -> float:
+            return float(getattr(given if given.HasField(field) else self, field))
+
+        return Sampling(
+            temperature=chosen("temperature"),
+            top_p=chosen("top_p"),
+            top_k=int(chosen("top_k")),
+            min_p=chosen("min_p"),
+            repetition_penalty=chosen("repetition_penalty"),
+            presence_penalty=given.presence_penalty,
+            frequency_penalty=given.frequency_penalty,
+            seed=given.seed if given.HasField("seed") else None,
+            logit_bias=dict(given.logit_bias),
+            logprobs=request.output.logprobs if request.output.HasField("logprobs") else None,
+        )
+
+    def stopping(self, given: v1.StoppingCriteria, prompt_tokens: int, engine: Ready) -> Stopping:
+        """What ends the sequence in the engine; without max_tokens, the end of the context.
+
+        Raises InvalidArgument for more tokens than the prompt leaves room for.
+        """
+        room = context_tokens(engine) - prompt_tokens
+        max_tokens = given.max_tokens or room
+        if max_tokens > room:
+            raise invalid(
+                "stopping.max_tokens",
+                f"{prompt_tokens} prompt tokens leave room for {room}, not {max_tokens}",
+                "CONTEXT_EXCEEDED",
+            )
+        check(given.min_tokens <= max_tokens, "stopping.min_tokens", "exceeds max_tokens")
+        ends = () if given.ignore_eos else self.end_of_sequence
+        ids = tuple(dict.fromkeys((*given.stop_token_ids, *ends)))
+        return Stopping(max_tokens, given.min_tokens, ids)
 
 
 def _generation_config(model: str) -> Any:

@@ -86,10 +86,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return Submit(
             request_id=key,
             prompt=prompt.token_ids,
-            sampling=validation.resolve_sampling(request, self._defaults),
-            stopping=validation.resolve_stopping(
-                request.stopping, self._defaults, len(prompt.token_ids), call.info
-            ),
+            sampling=self._defaults.sampling(request),
+            stopping=self._defaults.stopping(request.stopping, len(prompt.token_ids), call.info),
             n=request.sampling.n or 1,
             priority=request.priority,
             adapter=lease.version if lease else "",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from array import array
+from collections.abc import Mapping
+from typing import Literal
 
 import grpc
 
@@ -15,7 +17,7 @@ from deltamux.frontend.tokenizer import Prompt
 from deltamux.metrics import Metrics
 from deltamux.store.catalog.lease import Lease
 from deltamux.v1 import inference_pb2 as v1
-from deltamux.wire.messages import Classify, Embed, Pooled, Sampling, Stopping, Submit
+from deltamux.wire.messages import Classify, Embed, Pooled, Ready, Sampling, Stopping, Submit
 
 # A score is three fields with their tags and lengths, beside the label.
 _BYTES_OF_SCORE = 16
@@ -45,8 +47,7 @@ class PooledCalls:
         self, request: v1.EmbedRequest, context: grpc.aio.ServicerContext
     ) -> v1.EmbedResponse:
         async with self._calls.begin(request, context, validation.check_embed) as call:
-            pooling = validation.resolve_pooling(request, call.info)
-            pooled, served_by, usage = await self._pooled(call, pooling)
+            pooled, served_by, usage = await self._pooled(call, _wanted(request, call.info))
             return v1.EmbedResponse(
                 request_id=call.request_id,
                 embedding=array("f", pooled.numbers),
@@ -89,6 +90,19 @@ class PooledCalls:
             prompt = Prompt("", tuple(request.token_ids.ids))
         validation.check_prompt(request, prompt.token_ids, call.info, field, answer=0)
         return prompt
+
+
+_POOLINGS: Mapping[int, Literal["first", "last", "mean"]] = {
+    v1.EmbedRequest.POOLING_FIRST: "first",
+    v1.EmbedRequest.POOLING_LAST: "last",
+    v1.EmbedRequest.POOLING_MEAN: "mean",
+}
+
+
+def _wanted(request: v1.EmbedRequest, engine: Ready) -> Embed:
+    """The checked request, with the usual pooling of such a model where it is left open."""
+    pooling = _POOLINGS.get(request.pooling, "last" if engine.generates else "mean")
+    return Embed(pooling, request.normalize if request.HasField("normalize") else True)
 
 
 def _check_size(pooled: Pooled) -> None:

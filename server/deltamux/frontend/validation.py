@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 from deltamux.errors import FailedPrecondition, InvalidArgument, Unimplemented
 from deltamux.frontend import limits
-from deltamux.frontend.defaults import GenerationDefaults
 from deltamux.store.catalog.reference import Reference
 from deltamux.v1 import inference_pb2 as v1
-from deltamux.wire.messages import Embed, Ready, Sampling, Stopping
+from deltamux.wire.messages import Ready
 
 Request = v1.GenerateRequest | v1.ClassifyRequest | v1.EmbedRequest
 
@@ -228,59 +226,3 @@ def _check_stopping(stopping: v1.StoppingCriteria, ids_below: int) -> None:
     ids, most = stopping.stop_token_ids, limits.MAX_STOP_TOKEN_IDS
     check(len(ids) <= most, "stopping.stop_token_ids", f"at most {most} ids")
     _check_token_ids("stopping.stop_token_ids", ids, ids_below)
-
-
-def resolve_sampling(request: v1.GenerateRequest, defaults: GenerationDefaults) -> Sampling:
-    """The checked parameters, with the model's defaults where the client left them open."""
-    given = request.sampling
-
-    def chosen(field: str) -> float:
-        source = given if given.HasField(field) else defaults
-        return float(getattr(source, field))
-
-    return Sampling(
-        temperature=chosen("temperature"),
-        top_p=chosen("top_p"),
-        top_k=int(chosen("top_k")),
-        min_p=chosen("min_p"),
-        repetition_penalty=chosen("repetition_penalty"),
-        presence_penalty=given.presence_penalty,
-        frequency_penalty=given.frequency_penalty,
-        seed=given.seed if given.HasField("seed") else None,
-        logit_bias=dict(given.logit_bias),
-        logprobs=request.output.logprobs if request.output.HasField("logprobs") else None,
-    )
-
-
-def resolve_pooling(request: v1.EmbedRequest, engine: Ready) -> Embed:
-    """The checked request, with the usual pooling of such a model where it is left open."""
-    pooling = _POOLINGS.get(request.pooling, "last" if engine.generates else "mean")
-    return Embed(pooling, request.normalize if request.HasField("normalize") else True)
-
-
-_POOLINGS: Mapping[int, Literal["first", "last", "mean"]] = {
-    v1.EmbedRequest.POOLING_FIRST: "first",
-    v1.EmbedRequest.POOLING_LAST: "last",
-    v1.EmbedRequest.POOLING_MEAN: "mean",
-}
-
-
-def resolve_stopping(
-    stopping: v1.StoppingCriteria,
-    defaults: GenerationDefaults,
-    prompt_tokens: int,
-    engine: Ready,
-) -> Stopping:
-    """What ends the sequence in the engine; without max_tokens, the end of the context."""
-    room = context_tokens(engine) - prompt_tokens
-    max_tokens = stopping.max_tokens or room
-    if max_tokens > room:
-        raise invalid(
-            "stopping.max_tokens",
-            f"{prompt_tokens} prompt tokens leave room for {room}, not {max_tokens}",
-            "CONTEXT_EXCEEDED",
-        )
-    check(stopping.min_tokens <= max_tokens, "stopping.min_tokens", "exceeds max_tokens")
-    ends = () if stopping.ignore_eos else defaults.end_of_sequence
-    ids = tuple(dict.fromkeys((*stopping.stop_token_ids, *ends)))
-    return Stopping(max_tokens, stopping.min_tokens, ids)
