@@ -98,7 +98,7 @@ def _check_input(request: v1.GenerateRequest, engine: Ready) -> None:
         case "text":
             _check_text(request.text)
         case "token_ids":
-            _check_tokens(request, engine)
+            check_prompt(request, request.token_ids.ids, engine, "token_ids")
         case "chat":
             _check_chat(request.chat)
         case _:
@@ -110,7 +110,7 @@ def _check_text_or_tokens(request: v1.ClassifyRequest | v1.EmbedRequest, engine:
         case "text":
             _check_text(request.text)
         case "token_ids":
-            _check_tokens(request, engine, answer=0)
+            check_prompt(request, request.token_ids.ids, engine, "token_ids", answer=0)
         case _:
             raise invalid("input", "one of text and token_ids is needed")
 
@@ -118,11 +118,6 @@ def _check_text_or_tokens(request: v1.ClassifyRequest | v1.EmbedRequest, engine:
 def _check_text(text: str) -> None:
     check(bool(text), "text", "the prompt is empty")
     _check_characters("text", len(text))
-
-
-def _check_tokens(request: Request, engine: Ready, answer: int = 1) -> None:
-    check(bool(request.token_ids.ids), "token_ids", "the prompt is empty")
-    check_prompt(request, request.token_ids.ids, engine, "token_ids", answer)
 
 
 def _check_chat(chat: v1.Chat) -> None:
@@ -142,18 +137,14 @@ def _check_characters(field: str, characters: int) -> None:
         raise invalid(field, f"more than {most} characters", "PROMPT_TOO_LONG")
 
 
-def _check_prompt_length(tokens: int, engine: Ready, field: str, answer: int) -> None:
-    check(tokens > 0, field, "the prompt has no tokens")
-    room = context_tokens(engine)
-    if tokens + answer > room:
-        raise invalid(field, f"{tokens} tokens, of a context of {room}", "PROMPT_TOO_LONG")
-
-
 def check_prompt(
     request: Request, token_ids: Sequence[int], engine: Ready, field: str, answer: int = 1
 ) -> None:
     """What can be said once the prompt is tokenized; `answer` tokens must fit behind it."""
-    _check_prompt_length(len(token_ids), engine, field, answer)
+    tokens, room = len(token_ids), context_tokens(engine)
+    check(tokens > 0, field, "the prompt has no tokens")
+    if tokens + answer > room:
+        raise invalid(field, f"{tokens} tokens, of a context of {room}", "PROMPT_TOO_LONG")
     _check_token_ids(field, token_ids, _ids_below(request.adapter, engine))
 
 
