@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from deltamux.adapters.primitives.payload import InputBank
-from deltamux.adapters.primitives.token_rows import EmbeddingTokenBank, HeadTokenBank, TokenRows
+from deltamux.adapters.primitives.token_rows import EmbeddingTokenBank, TokenBank, TokenRows
 from deltamux_kernels.segments import Segments
-from deltamux_kernels.token_rows import TokenTable
+from deltamux_kernels.token_rows import TokenTable, token_columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class AddedEmbeddingBank(EmbeddingTokenBank, InputBank):
         return x.clamp(max=self._known - 1)
 
 
-class AddedColumnsBank(HeadTokenBank):
+class AddedColumnsBank(TokenBank):
     """Gives them logits behind those of the base's tokens."""
 
     def columns(self, segments: Segments) -> int:
@@ -44,5 +44,5 @@ class AddedColumnsBank(HeadTokenBank):
         """
         added = y.new_zeros(*y.shape[:-1], self.columns(segments))
         wide = torch.cat((y, added), dim=-1)
-        self.after(x, wide.view(-1, wide.shape[-1]), segments)
+        token_columns(wide.view(-1, wide.shape[-1]), x.flatten(0, -2), self._table, segments)
         return wide

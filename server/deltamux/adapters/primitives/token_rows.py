@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamux.adapters.primitives.payload import OutputBank, Payload
+from deltamux.adapters.primitives.payload import Bank, OutputBank, Payload
 from deltamux_kernels.packed import PackedMatrices, as_elements
 from deltamux_kernels.segments import Segments
 from deltamux_kernels.token_rows import TokenTable, token_columns, token_rows
@@ -31,7 +31,7 @@ class TokenRows(Payload):
         return cls(ascending.int(), rows[order].contiguous())
 
 
-class _TokenBank(OutputBank):
+class TokenBank(Bank):
     """The rows of all slots at one site."""
 
     def __init__(self, table: TokenTable) -> None:
@@ -46,14 +46,14 @@ class _TokenBank(OutputBank):
         self._table.placed(slot)
 
 
-class EmbeddingTokenBank(_TokenBank):
+class EmbeddingTokenBank(TokenBank, OutputBank):
     """An embedding gives these tokens their own rows."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         token_rows(y, x.reshape(-1), self._table, segments)
 
 
-class HeadTokenBank(_TokenBank):
+class HeadTokenBank(TokenBank, OutputBank):
     """A head without bias gives these tokens logits from their own rows."""
 
     def after(self, x: Tensor, y: Tensor, segments: Segments) -> None:

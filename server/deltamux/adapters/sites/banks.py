@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-
 import torch
 from torch import Tensor
 
@@ -47,7 +45,7 @@ from deltamux.adapters.primitives.norm_parameters import (
     NormParametersBank,
 )
 from deltamux.adapters.primitives.pair_rotation import PairRotation, PairRotationBank
-from deltamux.adapters.primitives.payload import Bank, InputBank, OutputBank, Payload
+from deltamux.adapters.primitives.payload import Bank, Payload
 from deltamux.adapters.primitives.row_bias import RowBias, RowBiasBank
 from deltamux.adapters.primitives.row_scale import OutputScale, RowScale, RowScaleBank
 from deltamux.adapters.primitives.sign_delta import SignDelta, SignDeltaBank
@@ -71,20 +69,8 @@ from deltamux_kernels.sign_delta import SignMatrices
 from deltamux_kernels.sparse_delta import SparseMatrices
 from deltamux_kernels.token_rows import TokenTable
 
-
-@dataclass(frozen=True, eq=False)
-class SiteBanks:
-    """The banks of one site, in the order in which they act; `kept` ones are read elsewhere.
-
-    `residual` is where the site leaves its input, if it is the residual of a sublayer; `added`
-    gives a head more columns than the base has.
-    """
-
-    outputs: dict[type[Payload], OutputBank]
-    inputs: dict[type[Payload], InputBank] = field(default_factory=dict)
-    residual: Residual | None = None
-    kept: dict[type[Payload], Bank] = field(default_factory=dict)
-    added: AddedColumnsBank | None = None
+# Of one site, in the order in which they act.
+Banks = dict[type[Payload], Bank]
 
 
 class BankFactory:
@@ -106,12 +92,15 @@ class BankFactory:
                 last = self._last_order.get(spec.group, 0)
                 self._last_order[spec.group] = max(last, spec.order)
 
-    def banks(self, spec: SiteSpec) -> SiteBanks:
+    def banks(self, spec: SiteSpec) -> Banks:
         """Empty banks for all primitives that a site of this kind can have."""
         if spec.kind == "embedding":
             return self._embedding(spec)
-        banks = self._norm(spec) if spec.kind == "norm" else self._linear(spec)
-        return replace(banks, residual=self._residual) if spec.name in self._residuals else banks
+        return self._norm(spec) if spec.kind == "norm" else self._linear(spec)
+
+    def residual(self, spec: SiteSpec) -> Residual | None:
+        """Where the site leaves its input, if that is the residual of a sublayer."""
+        return self._residual if spec.name in self._residuals else None
 
     def experts(self, experts: Experts, projection: str) -> ExpertLowRankBank:
         """The empty bank of one layer of a mixture of experts."""
@@ -127,12 +116,11 @@ class BankFactory:
         """The empty bank of what adapters put in place of the language head."""
         return TaskHeadBank(self._store(self._structure.task_heads.width), self._store(1))
 
-    def _norm(self, spec: SiteSpec) -> SiteBanks:
-        banks: dict[type[Payload], OutputBank] = {
+    def _norm(self, spec: SiteSpec) -> Banks:
+        return {
             NormParameters: self._norm_parameters(spec),
             RowBias: RowBiasBank(self._store(spec.out_features)),
         }
-        return SiteBanks(banks)
 
     def _norm_parameters(self, spec: SiteSpec) -> NormParametersBank | CopiedNormBank:
         norm = self._structure.module(spec.name)
@@ -141,29 +129,30 @@ class BankFactory:
             return CopiedNormBank(norm, spec, self._host_store(spec.out_features))
         return NormParametersBank(form, spec, self._store(spec.out_features))
 
-    def _embedding(self, spec: SiteSpec) -> SiteBanks:
+    def _embedding(self, spec: SiteSpec) -> Banks:
         a, b = self._store(spec.in_features), self._store(spec.out_features)
-        banks: dict[type[Payload], OutputBank] = {
+        banks: Banks = {
             DenseEmbedding: DenseEmbeddingBank(self._store(spec.out_features)),
             TokenRows: EmbeddingTokenBank(self._tokens(spec.out_features)),
             EmbeddingLowRank: EmbeddingLowRankBank(a, b, self._columns()),
             RowScale: RowScaleBank(self._store(spec.out_features), None),
             OutputRotation: OutputRotationBank(self._store(spec.out_features)),
         }
-        if spec.name != self._structure.embedding:
-            return SiteBanks(banks)
-        virtual = VirtualTokensBank(self._tokens(spec.out_features))
-        added = AddedEmbeddingBank(self._tokens(spec.out_features), spec.in_features)
-        inputs: dict[type[Payload], InputBank] = {VirtualTokens: virtual, AddedTokens: added}
-        banks |= {VirtualTokens: virtual, AddedTokens: added}
-        return SiteBanks(banks, inputs, kept={KeyValuePrefix: self.prefixes})
+        if spec.name == self._structure.embedding:
+            virtual, added = (self._tokens(spec.out_features) for _ in range(2))
+            banks[VirtualTokens] = VirtualTokensBank(virtual)
+            banks[AddedTokens] = AddedEmbeddingBank(added, spec.in_features)
+            banks[KeyValuePrefix] = self.prefixes
+        return banks
 
-    def _linear(self, spec: SiteSpec) -> SiteBanks:
+    def _linear(self, spec: SiteSpec) -> Banks:
         shared = self._shared_input(spec)
         last = spec.group is None or spec.order == self._last_order[spec.group]
         bias = self._structure.bias(spec.name)
         b = self._low_rank_store(spec.out_features)
-        banks: dict[type[Payload], OutputBank] = {
+        banks: Banks = {
+            InputScale: InputScaleBank(self._store(spec.in_features)),
+            InputRotation: InputRotationBank(self._store(spec.in_features)),
             Dense: DenseBank(self._store(spec.in_features), self._store(spec.out_features)),
             TokenRows: HeadTokenBank(self._tokens(spec.in_features)),
             DenseDelta: DenseDeltaBank(self._store(spec.in_features)),
@@ -176,18 +165,11 @@ class BankFactory:
             PairRotation: PairRotationBank(self._pair_factors(spec)),
             **self._bottlenecks(spec),
         }
-        inputs: dict[type[Payload], InputBank] = {
-            InputScale: InputScaleBank(self._store(spec.in_features)),
-            InputRotation: InputRotationBank(self._store(spec.in_features)),
-        }
-        return SiteBanks(banks, inputs, added=self._added(spec))
+        if spec.kind == "head":
+            banks[AddedTokens] = AddedColumnsBank(self._tokens(spec.in_features))
+        return banks
 
-    def _added(self, spec: SiteSpec) -> AddedColumnsBank | None:
-        if spec.kind != "head":
-            return None
-        return AddedColumnsBank(self._tokens(spec.in_features))
-
-    def _bottlenecks(self, spec: SiteSpec) -> dict[type[Payload], OutputBank]:
+    def _bottlenecks(self, spec: SiteSpec) -> Banks:
         """Those at the end of a sublayer; elsewhere there are none."""
         sublayer = self._structure.sublayers.get(spec.name)
         if sublayer is None:

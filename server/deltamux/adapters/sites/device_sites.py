@@ -16,7 +16,7 @@ from deltamux.adapters.primitives.bottleneck import BottleneckBank
 from deltamux.adapters.primitives.low_rank import LowRankBank
 from deltamux.adapters.primitives.payload import Bank, Payload
 from deltamux.adapters.sites.arena import ArenaAllocator
-from deltamux.adapters.sites.banks import BankFactory, SiteBanks
+from deltamux.adapters.sites.banks import BankFactory
 from deltamux.adapters.sites.experts_site import ExpertsLayer, ExpertsSite
 from deltamux.adapters.sites.rows import Rows
 from deltamux.adapters.sites.site import Site
@@ -95,8 +95,7 @@ class DeviceSites:
         self._in_c = factory.in_c
         self.prefixes = factory.prefixes
         self._sites = {
-            spec.name: _install(model, spec, factory.banks(spec), rows)
-            for spec in structure.sites.values()
+            spec.name: _install(model, spec, factory, rows) for spec in structure.sites.values()
         }
         self._experts: dict[str, ExpertsLayer] = {}
         for mixture in structure.experts.values():
@@ -249,8 +248,9 @@ class DeviceSites:
         self._stream.synchronize()
 
 
-def _install(model: nn.Module, spec: SiteSpec, banks: SiteBanks, rows: Rows) -> Site:
-    site = Site(model.get_submodule(spec.name), spec, banks, rows)
+def _install(model: nn.Module, spec: SiteSpec, factory: BankFactory, rows: Rows) -> Site:
+    base = model.get_submodule(spec.name)
+    site = Site(base, spec, factory.banks(spec), factory.residual(spec), rows)
     model.set_submodule(spec.name, site)
     return site
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from deltamux.adapters.primitives.added_tokens import AddedTokens
-from deltamux.adapters.primitives.payload import Bank, InputBank, OutputBank, Payload
-from deltamux.adapters.sites.banks import SiteBanks
+from deltamux.adapters.primitives.added_tokens import AddedColumnsBank, AddedTokens
+from deltamux.adapters.primitives.bottleneck import Residual
+from deltamux.adapters.primitives.payload import InputBank, OutputBank
+from deltamux.adapters.sites.banks import Banks
 from deltamux.adapters.sites.rows import Rows
 from deltamux.base.stacked_linears import StackedLinear
 from deltamux.base.structure import SiteSpec
@@ -18,21 +19,24 @@ class Site(nn.Module):
     There is no active adapter: the rows of the step alone say what is added where.
     """
 
-    def __init__(self, base: nn.Module, spec: SiteSpec, banks: SiteBanks, rows: Rows) -> None:
+    def __init__(
+        self, base: nn.Module, spec: SiteSpec, banks: Banks, residual: Residual | None, rows: Rows
+    ) -> None:
+        """`residual` is where its input is left, if anybody wants it."""
         super().__init__()
         self.base = base
         self.spec = spec
-        self.banks: dict[type[Payload], Bank] = {**banks.inputs, **banks.outputs, **banks.kept}
-        if banks.added is not None:
-            self.banks[AddedTokens] = banks.added
+        self.banks = banks
         # Slots with a payload here, a product with the input that this site shares, or a
         # bottleneck that needs its input.
         self.slots: set[int] = set()
         self._alone = base.alone if isinstance(base, StackedLinear) else base
-        self._inputs = tuple(banks.inputs.values())
-        self._outputs = tuple(banks.outputs.values())
-        self._residual = banks.residual
-        self._added = banks.added
+        self._inputs = tuple(bank for bank in banks.values() if isinstance(bank, InputBank))
+        self._outputs = tuple(bank for bank in banks.values() if isinstance(bank, OutputBank))
+        self._residual = residual
+        # What gives a head more columns than the base has.
+        added = banks.get(AddedTokens)
+        self._added = added if isinstance(added, AddedColumnsBank) else None
         self._rows = rows
         # Those banks that act, and the mix of adapters in which they do.
         self._acting: tuple[list[InputBank], list[OutputBank]] | None = None
