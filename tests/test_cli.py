@@ -238,3 +238,9 @@ def test_bench_does_not_measure_what_it_could_not_write(flag, tmp_path, capsys):
     for path in (tmp_path, tmp_path / "missing" / "figures"):
         assert run("bench", "--target", "localhost:1", flag, str(path)) == 2
         assert f"{path} cannot be written" in capsys.readouterr().err
+
+
+def test_bench_does_not_measure_what_it_could_not_draw(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run("bench", "--target", "localhost:1", "--save-png", str(tmp_path / "load.png")) == 1
+    assert capsys.readouterr().err == "deltamux bench: needs matplotlib: the extra 'bench'\n"

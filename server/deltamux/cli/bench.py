@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -76,6 +77,8 @@ class Bench(Command):
         """
         popularity(self.popularity)
         _require_writable(self.save_json, self.save_png)
+        if self.save_png is not None:
+            import_module("matplotlib")
         rates = tuple(_rate(word) for word in self.request_rate)
         workload = Workload(
             adapters=("",) if self.base else tuple(self.adapter),
