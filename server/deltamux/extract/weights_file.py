@@ -11,12 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-}
+from deltamux.adapters.checkpoint.tensors import DTYPES
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class WeightsFile:

@@ -13,7 +13,7 @@ from deltamux.adapters.checkpoint.files import WEIGHTS, open_weights
 from deltamux.adapters.checkpoint.header import TensorInfo, read_header
 from deltamux.errors import InvalidArgument
 
-_DTYPES = {
+DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -48,7 +48,7 @@ def require_finite(name: str, tensor: Tensor) -> None:
 
 def _read(file: BinaryIO, name: str, info: TensorInfo) -> Tensor:
     """The file's next tensor, in memory of its own; nothing else has its bytes in between."""
-    tensor = torch.empty(info.shape, dtype=_DTYPES[info.dtype])
+    tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
     size = file.readinto(tensor.view(torch.uint8).numpy())  # type: ignore[attr-defined]
     if size < info.end - info.begin:
         message = f"{WEIGHTS} is malformed: it ends in {name}"
