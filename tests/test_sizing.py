@@ -31,7 +31,7 @@ def test_the_table_of_sizes_is_computed_from_the_shapes():
     base = sum(p.numel() for p in model.parameters()) * item
     linears = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
     adapter = sum(RANK * (m.in_features + m.out_features) for m in linears) * item
-    layers = [AttentionLayer(i, 8, 128, 128, None, None) for i in range(32)]
+    layers = [AttentionLayer(i, 8, 128, 128, None) for i in range(32)]
     kv = TOKENS * block_bytes(layers, 1, torch.bfloat16)
     rows = [
         f"| {count} | {base / 1e9:.1f} GB | {count * adapter / 1e9:.1f} GB | {kv / 1e9:.1f} GB |"

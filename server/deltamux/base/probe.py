@@ -29,7 +29,6 @@ class AttentionLayer:
     key_dim: int
     value_dim: int
     window: int | None
-    softcap: float | None
 
 
 def probe(model: PreTrainedModel, causal: bool = True) -> tuple[AttentionLayer, ...]:
@@ -100,7 +99,6 @@ def _record_layers(model: PreTrainedModel, causal: bool) -> tuple[AttentionLayer
                 key_dim=key.shape[3],
                 value_dim=value.shape[3],
                 window=kwargs.get("sliding_window"),
-                softcap=kwargs.get("softcap"),
             )
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 

@@ -8,8 +8,8 @@ from deltamux.base.probe import AttentionLayer
 from deltamux.engine.kv.kv_cache import KVCache, block_bytes
 
 LAYERS = (
-    AttentionLayer(0, kv_heads=2, key_dim=8, value_dim=8, window=None, softcap=None),
-    AttentionLayer(1, kv_heads=4, key_dim=16, value_dim=8, window=32, softcap=None),
+    AttentionLayer(0, kv_heads=2, key_dim=8, value_dim=8, window=None),
+    AttentionLayer(1, kv_heads=4, key_dim=16, value_dim=8, window=32),
 )
 
 

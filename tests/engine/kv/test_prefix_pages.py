@@ -17,7 +17,7 @@ LAYERS, TOKENS, HEADS, DIM, BLOCK = 3, 6, 2, 4, 4
 def test_states_go_to_their_places_and_nowhere_else() -> None:
     torch.manual_seed(0)
     states = torch.randn(LAYERS, 2, TOKENS, HEADS * DIM)
-    layers = [AttentionLayer(i, HEADS, DIM, DIM, None, None) for i in range(LAYERS)]
+    layers = [AttentionLayer(i, HEADS, DIM, DIM, None) for i in range(LAYERS)]
     cache = KVCache(layers, 6, BLOCK, torch.float32, CPU)
     for pages in (*cache.keys, *cache.values):
         pages.fill_(torch.nan)

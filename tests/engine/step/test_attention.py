@@ -29,7 +29,7 @@ class Layer(nn.Module):
 
 def cache() -> KVCache:
     """Two layers full of NaN: nothing may be read that was not written."""
-    layers = [AttentionLayer(i, KV_HEADS, KEY_DIM, VALUE_DIM, None, None) for i in range(2)]
+    layers = [AttentionLayer(i, KV_HEADS, KEY_DIM, VALUE_DIM, None) for i in range(2)]
     pages = KVCache(layers, 16, BLOCK, torch.float32, CPU)
     for tensor in (*pages.keys, *pages.values):
         tensor[1:] = torch.nan

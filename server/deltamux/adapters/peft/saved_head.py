@@ -147,7 +147,6 @@ class _HeadReader:
         for part in parts[:-1]:
             self._require_width(part.weight.shape[0], part)
         plan = HeadPlan(
-            level,
             form.pooling,
             heads.pad_token_id if config.pad_token_id is None else config.pad_token_id,
             form.shared,

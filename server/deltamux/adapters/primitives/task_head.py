@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deltamux.adapters.primitives.payload import Bank, Payload
-from deltamux.base.task_heads import Activation, Level, Pooling
+from deltamux.base.task_heads import Activation, Pooling
 from deltamux_kernels.packed import PackedMatrices
 
 # How logits become scores.
@@ -37,7 +37,6 @@ class Layer:
 class HeadPlan:
     """A head without its numbers: what it is given, and what comes out."""
 
-    level: Level
     pooling: Pooling
     # Tokens that do not count as a sequence's last one.
     pad_token_id: int | None

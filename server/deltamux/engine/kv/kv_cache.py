@@ -24,7 +24,6 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
 
