@@ -25,7 +25,7 @@ from deltamux.engine.rehearsal import recorded_agree, trial_sequence
 from deltamux.engine.replay import recorded_steps
 from deltamux.engine.replay.recorded_steps import STEPS_BEFORE, RecordedSteps
 from deltamux.engine.sequence import Scheduled, Sequence
-from deltamux.engine.step.batch import Pooling
+from deltamux.engine.step.batch import PooledRows
 from deltamux.engine.step.runner import ModelRunner
 from deltamux.wire.messages import Sampling
 from deltamux_kernels import native, paged_attention_native
@@ -284,7 +284,7 @@ def test_a_step_of_which_hidden_states_are_wanted_runs_eagerly(pair: Pair) -> No
     sequence = pair.decoding(None, 5)
     assert pair.steps(3, sequence)[-1]
     batch = pair.other.runner.batch([Scheduled(sequence, 1)])
-    pooled = replace(batch, pooled=(Pooling(sequence, 0, 0, 1, None),))
+    pooled = replace(batch, pooled=(PooledRows(sequence, 0, 0, 1, None),))
     assert pair.other.recorded.run(batch) is not None
     assert pair.other.recorded.run(pooled) is None
 

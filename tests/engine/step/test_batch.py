@@ -9,7 +9,7 @@ from deltamux.adapters.primitives.virtual_tokens import Virtual
 from deltamux.adapters.traits import Traits
 from deltamux.engine.rehearsal import trial_sequence
 from deltamux.engine.sequence import Scheduled
-from deltamux.engine.step.batch import Pooling, StepBatch
+from deltamux.engine.step.batch import PooledRows, StepBatch
 from deltamux.engine.step.last_draw import LastDraw
 from deltamux.engine.transfer import Upload
 from deltamux.wire.messages import Embed, Sampling
@@ -101,8 +101,8 @@ def test_pooled_sequences_sample_nothing_and_share_the_places() -> None:
     assert batch.sampled == (LAST_CHUNK, DECODE_BASE)
     assert (batch.sampled_places, batch.sampled_segments.spans) == ((0, 2), ((7, 0, 1),))
     assert batch.pooled == (
-        Pooling(whole.sequence, 0, 0, 3, place=1),
-        Pooling(begun.sequence, 0, 6, 8, place=None),
+        PooledRows(whole.sequence, 0, 0, 3, place=1),
+        PooledRows(begun.sequence, 0, 6, 8, place=None),
     )
 
 
@@ -117,8 +117,8 @@ def test_virtual_tokens_have_negative_ids_and_are_not_pooled() -> None:
     assert batch.input_ids.tolist() == [-1, -2, -3, 4, 8, -1, -2]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1]
     assert batch.pooled == (
-        Pooling(begun.sequence, 0, 3, 4, place=None),
-        Pooling(goes_on.sequence, 1, 4, 5, place=None),
+        PooledRows(begun.sequence, 0, 3, 4, place=None),
+        PooledRows(goes_on.sequence, 1, 4, 5, place=None),
     )
 
 

@@ -35,7 +35,7 @@ from deltamux.engine.rehearsal import replays_agree
 from deltamux.engine.replay.cuda_graphs import Step
 from deltamux.engine.replay.step_buffers import StepShape
 from deltamux.engine.sequence import Scheduled
-from deltamux.engine.step.batch import Pooling
+from deltamux.engine.step.batch import PooledRows
 from deltamux_kernels.sign_delta import pack_signs
 
 # What the conftest makes.
@@ -244,7 +244,7 @@ def test_rows_with_more_columns_than_the_base(form: str, mixed: Pair) -> None:
 def test_a_step_of_which_hidden_states_are_wanted_is_eager(form: str, mixed: Pair) -> None:
     item = Scheduled(mixed.sequence(None, 5, 7), 2)
     batch = mixed.captured.runner.batch([item])
-    pooled = replace(batch, pooled=(Pooling(item.sequence, 0, 0, 2, None),))
+    pooled = replace(batch, pooled=(PooledRows(item.sequence, 0, 0, 2, None),))
     with mixed.triton_forms(), torch.inference_mode():
         assert mixed.graphs.run(batch) is not None
         assert mixed.graphs.run(pooled) is None

@@ -17,7 +17,7 @@ from deltamux_kernels import AttentionBatch, Segments
 
 
 @dataclass(frozen=True)
-class Pooling:
+class PooledRows:
     """The rows [start, end) of a sequence whose hidden states are wanted, not tokens.
 
     They are those of its tokens number `first` and on; virtual tokens are left out.
@@ -73,7 +73,7 @@ class StepBatch:
     sampled: tuple[Scheduled, ...]
     sampled_places: tuple[int, ...]
     # Sequences whose hidden states are wanted.
-    pooled: tuple[Pooling, ...]
+    pooled: tuple[PooledRows, ...]
 
     @classmethod
     def build(
@@ -149,7 +149,7 @@ def _awaiting(shares: Shares, numbers: list[int], last: LastDraw) -> Array:
     return np.array([shares.starts[numbers], places], dtype=np.int64)
 
 
-def _pooled(shares: Shares) -> tuple[Pooling, ...]:
+def _pooled(shares: Shares) -> tuple[PooledRows, ...]:
     pooled = []
     for number in shares.pooled.tolist():
         item, row = shares.items[number], int(shares.starts[number])
@@ -157,5 +157,5 @@ def _pooled(shares: Shares) -> tuple[Pooling, ...]:
         first = item.first - item.sequence.virtual.tokens
         start, end = row + max(-first, 0), row + item.num_tokens
         if start < end:
-            pooled.append(Pooling(item.sequence, max(first, 0), start, end, place))
+            pooled.append(PooledRows(item.sequence, max(first, 0), start, end, place))
     return tuple(pooled)

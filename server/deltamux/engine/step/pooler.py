@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from deltamux.adapters.primitives.task_head import HeadPlan, Scoring, TaskHeadBank
-from deltamux.base.task_heads import Pooling as Rule
+from deltamux.base.task_heads import Pooling
 from deltamux.engine.outcome import NonFinite
 from deltamux.engine.sequence import Sequence
-from deltamux.engine.step.batch import Pooling
+from deltamux.engine.step.batch import PooledRows
 from deltamux.engine.transfer import to_device
 from deltamux.wire.messages import Embed, Pooled
 from deltamux_kernels import Segments
@@ -48,7 +48,7 @@ class Pooler:
         # Of each sequence, by the position of a chunk's first token.
         self._chunks: WeakKeyDictionary[Sequence, dict[int, Tensor]] = WeakKeyDictionary()
 
-    def pool(self, hidden: Tensor, pooled: Items[Pooling]) -> dict[int, Pooled | NonFinite]:
+    def pool(self, hidden: Tensor, pooled: Items[PooledRows]) -> dict[int, Pooled | NonFinite]:
         """Outcomes by place, of the sequences whose prompt ends in this step.
 
         `hidden` [T, width] are all rows of the step; `pooled` come in the order of their slots.
@@ -70,7 +70,7 @@ class Pooler:
             outcomes |= self._scores(slot, {place: rows[place] for place in places})
         return outcomes
 
-    def _keep(self, item: Pooling, rows: Tensor) -> None:
+    def _keep(self, item: PooledRows, rows: Tensor) -> None:
         """What the sequence's rows of this step contribute."""
         sequence, first = item.sequence, item.first
         if first == 0:
@@ -135,7 +135,7 @@ class Pooler:
                 else NonFinite(),
             )
 
-    def _rule(self, sequence: Sequence) -> Rule:
+    def _rule(self, sequence: Sequence) -> Pooling:
         if isinstance(sequence.pooling, Embed):
             return sequence.pooling.pooling
         return self._plan(sequence).pooling
