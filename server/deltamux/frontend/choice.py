@@ -60,7 +60,7 @@ class Choice:
             text = self._detokenizer.push(token_id) if position < shown else ""
             # Stop strings are looked for behind the first `min_tokens` tokens.
             stop = None
-            if self.tokens >= self._min_tokens:
+            if self.tokens > self._min_tokens:
                 text, stop = self._stops.push(text)
             pieces.append(text)
             if stop is not None:
