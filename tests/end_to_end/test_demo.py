@@ -52,3 +52,11 @@ def test_a_wrong_answer_is_shown_and_fails(
     shown = capsys.readouterr().out
     assert "1 of 2 answers right" in shown
     assert "wrong, not " in shown
+
+
+def test_what_the_server_fails_with_is_shown_as_it_stands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("DELTAMUX_ADAPTER", '{"a": "[bold]/[/missing]"}')
+    assert demo.run(prompts=1, seed=0) == 1
+    assert "--adapter a=[bold]/[/missing]: " in capsys.readouterr().out

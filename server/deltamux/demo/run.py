@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from prometheus_client import Metric
 from rich import box
 from rich.console import Console, JustifyMethod
+from rich.markup import escape
 from rich.table import Table
 
 from deltamux.client import (
@@ -67,7 +68,7 @@ def run(prompts: int, seed: int) -> int:
         ):
             return _show(console, server, questions)
     except (ServerFailed, ClientError) as error:
-        console.print(f"[red]The demo failed:[/] {error}", markup=True, highlight=False)
+        console.print(f"[red]The demo failed:[/] {escape(str(error))}", highlight=False)
         return 1
 
 
@@ -128,7 +129,7 @@ def _answers_table(
             adapter.family,
             str(adapter.rank or ""),
             f"{adapter.device_bytes / 1000:.0f} kB" if adapter.device_bytes else "",
-            reply.text,
+            escape(reply.text),
             "[green]right[/]" if right else f"[red]wrong[/], not {question.expected}",
         )
     return table
