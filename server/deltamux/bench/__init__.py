@@ -1,1 +1,1 @@
-"""The load harness: an open-loop gRPC client, its workloads and its reports."""
+"""The load harness: open-loop clients over gRPC and HTTP, their workloads and reports."""

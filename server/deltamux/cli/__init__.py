@@ -55,8 +55,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise UsageError(f"deltamux: unknown command {name!r}{nearest(name, COMMANDS)}")
-    module = importlib.import_module(COMMANDS[name][0])
-    return int(module.main(arguments[1:]) or 0)
+    exit_code: int = importlib.import_module(COMMANDS[name][0]).main(arguments[1:])
+    return exit_code
 
 
 def _overview() -> str:
