@@ -41,7 +41,7 @@ class SiteSpec:
     group: int | None = None
     order: int = 0
     conv1d: bool = False
-    embed_scale: float | None = None
+    embed_scale: float = 1.0
     token_axis: int | None = None
     pooled: bool = False
 
@@ -218,10 +218,8 @@ def _site(call: Call, head: nn.Module | None, group: int | None, order: int) -> 
     assert isinstance(weight, Tensor)
     if isinstance(call.module, nn.Embedding):
         rows, width = weight.shape
-        scale = getattr(call.module, "embed_scale", None)
-        return SiteSpec(
-            call.name, "embedding", rows, width, embed_scale=None if scale is None else float(scale)
-        )
+        scale = float(getattr(call.module, "embed_scale", 1.0))
+        return SiteSpec(call.name, "embedding", rows, width, embed_scale=scale)
     if is_norm(call.module):
         width = weight.shape[0]
         return SiteSpec(call.name, "norm", width, width, token_axis=call.token_axis)

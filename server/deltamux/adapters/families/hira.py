@@ -45,8 +45,7 @@ class _Hira(Tuner):
             return
         factor = _factor(site, given.modules, (_EMBEDDING_A, _EMBEDDING_B))
         # PEFT adds the change to what the embedding gives, behind the base's scale.
-        scale = 1.0 if site.embed_scale is None else site.embed_scale
-        yield DenseEmbedding(weight * (scale + factor.T))
+        yield DenseEmbedding(weight * (site.embed_scale + factor.T))
 
 
 def _factor(site: SiteSpec, modules: ModuleTensors, parts: tuple[str, str]) -> Tensor:

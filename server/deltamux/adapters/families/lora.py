@@ -141,7 +141,7 @@ class _SiteReader:
     def payloads(self, site: SiteSpec, bias_shift: Tensor | None) -> Iterator[Payload]:
         a, b = self._factors(site)
         if site.kind == "embedding":
-            scaled = b if site.embed_scale is None else b * site.embed_scale
+            scaled = b * site.embed_scale
             yield EmbeddingLowRank(self._serving(site, a), self._serving(site, scaled.T))
         else:
             yield LowRank(self._serving(site, a), self._serving(site, b.T))

@@ -23,8 +23,7 @@ def replacement(
     if weight.shape != structure.weight(site.name).shape:
         raise other_base(site, f"weight of {tuple(weight.shape)}")
     if site.kind == "embedding":
-        scale = 1.0 if site.embed_scale is None else site.embed_scale
-        return DenseEmbedding(to_serving(site, weight.float() * scale, dtype))
+        return DenseEmbedding(to_serving(site, weight.float() * site.embed_scale, dtype))
     if bias is not None and bias.shape != (site.out_features,):
         raise other_base(site, f"bias of {tuple(bias.shape)}")
     return Dense(

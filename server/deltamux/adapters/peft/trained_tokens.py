@@ -15,7 +15,7 @@ from deltamux.adapters.payloads.base_fit import other_base, refuse_added_tokens
 from deltamux.adapters.payloads.rounding import to_serving
 from deltamux.adapters.peft.module_tensors import ModuleTensors
 from deltamux.adapters.primitives.token_rows import TokenRows
-from deltamux.base.structure import SiteSpec, Structure
+from deltamux.base.structure import Structure
 
 # The trained tokens of each module in a config of LoRA, those of a config of trainable tokens, and
 # their rows in any checkpoint.
@@ -129,8 +129,4 @@ def token_payload(
     if rows.shape != (len(ids), structure.weight(name).shape[1]):
         what = f"rows of {tuple(rows.shape)} for {len(ids)} tokens"
         raise other_base(site, what)
-    return TokenRows.of(ids, to_serving(site, _scaled(site, rows), dtype))
-
-
-def _scaled(site: SiteSpec, rows: Tensor) -> Tensor:
-    return rows if site.embed_scale is None else rows.float() * site.embed_scale
+    return TokenRows.of(ids, to_serving(site, rows.float() * site.embed_scale, dtype))

@@ -87,7 +87,7 @@ class Vocabulary:
     ) -> tuple[Payload, ...]:
         known, rows = _known(site), self.added.get(site.name)
         if rows is not None:
-            rows = to_serving(site, rows.float() * (site.embed_scale or 1.0), dtype)
+            rows = to_serving(site, rows.float() * site.embed_scale, dtype)
         kept: list[Payload] = []
         for payload in payloads:
             if isinstance(payload, TokenRows):
