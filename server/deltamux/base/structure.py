@@ -143,6 +143,11 @@ class Structure:
         bias = getattr(self._modules[name], "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
+    def host_bias(self, name: str) -> Tensor | None:
+        """A copy of a bias as float32 on the host, or None."""
+        bias = self.bias(name)
+        return None if bias is None else bias.detach().float().cpu()
+
     def module(self, name: str) -> nn.Module:
         """The base's own module of a site. Read only."""
         return self._modules[name]

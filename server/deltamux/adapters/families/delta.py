@@ -105,7 +105,7 @@ class _Reader:
         if (value is not None) + (tokens is not None) + bool(changes) > 1:
             raise _conflict(site)
         if value is not None:
-            own = self._base_bias(site) if bias is None else bias
+            own = self._structure.host_bias(site.name) if bias is None else bias
             yield replacement(site, value, own, self._structure, self._dtype)
             return
         if tokens is not None:
@@ -117,13 +117,13 @@ class _Reader:
     def _norm(
         self, site: SiteSpec, weight: Tensor | None, bias: Tensor | None
     ) -> Iterator[Payload]:
-        base = self._base_bias(site)
+        base = self._structure.host_bias(site.name)
         if bias is not None and base is None:
             yield RowBias(to_serving(site, bias, self._dtype))
             bias = None
         if weight is None and bias is None:
             return
-        vectors = [self._structure.weight(site.name).cpu() if weight is None else weight]
+        vectors = [self._structure.host_weight(site.name) if weight is None else weight]
         if base is not None:
             vectors.append(base if bias is None else bias)
         if vectors[0].shape[0] != site.out_features:
@@ -131,8 +131,8 @@ class _Reader:
         yield NormParameters(*(to_serving(site, v, self._dtype) for v in vectors))
 
     def _shift(self, site: SiteSpec, bias: Tensor) -> RowBias:
-        base = self._base_bias(site)
-        shift = bias.float() if base is None else bias.float() - base.float()
+        base = self._structure.host_bias(site.name)
+        shift = bias.float() if base is None else bias.float() - base
         return RowBias(to_serving(site, shift, self._dtype))
 
     def _tokens(self, site: SiteSpec) -> _Tokens | None:
@@ -215,10 +215,6 @@ class _Reader:
                     "made beside",
                     reason="BASE_MISMATCH",
                 )
-
-    def _base_bias(self, site: SiteSpec) -> Tensor | None:
-        bias = self._structure.bias(site.name)
-        return None if bias is None else bias.detach().cpu()
 
     def _take(self, site: SiteSpec, part: str, dimensions: int) -> Tensor | None:
         return self._modules.take_if_any(site.name, f"weight.{part}", dimensions)

@@ -77,8 +77,7 @@ class _Frod(Tuner):
     def payloads(self, site: SiteSpec, given: Given) -> Iterable[Payload]:
         first = 2 * list(_widths(given.sites)).index(_kind(site.name))
         weight = _weight(site, given, *given.shared[first : first + 2])
-        bias = given.structure.bias(site.name)
-        yield Dense(weight, None if bias is None else bias.detach().float().cpu())
+        yield Dense(weight, given.structure.host_bias(site.name))
 
     def _basis(self, kind: str, width: int, modules: ModuleTensors) -> tuple[Tensor, Tensor]:
         number = min(int(width * width * self.density), width * (width - 1))

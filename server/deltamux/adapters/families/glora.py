@@ -65,7 +65,7 @@ class _Glora(Tuner):
         return ()
 
     def payloads(self, site: SiteSpec, given: Given) -> Iterable[Payload]:
-        weight, bias = given.structure.host_weight(site.name), given.structure.bias(site.name)
+        weight, bias = given.structure.host_weight(site.name), given.structure.host_bias(site.name)
         paths = _Paths(site, given.modules, self.rank)
         yield from _weight_payloads(site, paths, weight, self.weight)
         if bias is None:
@@ -75,7 +75,7 @@ class _Glora(Tuner):
             change = weight @ paths.take("C", self.input, (site.in_features, 1)).flatten()
         if self.bias != "none":
             scale, shift = (paths.take_vector(path, self.bias) for path in "DE")
-            change = change + bias.detach().float().cpu() * scale + shift
+            change = change + bias * scale + shift
         yield RowBias(change)
 
 

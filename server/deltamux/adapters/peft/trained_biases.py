@@ -37,13 +37,13 @@ def take_bias_shifts(
         sites = structure.sites.values()
     shifts = {}
     for site in sites:
-        base = structure.bias(site.name)
+        base = structure.host_bias(site.name)
         if base is None:
             continue
         bias = modules.take(site.name, "base bias", 1)
         if bias.shape != base.shape:
             raise other_base(site, f"bias of {tuple(bias.shape)}")
-        shift = bias.float() - base.detach().float().cpu()
+        shift = bias.float() - base
         if shift.any():
             shifts[site.name] = shift
     return shifts
