@@ -24,7 +24,7 @@ from deltamux.adapters.peft.expert_tensors import (
 from deltamux.adapters.peft.lora_config import LoraConfig, read_lora_config
 from deltamux.adapters.peft.module_tensors import PREFIX, ModuleTensors, Names
 from deltamux.adapters.peft.per_module import require_served_rank
-from deltamux.adapters.peft.targets import targeted_sites
+from deltamux.adapters.peft.targets import LINEAR_OR_EMBEDDING, targeted_sites
 from deltamux.adapters.peft.trained_biases import take_bias_shifts
 from deltamux.adapters.peft.trained_tokens import TOKEN_ROWS, take_trained_tokens
 from deltamux.adapters.peft.weight_tying import require_tied, targeted_pair
@@ -33,10 +33,8 @@ from deltamux.adapters.primitives.low_rank import LowRank
 from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.row_bias import RowBias
 from deltamux.adapters.primitives.row_scale import RowScale
-from deltamux.base.structure import Kind, SiteSpec, Structure
+from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import InvalidArgument
-
-_KINDS: frozenset[Kind] = frozenset(("linear", "embedding", "head"))
 
 _NAMES = Names(
     (
@@ -98,7 +96,7 @@ class Lora:
 def _targets(
     config: LoraConfig, structure: Structure, pair: Mapping[str, SiteSpec]
 ) -> tuple[list[SiteSpec], list[ExpertTarget]]:
-    targets = targeted_sites(config.selector, structure, _KINDS)
+    targets = targeted_sites(config.selector, structure, LINEAR_OR_EMBEDDING)
     refuse_former_names(targets, structure)
     experts = expert_targets(config.parameters, structure)
     sites = {**{site.name: site for site in targets}, **pair}

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamux.adapters.checkpoint.fields import Fields
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.checkpoint.strict_json import Json
 from deltamux.adapters.family import Parsed
 from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
 from deltamux.adapters.peft.patterns import Selector
-from deltamux.adapters.peft.shared_fields import PROVENANCE, refuse_executable, require_generation
+from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_selector, targeted_sites
 from deltamux.adapters.peft.trained_tokens import (
     INDICES_FIELD,
@@ -26,9 +25,6 @@ from deltamux.adapters.peft.weight_tying import require_tied
 from deltamux.base.structure import Kind, Structure
 
 _KINDS: frozenset[Kind] = frozenset(("embedding", "head"))
-
-# How the rows were first drawn; they are in the file.
-_HARMLESS = (*PROVENANCE, "init_weights")
 
 
 class TrainableTokens:
@@ -70,11 +66,7 @@ class _Config:
 
 def _read_config(values: Mapping[str, Json], structure: Structure) -> _Config:
     targets = values.get("target_modules") or [structure.embedding]
-    fields = Fields({**values, "target_modules": targets})
-    refuse_executable(fields)
-    require_generation(fields)
-    tokens = read_tokens(INDICES_FIELD, fields.take(INDICES_FIELD))
-    config = _Config(read_selector(fields), tokens)
-    fields.discard(_HARMLESS)
-    fields.require_none_left()
-    return config
+    # How the rows were first drawn does not matter: they are in the file.
+    with tuner_fields({**values, "target_modules": targets}, ("init_weights",)) as fields:
+        tokens = read_tokens(INDICES_FIELD, fields.take(INDICES_FIELD))
+        return _Config(read_selector(fields), tokens)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deltamux.adapters.checkpoint.fields import Fields, as_integer, refuse_field, unsupported
+from deltamux.adapters.checkpoint.fields import as_integer, refuse_field, unsupported
 from deltamux.adapters.checkpoint.files import CONFIG
 from deltamux.adapters.checkpoint.strict_json import Json
 from deltamux.adapters.peft import weight_tying
@@ -14,7 +14,7 @@ from deltamux.adapters.peft.base_shift import Shift, read_shift
 from deltamux.adapters.peft.block_diagonal import BlockDiagonal, read_blocks
 from deltamux.adapters.peft.patterns import Selector
 from deltamux.adapters.peft.per_module import PerModule, read_ranks, read_scales
-from deltamux.adapters.peft.shared_fields import PROVENANCE, refuse_executable, require_generation
+from deltamux.adapters.peft.shared_fields import tuner_fields
 from deltamux.adapters.peft.targets import read_selector
 from deltamux.adapters.peft.trained_biases import Trained, read_trained_biases
 from deltamux.adapters.peft.trained_tokens import (
@@ -30,7 +30,6 @@ from deltamux.errors import InvalidArgument
 # the input of modules quantised by GPTQ alone (QALoRA), and this base has none. PEFT before
 # 0.3 saved merge_weights, which says when it merges.
 HARMLESS = (
-    *PROVENANCE,
     "corda_config",
     "eva_config",
     "fan_in_fan_out",
@@ -84,29 +83,25 @@ class LoraConfig:
 
 def read_lora_config(values: Mapping[str, Json]) -> LoraConfig:
     """Raises InvalidArgument for what is wrong, FailedPrecondition for what is not served."""
-    fields = Fields(values)
-    refuse_executable(fields)
-    fields.require_off(UNSERVED)
-    require_generation(fields)
-    tied = fields.take_bool(weight_tying.FIELD)
-    parameters = fields.take_names("target_parameters")
-    config = LoraConfig(
-        selector=read_selector(fields, may_be_empty=bool(parameters)),
-        ranks=read_ranks(fields),
-        alphas=read_scales(fields, "lora_alpha"),
-        rank_stabilized=fields.take_bool("use_rslora"),
-        shift=read_shift(fields),
-        blocks=read_blocks(fields),
-        dora=fields.take_bool("use_dora"),
-        bias=fields.take_bool("lora_bias"),
-        trained_biases=read_trained_biases(fields.take("bias"), "lora_only"),
-        trained_tokens=read_trained_tokens(fields.take(TOKENS_FIELD), tied),
-        tied=tied,
-        invocation=_invocation(fields.take(_INVOCATION)),
-        parameters=parameters,
-    )
-    fields.discard(HARMLESS)
-    fields.require_none_left()
+    with tuner_fields(values, HARMLESS) as fields:
+        fields.require_off(UNSERVED)
+        tied = fields.take_bool(weight_tying.FIELD)
+        parameters = fields.take_names("target_parameters")
+        config = LoraConfig(
+            selector=read_selector(fields, may_be_empty=bool(parameters)),
+            ranks=read_ranks(fields),
+            alphas=read_scales(fields, "lora_alpha"),
+            rank_stabilized=fields.take_bool("use_rslora"),
+            shift=read_shift(fields),
+            blocks=read_blocks(fields),
+            dora=fields.take_bool("use_dora"),
+            bias=fields.take_bool("lora_bias"),
+            trained_biases=read_trained_biases(fields.take("bias"), "lora_only"),
+            trained_tokens=read_trained_tokens(fields.take(TOKENS_FIELD), tied),
+            tied=tied,
+            invocation=_invocation(fields.take(_INVOCATION)),
+            parameters=parameters,
+        )
     _require_compatible(config)
     return config
 

@@ -22,7 +22,7 @@ def tuner_fields(values: Mapping[str, Json], harmless: Iterable[str]) -> Iterato
     """
     fields = Fields(values)
     refuse_executable(fields)
-    require_generation(fields)
+    _require_generation(fields)
     yield fields
     fields.discard((*PROVENANCE, *harmless))
     fields.require_none_left()
@@ -50,7 +50,7 @@ def refuse_executable(fields: Fields) -> None:
             )
 
 
-def require_generation(fields: Fields) -> None:
+def _require_generation(fields: Fields) -> None:
     """Raises FailedPrecondition (UNSUPPORTED_FEATURE) for the task of another kind of model."""
     task = fields.take("task_type")
     if task not in (None, "CAUSAL_LM"):
