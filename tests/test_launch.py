@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import socket
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -125,6 +126,36 @@ async def test_a_process_that_cannot_be_had_is_tried_for_again(tmp_path, monkeyp
     monkeypatch.setattr(engine_process, "PROGRAM", (str(tmp_path / "nothing"),))
     with pytest.raises(StartupError, match=r"gave up after 5 .*: No such file"):
         await watched.keep_alive()
+
+
+GARBLED = """
+import sys
+from deltamux.wire.channel import EngineEnd
+from deltamux.wire.messages import Ready
+link = EngineEnd(sys.argv[2])
+link.send(Ready("m", "cpu", "float32", "torch", 9, 9, 9, 1, 1, ()))
+link._socket.send(b"no message")
+sys.stdin.read()
+"""
+
+
+async def test_an_engine_that_is_not_understood_is_replaced(tmp_path, monkeypatch):
+    """It runs on, and nobody would hear of it again."""
+    monkeypatch.setattr(engine_process, "PROGRAM", (sys.executable, "-c", GARBLED))
+    lost = asyncio.Event()
+
+    async def on_lost() -> None:
+        lost.set()
+
+    config, engine = EngineConfig(MODEL), EngineClient(8, Metrics("m"))
+    watched = Supervisor(config, tmp_path, engine, on_lost, never)
+    await watched.start()
+    watch = asyncio.create_task(watched.keep_alive())
+    try:
+        await asyncio.wait_for(lost.wait(), 20)
+    finally:
+        watch.cancel()
+        await watched.stop()
 
 
 async def test_restarting_gives_up_with_one_line(tmp_path, monkeypatch):

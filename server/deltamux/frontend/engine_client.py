@@ -56,6 +56,8 @@ class EngineClient:
         self.info: Ready | None = None
         self.on_adapter_moved: Callable[[AdapterMoved], None] = lambda moved: None
         self.on_adapter_failed: Callable[[AdapterFailed], None] = lambda failed: None
+        # The engine may run on, but is not talked to any more.
+        self.on_broken: Callable[[], None] = lambda: None
         self._max_waiting = max_waiting_requests
         self._metrics = metrics
         self._draining = False
@@ -253,6 +255,7 @@ class EngineClient:
         if not task.cancelled() and (error := task.exception()):
             _log.error("connection to the engine broke", exc_info=error)
             self.fail_all(Internal("the connection to the engine broke", reason="ENGINE_LOST"))
+            self.on_broken()
 
 
 async def _write(end: FrontendEnd, outbox: asyncio.Queue[ToEngine]) -> None:

@@ -48,6 +48,7 @@ class Supervisor:
         self._config = config
         self._folder = folder
         self._engine = engine
+        engine.on_broken = self.kill
         self._lost = lost
         self._restored = restored
         self._lives = itertools.count(1)
