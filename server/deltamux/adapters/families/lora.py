@@ -4,6 +4,8 @@ and inits that shift the base, at any linear module, the language head and embed
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -69,9 +71,9 @@ class Lora:
         config = read_lora_config(manifest.fields)
         pair = targeted_pair(config.selector, structure) if config.tied else {}
         sites, experts = _targets(config, structure, pair)
-        left = dict(tensors)
-        of_experts = take_experts(experts, left, config.ranks.of, config.scale_of, dtype)
-        modules = ModuleTensors(left, structure, _NAMES)
+        names = replace(_NAMES, shared=tuple(chain(*(target.tensors for target in experts))))
+        modules = ModuleTensors(tensors, structure, names)
+        of_experts = take_experts(experts, modules, config.ranks.of, config.scale_of, dtype)
         shifts = take_bias_shifts(config.trained_biases, sites, modules, structure)
         tokens = take_trained_tokens(config.trained_tokens, modules, structure, dtype)
         notes = modules.drop_base_copies()
@@ -89,8 +91,7 @@ class Lora:
         if pair:
             _require_tied(tensors, structure)
         ranks = [_rank(payloads), *(config.ranks.of(target.name) for target in experts)]
-        numbers = modules.taken + _numbers(tensors) - _numbers(left)
-        return Parsed(payloads, max(ranks), numbers, notes, config.invocation)
+        return Parsed(payloads, max(ranks), modules.taken, notes, config.invocation)
 
 
 def _targets(
@@ -114,10 +115,6 @@ def _require_tied(tensors: Mapping[str, Tensor], structure: Structure) -> None:
             tensors[f"{PREFIX}{structure.head}.lora_{head}.weight"],
             tensors[f"{PREFIX}{structure.embedding}.lora_embedding_{embedding}"].T,
         )
-
-
-def _numbers(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def _rank(payloads: Mapping[str, tuple[Payload, ...]]) -> int:

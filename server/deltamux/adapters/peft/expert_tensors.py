@@ -6,18 +6,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 
 from deltamux.adapters.checkpoint.fields import unsupported
-from deltamux.adapters.checkpoint.files import WEIGHTS
 from deltamux.adapters.checkpoint.strict_json import quoted
 from deltamux.adapters.checkpoint.tensors import require_finite
-from deltamux.adapters.peft.module_tensors import PREFIX
+from deltamux.adapters.peft.module_tensors import ModuleTensors
 from deltamux.adapters.primitives.expert_low_rank import ExpertLowRank
 from deltamux.base.experts import PROJECTIONS, Experts
 from deltamux.base.structure import SiteSpec, Structure
-from deltamux.errors import FailedPrecondition, InvalidArgument
 
 # What transformers 4 called the modules of a mixture, by the model whose checkpoints a base's are
 # converted like. PEFT reads the same table, and takes a target of such a name for experts.
@@ -29,11 +26,11 @@ _FORMER_NAMES = {
 
 @dataclass(frozen=True)
 class ExpertTarget:
-    """One layer of a mixture; `key` begins the names of its tensors."""
+    """One layer of a mixture, and the names of its A and B."""
 
     experts: Experts
     projection: str
-    key: str
+    tensors: tuple[str, str]
 
     @property
     def name(self) -> str:
@@ -62,8 +59,9 @@ def expert_targets(parameters: Iterable[str], structure: Structure) -> list[Expe
         ]
         # PEFT wraps the first parameter first, so that it lies deepest.
         for depth, projection in enumerate(reversed(meant)):
-            key = PREFIX + mixture.name + ".base_layer" * depth
-            targets.append(ExpertTarget(mixture, projection, key))
+            key = f"model.{mixture.name}" + ".base_layer" * depth
+            tensors = f"{key}.lora_A.weight", f"{key}.lora_B.weight"
+            targets.append(ExpertTarget(mixture, projection, tensors))
     return targets
 
 
@@ -82,12 +80,12 @@ def refuse_former_names(sites: Iterable[SiteSpec], structure: Structure) -> None
 
 def take_experts(
     targets: Iterable[ExpertTarget],
-    tensors: dict[str, Tensor],
+    modules: ModuleTensors,
     rank_of: Callable[[str], int],
     scale_of: Callable[[str], float],
     dtype: torch.dtype,
 ) -> dict[str, ExpertLowRank]:
-    """Takes their tensors out of `tensors`; payloads by the name of the parameter.
+    """Payloads by the name of the parameter.
 
     A is stored expert by expert, B rank by rank: [experts * rank, in] and [out, rank * experts].
     """
@@ -95,8 +93,9 @@ def take_experts(
     for target in targets:
         count, rank = target.experts.count, rank_of(target.name)
         out, width = target.experts.weight(target.projection).shape[1:]
-        a = _take(tensors, f"{target.key}.lora_A.weight", (count * rank, width))
-        b = _take(tensors, f"{target.key}.lora_B.weight", (out, rank * count))
+        name_a, name_b = target.tensors
+        a = modules.take_shared(name_a, (count * rank, width))
+        b = modules.take_shared(name_b, (out, rank * count))
         by_expert = b.view(out, rank, count).permute(2, 1, 0) * scale_of(target.name)
         payload = ExpertLowRank.of(a.view(count, rank, width).to(dtype), by_expert.to(dtype))
         for tensor in payload.tensors:
@@ -107,20 +106,3 @@ def take_experts(
 
 def _means(parameter: str, name: str) -> bool:
     return name == parameter or name.endswith(f".{parameter}")
-
-
-def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    tensor = tensors.pop(name, None)
-    if tensor is None:
-        message = f"{WEIGHTS} lacks {quoted(name)}, which the adapter needs"
-        raise InvalidArgument(message, reason="MISSING_TENSORS")
-    if not tensor.is_floating_point():
-        message = f"{WEIGHTS}: {quoted(name)} has dtype {tensor.dtype}"
-        raise InvalidArgument(message, reason="MALFORMED_WEIGHTS")
-    if tensor.shape != shape:
-        raise FailedPrecondition(
-            f"{quoted(name)} of {tuple(tensor.shape)}, where the config and the experts of this "
-            f"base need {shape}",
-            reason="BASE_MISMATCH",
-        )
-    return tensor.float()

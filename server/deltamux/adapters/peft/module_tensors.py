@@ -34,8 +34,8 @@ _BASE_PARTS = {
 class Names:
     """How the names of tensors end: with the part of a module that each is.
 
-    Those in `integers` hold whole numbers, all others weights. `shared` names tensors of no module,
-    which PEFT keeps for all of them; `aliases` are other ends of names, with their parts.
+    Those in `integers` hold whole numbers, all others weights. `shared` names tensors of no site,
+    as those that all modules share; `aliases` are other ends of names, with their parts.
     """
 
     parts: tuple[str, ...]
@@ -88,7 +88,7 @@ class ModuleTensors:
         return tensor.float()
 
     def take_shared(self, name: str, shape: tuple[int, ...], trained: bool = True) -> Tensor:
-        """A tensor of all modules, weights in float32. Raises as `take_shaped` does."""
+        """A tensor of no site, weights in float32. Raises as `take_shaped` does."""
         tensor = self._take(("", name), name, len(shape), trained)
         if tensor.shape != shape:
             raise FailedPrecondition(
