@@ -191,9 +191,9 @@ def test_a_source_that_changes_while_it_is_read_is_refused(files, make_disk, mon
         "replace": lambda: files.write("b", seed=2).joinpath(WEIGHTS).rename(weights),
     }
 
-    def changing(file):
+    def changing(*arguments):
         changes[change]()
-        return chunks(file)
+        return chunks(*arguments)
 
     monkeypatch.setattr(disk_tier, "chunks", changing)
     with pytest.raises(Aborted) as error:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from deltamux.adapters.checkpoint.hub_cache import stored_path
 from deltamux.errors import FailedPrecondition, InvalidArgument
@@ -34,7 +34,7 @@ _COMPANIONS = {
 _OTHER_KINDS = "links, pipes, devices and directories are refused"
 
 
-def open_config(folder: Path) -> BinaryIO:
+def open_config(folder: Path) -> BufferedReader:
     """Opens adapter_config.json. Raises InvalidArgument where it is missing or no regular file."""
     try:
         return open_regular(folder / CONFIG)
@@ -42,34 +42,33 @@ def open_config(folder: Path) -> BinaryIO:
         raise InvalidArgument(f"{CONFIG} is missing", reason="MISSING_CONFIG") from None
 
 
-def open_model_config(folder: Path) -> BinaryIO:
+def open_model_config(folder: Path) -> BufferedReader:
     """Opens config.json. Raises FileNotFoundError: an adapter need not have it."""
     return open_regular(folder / MODEL_CONFIG)
 
 
-def open_tokenizer(folder: Path) -> BinaryIO:
+def open_tokenizer(folder: Path) -> BufferedReader:
     """Opens tokenizer.json. Raises FileNotFoundError: an adapter need not have it."""
     return open_regular(folder / TOKENIZER)
 
 
-def weights_path(folder: Path) -> Path:
-    """Where the weights are, or would be."""
-    path = folder / ADAPTERHUB_WEIGHTS
-    return path if os.path.lexists(path) else folder / WEIGHTS
+def weights_name(folder: Path | str) -> str:
+    """What the file of the weights is called, or would be."""
+    return ADAPTERHUB_WEIGHTS if os.path.lexists(f"{folder}/{ADAPTERHUB_WEIGHTS}") else WEIGHTS
 
 
-def open_weights(folder: Path) -> BinaryIO:
+def open_weights(folder: Path) -> BufferedReader:
     """Opens the weights. A pickle in their place is refused by name, never read.
 
     Raises FailedPrecondition for what belongs to the adapter in further files.
     """
-    path = weights_path(folder)
-    if path.name == ADAPTERHUB_WEIGHTS:
+    name = weights_name(folder)
+    if name == ADAPTERHUB_WEIGHTS:
         require_alone(folder)
         if os.path.lexists(folder / WEIGHTS):
-            raise InvalidArgument(f"{path.name} and {WEIGHTS} are both there", reason="BAD_FILE")
+            raise InvalidArgument(f"{name} and {WEIGHTS} are both there", reason="BAD_FILE")
     try:
-        return open_regular(path)
+        return open_regular(folder / name)
     except FileNotFoundError:
         raise _missing_weights(folder) from None
 
@@ -97,7 +96,7 @@ def _missing_weights(folder: Path) -> InvalidArgument:
     return InvalidArgument(why, reason="MISSING_WEIGHTS")
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Follows no link but a Hub snapshot's to its own blob, and never waits on a FIFO.
 
     Raises FileNotFoundError, InvalidArgument.

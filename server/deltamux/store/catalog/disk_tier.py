@@ -9,8 +9,9 @@ import shutil
 import tempfile
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 
 import structlog
@@ -22,7 +23,14 @@ from deltamux.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from deltamux.store.digest import ContentDigest, chunks, fingerprint, openers
+from deltamux.store.digest import (
+    ContentDigest,
+    Fingerprint,
+    chunks,
+    fingerprint,
+    fingerprint_of,
+    opened,
+)
 
 # Then the id of the process that works in it.
 _TEMPORARY = ".tmp-"
@@ -92,11 +100,16 @@ class DiskTier:
         for those too large or a full disk, Aborted if they change while they are read.
         """
         try:
-            size = self._size(source)
-            with self._temporary_folder() as temporary, self._reserved(size):
-                digest = _copy(source, temporary, size)
-                self._check(temporary)
-                self._publish(temporary, digest, size)
+            _require_folder(source)
+            with opened(source) as files:
+                before = fingerprint_of(files.values())
+                size = self._size(before)
+                with self._temporary_folder() as temporary, self._reserved(size):
+                    digest = _copy(files, before, temporary)
+                    if fingerprint(source) != before:
+                        raise _changed()
+                    self._check(temporary)
+                    self._publish(temporary, digest, size)
         except OSError as error:
             raise _translated(error) from error
         if unused := [name for name in _UNUSED if os.path.lexists(source / name)]:
@@ -109,15 +122,8 @@ class DiskTier:
             trash = [self._detach(digest)] if digest in self._copies else []
         _delete(trash)
 
-    def _size(self, source: Path) -> int:
-        if not source.is_dir():
-            raise InvalidArgument(
-                "the source is not a folder", reason="SOURCE_NOT_FOUND", field="source"
-            )
-        size = 0
-        for opened in openers(source).values():
-            with opened(source) as file:
-                size += os.fstat(file.fileno()).st_size
+    def _size(self, files: Fingerprint) -> int:
+        size = sum(state.size for state in files)
         if size > self._max_adapter_bytes:
             raise ResourceExhausted(
                 f"the adapter has {size} bytes; at most {self._max_adapter_bytes} are accepted",
@@ -200,8 +206,7 @@ class DiskTier:
 
     def _adopt(self, digest: str) -> None:
         try:
-            copy = self.path(digest)
-            size = sum(os.lstat(copy / name).st_size for name in openers(copy))
+            size = sum(state.size for state in fingerprint(self.path(digest)))
         except FileNotFoundError:
             shutil.rmtree(self.path(digest), ignore_errors=True)
         else:
@@ -216,31 +221,29 @@ def _changed_last(entry: os.DirEntry[str]) -> int:
         return 0
 
 
-def _copy(source: Path, folder: Path, most: int) -> str:
+def _require_folder(source: Path) -> None:
+    if not source.is_dir():
+        raise InvalidArgument(
+            "the source is not a folder", reason="SOURCE_NOT_FOUND", field="source"
+        )
+
+
+def _copy(files: Mapping[str, BufferedReader], states: Fingerprint, folder: Path) -> str:
     """Copies the files, synced, and returns the digest of what was written.
 
-    Raises Aborted where they have more than `most` bytes, or change meanwhile.
+    Raises Aborted where one has fewer bytes than its state says; more are left unread.
     """
-    before = fingerprint(source)
     digest = ContentDigest()
-    for name, opened in openers(source).items():
-        with opened(source) as original, open(folder / name, "xb") as copy:
-            size = os.fstat(original.fileno()).st_size
-            most -= size
-            if most < 0:
-                raise _changed()
-            digest.begin(name, size)
-            for chunk in chunks(original):
+    for (name, original), state in zip(files.items(), states, strict=True):
+        digest.begin(name, state.size)
+        with open(folder / name, "xb") as copy:
+            for chunk in chunks(original, state.size):
                 digest.update(chunk)
                 copy.write(chunk)
-                if copy.tell() > size:
-                    break
-            if copy.tell() != size:
+            if copy.tell() != state.size:
                 raise _changed()
             copy.flush()
             os.fsync(copy.fileno())
-    if fingerprint(source) != before:
-        raise _changed()
     return digest.hexdigest()
 
 

@@ -70,14 +70,14 @@ def _adapters(folder: Path) -> dict[str, Fingerprint]:
     """Subfolders with the config of an adapter; () for one whose weights are not there."""
     found: dict[str, Fingerprint] = {}
     try:
-        names = os.listdir(folder)
+        entries = list(os.scandir(folder))
     except OSError as error:
         _log.warning("adapter folder cannot be read", error=os.strerror(error.errno or 0))
         return {}
-    for name in names:
-        if os.path.lexists(folder / name / CONFIG):
-            try:
-                found[name] = fingerprint(folder / name)
-            except OSError:
-                found[name] = ()
+    for entry in entries:
+        try:
+            found[entry.name] = fingerprint(entry.path)
+        except OSError:
+            if os.path.lexists(f"{entry.path}/{CONFIG}"):
+                found[entry.name] = ()
     return found
