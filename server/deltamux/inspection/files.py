@@ -68,4 +68,4 @@ def inspect_files(folder: Path) -> Files:
 
 
 def _stored(name: str, info: TensorInfo) -> StoredTensor:
-    return StoredTensor(name, info.dtype, info.shape, info.end - info.begin)
+    return StoredTensor(name, info.dtype, info.shape, info.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from deltamux.adapters.checkpoint import tensors as tensors_module
 from deltamux.adapters.checkpoint.files import WEIGHTS
-from deltamux.adapters.checkpoint.tensors import read_tensors
+from deltamux.adapters.checkpoint.tensors import read_tensors, require_finite
 from deltamux.errors import InvalidArgument
 
 DTYPES = (
@@ -38,6 +39,21 @@ def test_every_dtype_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
         assert read[name].untyped_storage().nbytes() == tensor.nbytes
 
 
+def test_a_header_may_name_tensors_in_another_order_than_they_lie(tmp_path: Path) -> None:
+    header = json.dumps(
+        {
+            "second": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]},
+            "first": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        }
+    ).encode()
+    data = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    file = len(header).to_bytes(8, "little") + header + data.numpy().tobytes()
+    (tmp_path / WEIGHTS).write_bytes(file)
+    read = read_tensors(tmp_path)
+    assert read["first"].tolist() == [1, 2]
+    assert read["second"].tolist() == [3, 4]
+
+
 def test_a_file_cut_off_behind_its_checked_header_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,3 +70,11 @@ def test_a_file_cut_off_behind_its_checked_header_is_refused(
     with pytest.raises(InvalidArgument, match="it ends in a") as caught:
         read_tensors(tmp_path)
     assert caught.value.reason == "MALFORMED_WEIGHTS"
+
+
+def test_finite_numbers_may_have_a_sum_that_is_none() -> None:
+    largest = torch.full((9,), torch.finfo(torch.float32).max)
+    require_finite("a", largest)
+    for number in (torch.nan, torch.inf, -torch.inf):
+        with pytest.raises(InvalidArgument, match="a holds NaN or infinity"):
+            require_finite("a", torch.cat((largest, torch.tensor([number]))))

@@ -6,9 +6,10 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
+
+import msgspec
 
 from deltamux.adapters.checkpoint.files import WEIGHTS, open_weights
 from deltamux.adapters.checkpoint.strict_json import Json, parse_object, quoted
@@ -31,15 +32,22 @@ _IMPOSTORS = (
     (b"\x80", "a Python pickle"),
 )
 
+# Of a shape, or a place in the file.
+_Size = Annotated[int, msgspec.Meta(ge=0)]
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of the file; `begin` and `end` are bytes from the start of the data."""
+
+class TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tensor of the file; the offsets are bytes from the start of the data."""
 
     dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+    shape: Annotated[tuple[_Size, ...], msgspec.Meta(max_length=_MAX_DIMENSIONS)]
+    data_offsets: tuple[_Size, _Size]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        begin, end = self.data_offsets
+        return end - begin
 
 
 def check_weights(folder: Path) -> Mapping[str, TensorInfo]:
@@ -49,10 +57,10 @@ def check_weights(folder: Path) -> Mapping[str, TensorInfo]:
 
 
 def read_header(file: BinaryIO) -> Mapping[str, TensorInfo]:
-    """Reads and checks the header of a file opened at its start.
+    """Reads and checks the header of a file opened at its start; the file is left at its data.
 
-    The tensors have plain names and dtypes and fill the file's data exactly. Some may be empty:
-    AdaLoRA leaves nothing of a module whose whole rank it cut.
+    The tensors have plain names and dtypes, fill the file's data exactly and come in its order.
+    Some may be empty: AdaLoRA leaves nothing of a module whose whole rank it cut.
     Raises InvalidArgument with reason NOT_SAFETENSORS, TOO_LARGE, MALFORMED_JSON or
     MALFORMED_WEIGHTS.
     """
@@ -68,8 +76,7 @@ def read_header(file: BinaryIO) -> Mapping[str, TensorInfo]:
     if len(header) > MAX_TENSORS:
         raise _malformed(f"it has {len(header)} tensors, more than {MAX_TENSORS}")
     tensors = {name: _tensor(name, entry) for name, entry in header.items()}
-    _check_layout(tensors, size - 8 - length)
-    return tensors
+    return _in_order(tensors, size - 8 - length)
 
 
 def _check_start(start: bytes, length: int, size: int) -> None:
@@ -91,45 +98,33 @@ def _check_start(start: bytes, length: int, size: int) -> None:
 def _tensor(name: str, entry: Json) -> TensorInfo:
     if not _NAME.fullmatch(name) or ".." in name:
         raise _malformed(f"{quoted(name)} is no name of a tensor")
-    match entry:
-        case {
-            "dtype": str(dtype),
-            "shape": list(shape),
-            "data_offsets": [_, _] as offsets,
-            **rest,
-        } if not rest:
-            info = TensorInfo(dtype, _sizes(name, shape), *_sizes(name, offsets))
-        case _:
-            raise _malformed(f"the entry of {name} is not dtype, shape and data_offsets")
-    if dtype not in _ITEM_BYTES:
+    try:
+        info = msgspec.convert(entry, TensorInfo)
+    except msgspec.ValidationError as error:
+        raise _malformed(f"the entry of {name}: {quoted(str(error))}") from None
+    if info.dtype not in _ITEM_BYTES:
         raise _malformed(
-            f"{name} has dtype {quoted(dtype)}; adapters have {', '.join(_ITEM_BYTES)}"
+            f"{name} has dtype {quoted(info.dtype)}; adapters have {', '.join(_ITEM_BYTES)}"
         )
     if not info.shape:
         raise _malformed(f"{name} is a single number; adapters have vectors and matrices")
-    if math.prod(info.shape) * _ITEM_BYTES[dtype] != info.end - info.begin:
-        raise _malformed(f"{name} has shape {info.shape} but {info.end - info.begin} bytes")
+    if math.prod(info.shape) * _ITEM_BYTES[info.dtype] != info.size:
+        raise _malformed(f"{name} has shape {info.shape} but {info.size} bytes")
     return info
 
 
-def _sizes(name: str, values: list[Json]) -> tuple[int, ...]:
-    if len(values) > _MAX_DIMENSIONS:
-        raise _malformed(f"{name} has {len(values)} dimensions")
-    for value in values:
-        if type(value) is not int or value < 0:
-            raise _malformed(f"{name} has the size or offset {quoted(value)}")
-    return tuple(values)  # type: ignore[arg-type]
-
-
-def _check_layout(tensors: Mapping[str, TensorInfo], size: int) -> None:
-    """The data has no gap, no overlap and nothing behind the last tensor."""
+def _in_order(tensors: Mapping[str, TensorInfo], size: int) -> dict[str, TensorInfo]:
+    """By their data, which has no gap, no overlap and nothing behind the last tensor."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: item[1].data_offsets))
     position = 0
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if info.begin != position:
-            raise _malformed(f"{name} begins at byte {info.begin} of the data, not at {position}")
-        position = info.end
+    for name, info in ordered.items():
+        begin, end = info.data_offsets
+        if begin != position:
+            raise _malformed(f"{name} begins at byte {begin} of the data, not at {position}")
+        position = end
     if position != size:
         raise _malformed(f"its tensors end at byte {position} of {size} bytes of data")
+    return ordered
 
 
 def _malformed(why: str) -> InvalidArgument:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -30,27 +30,25 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     Raises InvalidArgument for a file that is not sound, or holds a NaN or an infinity.
     """
     with open_weights(folder) as file:
-        # Of the file that was checked, whatever has its name by now. It is read up to the first
-        # tensor, and each of them begins where another ends.
-        header = sorted(read_header(file).items(), key=lambda item: (item[1].begin, item[1].end))
-        return {name: _read(file, name, info) for name, info in header}
+        # Of the file that was checked, whatever has its name by now.
+        return {name: _read(file, name, info) for name, info in read_header(file).items()}
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raises InvalidArgument (NON_FINITE) if `tensor` holds a NaN or an infinity."""
-    if not tensor.numel():
+    # Either makes the sum no number, as large numbers may, too. Nothing else is as fast.
+    if math.isfinite(tensor.sum().item()):
         return
-    # One pass without a mask, in a tenth of the time of isfinite; both ends carry a NaN on.
     low, high = tensor.aminmax()
     if not (math.isfinite(low.item()) and math.isfinite(high.item())):
         raise InvalidArgument(f"{name} holds NaN or infinity", reason="NON_FINITE")
 
 
-def _read(file: BinaryIO, name: str, info: TensorInfo) -> Tensor:
+def _read(file: BufferedReader, name: str, info: TensorInfo) -> Tensor:
     """The file's next tensor, in memory of its own; nothing else has its bytes in between."""
     tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-    size = file.readinto(tensor.view(torch.uint8).numpy())  # type: ignore[attr-defined]
-    if size < info.end - info.begin:
+    size = file.readinto(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    if size < info.size:
         message = f"{WEIGHTS} is malformed: it ends in {name}"
         raise InvalidArgument(message, reason="MALFORMED_WEIGHTS")
     require_finite(name, tensor)

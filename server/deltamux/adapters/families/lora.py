@@ -192,16 +192,20 @@ def _matrices(site: SiteSpec) -> tuple[str, str]:
 
 
 def _check_shapes(site: SiteSpec, a: Tensor, b: Tensor, rank: int) -> None:
-    shapes = f"lora_A of {tuple(a.shape)} and lora_B of {tuple(b.shape)}"
     if a.shape[0] != b.shape[1]:
-        raise InvalidArgument(f"{site.name}: {shapes} do not chain", reason="SHAPE_MISMATCH")
+        message = f"{site.name}: {_shapes(a, b)} do not chain"
+        raise InvalidArgument(message, reason="SHAPE_MISMATCH")
     if (a.shape[1], b.shape[0]) != (site.in_features, site.out_features):
-        raise other_base(site, shapes)
+        raise other_base(site, _shapes(a, b))
     if a.shape[0] != rank:
         raise InvalidArgument(
-            f"{site.name}: {shapes} have rank {a.shape[0]}, the config says {rank}",
+            f"{site.name}: {_shapes(a, b)} have rank {a.shape[0]}, the config says {rank}",
             reason="RANK_MISMATCH",
         )
+
+
+def _shapes(a: Tensor, b: Tensor) -> str:
+    return f"lora_A of {tuple(a.shape)} and lora_B of {tuple(b.shape)}"
 
 
 def _row_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:

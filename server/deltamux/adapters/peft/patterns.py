@@ -75,9 +75,13 @@ class PatternTable(Generic[Value]):
 
     def get(self, name: str, default: Value) -> Value:
         """The value for a module, or `default`."""
-        matching = (value for pattern, _, value in self._rules if pattern.begins(name))
-        same = (value for _, key, value in self._rules if key == name)
-        return next(matching, next(same, default))
+        for pattern, _, value in self._rules:
+            if pattern.begins(name):
+                return value
+        for _, key, value in self._rules:
+            if key == name:
+                return value
+        return default
 
     def idle_keys(self, names: Iterable[str]) -> list[str]:
         """Keys that mean none of `names`."""

@@ -46,6 +46,10 @@ class _Stack:
         self.elements = self.store.elements(self.matrices)
         return row
 
+    def stacked(self) -> Tensor:
+        """All of them as one matrix, copied only where there are several."""
+        return self.matrices[0] if len(self.matrices) == 1 else torch.cat(self.matrices)
+
 
 # What has to act where a bank has something.
 Acting = Sequence[Site | ExpertsLayer]
@@ -159,7 +163,7 @@ class DeviceSites:
         layout = self._layouts[slot]
         with self._copying():
             for store, stack in layout.stacks.items():
-                store.write(slot, stack.offset, torch.cat(stack.matrices))
+                store.write(slot, stack.offset, stack.stacked())
                 stack.matrices.clear()
             for _, bank, first_rows in layout.placements:
                 bank.placed(slot, first_rows)
