@@ -30,7 +30,7 @@ class AdapterTokenizers:
         self._known, self._words = base.vocabulary
         # By content: the tokens that it adds, or why it cannot be served.
         self._added: dict[str, tuple[AddedToken, ...] | FailedPrecondition] = {}
-        self._extended = lru_cache(_TOKENIZERS)(base.extended)
+        self._extended = lru_cache(_TOKENIZERS)(self._extend)
 
     def has_read(self, digest: str) -> bool:
         """Whether the files of this content are needed no more."""
@@ -47,9 +47,21 @@ class AdapterTokenizers:
             self._added[lease.version] = added
             if len(self._added) > _CONTENTS:
                 del self._added[next(iter(self._added))]
+        if not added:
+            return self._base
         if isinstance(added, FailedPrecondition):
             raise added.with_traceback(None)
-        return await asyncio.to_thread(self._extended, added) if added else self._base
+        extended = await asyncio.to_thread(self._extended, added)
+        if isinstance(extended, FailedPrecondition):
+            raise extended.with_traceback(None)
+        return extended
+
+    def _extend(self, tokens: tuple[AddedToken, ...]) -> Tokenizer | FailedPrecondition:
+        """To find out that it cannot be takes as long: the answer is kept like the other."""
+        try:
+            return self._base.extended(tokens)
+        except FailedPrecondition as error:
+            return error.with_traceback(None)
 
     def _read(self, folder: Path) -> tuple[AddedToken, ...] | FailedPrecondition:
         if not folder.is_dir():
