@@ -33,7 +33,8 @@ from matplotlib.figure import Figure
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deltamux.bench.driver import Driver, Outcome
+from deltamux.bench import driver
+from deltamux.bench.driver import Outcome
 from deltamux.bench.grpc_backend import GrpcBackend
 from deltamux.bench.report import Objective, summarize
 from deltamux.bench.workload import Lengths, PlannedRequest, Workload
@@ -96,7 +97,7 @@ def serving(folder: Path, slots: int, threads: int) -> Iterator[str]:
 def play(target: str, plan: list[PlannedRequest]) -> list[Outcome]:
     async def run() -> list[Outcome]:
         async with aclosing(GrpcBackend(target)) as backend:
-            return await Driver(backend).play(plan)
+            return await driver.play(backend, plan)
 
     outcomes = asyncio.run(run())
     assert not any(outcome.error for outcome in outcomes), "requests failed"

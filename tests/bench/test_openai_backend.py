@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from deltamux.bench import driver
 from deltamux.bench.backend import BackendError
-from deltamux.bench.driver import Driver, Outcome
+from deltamux.bench.driver import Outcome
 from deltamux.bench.openai_backend import OpenAIBackend
 from deltamux.bench.workload import PlannedRequest
 from deltamux.cli import main
@@ -85,7 +86,7 @@ def serving(**scripts: list[str]) -> Iterator[ScriptedServer]:
 async def play(target: str, *adapters: str) -> list[Outcome]:
     plan = [PlannedRequest(0.0, adapter, (17, 23), 5) for adapter in adapters]
     async with aclosing(OpenAIBackend(target, 100)) as backend:
-        return await Driver(backend).play(plan)
+        return await driver.play(backend, plan)
 
 
 async def test_ids_go_out_and_counted_tokens_come_back() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from deltamux.bench.backend import Backend, BackendError
+from deltamux.bench.backend import Backend, BackendError, Progress
 from deltamux.bench.workload import PlannedRequest
 
 
@@ -34,45 +34,46 @@ class Outcome:
     error: str = ""
 
 
-class Driver:
-    """Plays plans against one server; `on_done` is called after every answer."""
+async def play(
+    backend: Backend,
+    plan: Sequence[PlannedRequest],
+    on_done: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """The outcomes of the whole plan, in its order; `on_done` is told of each when it is there."""
+    start = time.perf_counter()
 
-    def __init__(
-        self, backend: Backend, on_done: Callable[[Outcome], None] = lambda outcome: None
-    ) -> None:
-        self._backend = backend
-        self._on_done = on_done
-
-    async def play(self, plan: list[PlannedRequest]) -> list[Outcome]:
-        """Runs the whole plan and returns its outcomes in the order of the plan."""
-        start = time.perf_counter()
-        return await asyncio.gather(*(self._serve(request, start) for request in plan))
-
-    async def _serve(self, request: PlannedRequest, start: float) -> Outcome:
-        due = start + request.due
-        await asyncio.sleep(due - time.perf_counter())
-        outcome = Outcome(request.adapter, request.due, len(request.prompt))
-        try:
-            await self._consume(request, due, outcome)
-        except BackendError as error:
-            outcome.error = error.code
-        outcome.latency = time.perf_counter() - due
-        self._on_done(outcome)
+    async def served(request: PlannedRequest) -> Outcome:
+        outcome = await _served(backend, request, start + request.due)
+        on_done(outcome)
         return outcome
 
-    async def _consume(self, request: PlannedRequest, due: float, outcome: Outcome) -> None:
-        last = due
-        async for progress in self._backend.generate(request):
-            now = time.perf_counter()
-            if progress.hot is not None:
-                outcome.hot = progress.hot
-            count = progress.tokens
-            if count == 0:
-                continue
-            if outcome.output_tokens == 0:
-                outcome.first_token = now - due
-                outcome.inter_token += [0.0] * (count - 1)
-            else:
-                outcome.inter_token += [(now - last) / count] * count
-            outcome.output_tokens += count
-            last = now
+    return await asyncio.gather(*map(served, plan))
+
+
+async def _served(backend: Backend, request: PlannedRequest, due: float) -> Outcome:
+    await asyncio.sleep(due - time.perf_counter())
+    outcome = Outcome(request.adapter, request.due, len(request.prompt))
+    try:
+        await _consume(backend.generate(request), due, outcome)
+    except BackendError as error:
+        outcome.error = error.code
+    outcome.latency = time.perf_counter() - due
+    return outcome
+
+
+async def _consume(answer: AsyncIterator[Progress], due: float, outcome: Outcome) -> None:
+    last = due
+    async for progress in answer:
+        now = time.perf_counter()
+        if progress.hot is not None:
+            outcome.hot = progress.hot
+        count = progress.tokens
+        if count == 0:
+            continue
+        if outcome.output_tokens == 0:
+            outcome.first_token = now - due
+            outcome.inter_token += [0.0] * (count - 1)
+        else:
+            outcome.inter_token += [(now - last) / count] * count
+        outcome.output_tokens += count
+        last = now

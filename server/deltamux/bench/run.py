@@ -19,7 +19,7 @@ from rich.table import Table
 
 from deltamux.bench import plot
 from deltamux.bench.backend import Backend
-from deltamux.bench.driver import Driver, Outcome
+from deltamux.bench.driver import Outcome, play
 from deltamux.bench.report import Objective, summarize
 from deltamux.bench.workload import Workload
 
@@ -41,7 +41,7 @@ class BenchConfig:
     png_path: Path | None = None
 
 
-def run(config: BenchConfig, console: Console) -> list[dict[str, Any]]:
+def run(config: BenchConfig, console: Console) -> None:
     """Plays the workload at every rate; the summaries, on `console` and written as asked."""
     summaries = asyncio.run(measure(config, Console(stderr=True)))
     console.print(_table(summaries))
@@ -49,7 +49,6 @@ def run(config: BenchConfig, console: Console) -> list[dict[str, Any]]:
         config.json_path.write_text(json.dumps(summaries, indent=1) + "\n")
     if config.png_path:
         plot.draw(summaries, config.png_path)
-    return summaries
 
 
 async def measure(config: BenchConfig, console: Console) -> list[dict[str, Any]]:
@@ -92,8 +91,7 @@ async def _play(backend: Backend, workload: Workload, console: Console) -> list[
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         bar = progress.add_task(f"{workload.rate:g} requests/s", total=workload.requests)
-        driver = Driver(backend, lambda outcome: progress.advance(bar))
-        return await driver.play(workload.plan())
+        return await play(backend, workload.plan(), lambda outcome: progress.advance(bar))
 
 
 def _table(summaries: list[dict[str, Any]]) -> Table:
