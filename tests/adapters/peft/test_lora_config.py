@@ -36,9 +36,7 @@ def saved_by_peft(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_config_that_peft_saves_is_understood() -> None:
-    config = read_lora_config(
-        saved_by_peft(task_type="CAUSAL_LM", inference_mode=True, lora_dropout=0.1)
-    )
+    config = read_lora_config(saved_by_peft(inference_mode=True, lora_dropout=0.1))
     assert (config.ranks.of("q_proj"), config.alphas.of("q_proj")) == (8, 16.0)
     assert not (config.dora or config.bias or config.rank_stabilized)
 
@@ -46,8 +44,8 @@ def test_a_config_that_peft_saves_is_understood() -> None:
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(peft.LoraConfig)])
 def test_no_field_of_peft_is_unknown(field: str) -> None:
     """A new PEFT brings new fields: each must be decided on."""
-    # The manifest takes the first two, whatever the family; the last is never saved.
-    if field in ("peft_type", "modules_to_save", "runtime_config"):
+    # The first three are taken before any family reads; the last is never saved.
+    if field in ("peft_type", "task_type", "modules_to_save", "runtime_config"):
         return
     try:
         read(**{field: "an odd value"})
@@ -126,7 +124,6 @@ def test_inits_that_leave_the_base_alone_are_plain_lora(init: Any) -> None:
                 "layer_replication": [[0, 1]],
                 "loftq_config": {"loftq_bits": 4},
                 "monteclora_config": {"x": 1},
-                "task_type": "SEQ_CLS",
                 "velora_config": {"num_groups": 2},
             }.items()
         ),
@@ -205,11 +202,9 @@ def test_contradictions_that_peft_refuses_are_refused(changes: dict[str, Any]) -
     assert refusal(**changes).code == "INVALID_ARGUMENT"
 
 
-@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
-def test_an_invocation_counts_whatever_the_task(task: str | None) -> None:
-    """PEFT itself forgets it in silence where no task is named."""
-    config = read(alora_invocation_tokens=[5, 5, 0], task_type=task)
-    assert config.invocation == (5, 5, 0)
+def test_an_invocation_counts_without_a_task() -> None:
+    """PEFT itself forgets it in silence where none is named."""
+    assert read(alora_invocation_tokens=[5, 5, 0]).invocation == (5, 5, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
-"""The fields that every PEFT config has beside its own: where it comes from and what it is for."""
+"""The fields that every PEFT config has beside its own: where it comes from, and no code to run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from deltamux.adapters.checkpoint.fields import Fields, unsupported
+from deltamux.adapters.checkpoint.fields import Fields
 from deltamux.adapters.checkpoint.files import CONFIG
-from deltamux.adapters.checkpoint.strict_json import Json, quoted
+from deltamux.adapters.checkpoint.strict_json import Json
 from deltamux.errors import InvalidArgument
 
 # They do not change what an adapter computes.
@@ -22,7 +22,6 @@ def tuner_fields(values: Mapping[str, Json], harmless: Iterable[str]) -> Iterato
     """
     fields = Fields(values)
     refuse_executable(fields)
-    _require_generation(fields)
     yield fields
     fields.discard((*PROVENANCE, *harmless))
     fields.require_none_left()
@@ -48,10 +47,3 @@ def refuse_executable(fields: Fields) -> None:
                 reason="EXECUTABLE_FIELD",
                 field=name,
             )
-
-
-def _require_generation(fields: Fields) -> None:
-    """Raises FailedPrecondition (UNSUPPORTED_FEATURE) for the task of another kind of model."""
-    task = fields.take("task_type")
-    if task not in (None, "CAUSAL_LM"):
-        raise unsupported(f"task_type = {quoted(task)}")
