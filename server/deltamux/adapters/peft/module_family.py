@@ -50,7 +50,7 @@ class ModuleFamily(ABC):
         notes = modules.drop_base_copies()
         found = {site.name: list(tuner.payloads(site, given)) for site in sites}
         for name, shift in shifts.items():
-            _add_shift(found.setdefault(name, []), shift)
+            found.setdefault(name, []).append(RowBias(shift))
         modules.require_none_left()
         payloads = {
             name: tuple(rounded(structure.sites[name], payload, dtype) for payload in of_site)
@@ -60,14 +60,6 @@ class ModuleFamily(ABC):
         everything = [payload for of_site in payloads.values() for payload in of_site]
         rank = max((p.a.shape[0] for p in everything if isinstance(p, LowRank)), default=0)
         return Parsed(payloads, rank, modules.taken, (*notes, *_note_on_dense(everything)))
-
-
-def _add_shift(payloads: list[Payload], shift: Tensor) -> None:
-    for index, payload in enumerate(payloads):
-        if isinstance(payload, RowBias):
-            payloads[index] = RowBias(payload.bias + shift)
-            return
-    payloads.append(RowBias(shift))
 
 
 def _note_on_dense(payloads: Iterable[Payload]) -> tuple[str, ...]:
