@@ -2,52 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+from collections.abc import Iterable
 
 from deltamux.adapters.checkpoint.manifest import Manifest
-from deltamux.adapters.checkpoint.strict_json import Json
-from deltamux.adapters.family import Parsed
-from deltamux.adapters.peft.module_tensors import ModuleTensors, Names
+from deltamux.adapters.peft.module_family import ModuleFamily
+from deltamux.adapters.peft.module_tensors import Names
 from deltamux.adapters.peft.norm_tensors import take_norm
-from deltamux.adapters.peft.patterns import Selector
 from deltamux.adapters.peft.shared_fields import tuner_fields
-from deltamux.adapters.peft.targets import read_selector, targeted_sites
-from deltamux.base.structure import Kind, Structure
+from deltamux.adapters.peft.targets import read_targets
+from deltamux.adapters.peft.tuner import Given, Tuner
+from deltamux.adapters.primitives.payload import Payload
+from deltamux.base.structure import Kind, SiteSpec
 
-_KINDS: frozenset[Kind] = frozenset(("norm",))
-
-_WEIGHT, _BIAS = "ln_tuning_layers.weight", "ln_tuning_layers.bias"
+_PARTS = ("ln_tuning_layers.weight", "ln_tuning_layers.bias")
 
 
-class LnTuning:
+class LnTuning(ModuleFamily):
     """PEFT copies any module that is named; only copies of norms are served."""
 
     name = "ln_tuning"
+    peft_types = ("LN_TUNING",)
 
-    def claims(self, manifest: Manifest) -> bool:
-        return manifest.peft_type == "LN_TUNING"
-
-    def parse(
-        self,
-        manifest: Manifest,
-        tensors: Mapping[str, Tensor],
-        structure: Structure,
-        dtype: torch.dtype,
-    ) -> Parsed:
-        selector = _read_selector(manifest.fields)
-        modules = ModuleTensors(tensors, structure, Names((_WEIGHT, _BIAS)))
-        notes = modules.drop_base_copies()
-        payloads = {
-            site.name: (take_norm(site, modules, structure, (_WEIGHT, _BIAS), dtype),)
-            for site in targeted_sites(selector, structure, _KINDS)
-        }
-        modules.require_none_left()
-        return Parsed(payloads, rank=0, parameters=modules.taken, notes=notes)
+    def read(self, manifest: Manifest) -> Tuner:
+        with tuner_fields(manifest.fields, ()) as fields:
+            return _LnTuning(read_targets(fields), Names(_PARTS))
 
 
-def _read_selector(values: Mapping[str, Json]) -> Selector:
-    with tuner_fields(values, ()) as fields:
-        return read_selector(fields)
+class _LnTuning(Tuner):
+    kinds = frozenset[Kind](("norm",))
+
+    def payloads(self, site: SiteSpec, given: Given) -> Iterable[Payload]:
+        yield take_norm(site, given.modules, given.structure, _PARTS)

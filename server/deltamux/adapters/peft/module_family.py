@@ -43,7 +43,7 @@ class ModuleFamily(ABC):
     ) -> Parsed:
         """Rounds the float32 payloads once, and adds trained biases."""
         tuner = self.read(manifest)
-        sites = tuner.targets.sites_in_model_order(structure, tuner.tables, tuner.kinds)
+        sites = tuner.targets.sites(structure, tuner.tables, tuner.kinds)
         modules = ModuleTensors(tensors, structure, tuner.names_at(sites))
         given = Given(modules, structure, sites, tuner.prepare(modules, sites))
         shifts = take_bias_shifts(tuner.targets.trained_biases, sites, modules, structure)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
 from deltamux.adapters.payloads.base_fit import other_base
-from deltamux.adapters.payloads.rounding import to_serving
 from deltamux.adapters.peft.module_tensors import ModuleTensors
 from deltamux.adapters.primitives.norm_parameters import NormParameters
 from deltamux.base.structure import SiteSpec, Structure
 
 
 def take_norm(
-    site: SiteSpec,
-    modules: ModuleTensors,
-    structure: Structure,
-    parts: tuple[str, str],
-    dtype: torch.dtype,
+    site: SiteSpec, modules: ModuleTensors, structure: Structure, parts: tuple[str, str]
 ) -> NormParameters:
     """Takes the weight and, where the base's norm has one, the bias; `parts` names the two."""
     wanted = parts if structure.bias(site.name) is not None else parts[:1]
@@ -24,4 +17,4 @@ def take_norm(
     for vector in vectors:
         if vector.shape[0] != site.out_features:
             raise other_base(site, f"norm parameters of {tuple(vector.shape)}")
-    return NormParameters(*(to_serving(site, vector, dtype) for vector in vectors))
+    return NormParameters(*vectors)

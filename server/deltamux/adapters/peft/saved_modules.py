@@ -13,6 +13,7 @@ from deltamux.adapters.checkpoint.fields import Fields, unsupported
 from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.checkpoint.strict_json import Json, quoted
 from deltamux.adapters.payloads.replacement import replacement
+from deltamux.adapters.payloads.rounding import rounded
 from deltamux.adapters.peft import weight_tying
 from deltamux.adapters.peft.module_tensors import PREFIX, ModuleTensors, Names
 from deltamux.adapters.peft.norm_tensors import take_norm
@@ -124,7 +125,8 @@ def _payloads(
 ) -> tuple[Payload, ...]:
     """None for a module that came out as it went in: only the rows of added tokens were trained."""
     if site.kind == "norm":
-        return (take_norm(site, modules, structure, (_WEIGHT, _BIAS), dtype),)
+        norm = take_norm(site, modules, structure, (_WEIGHT, _BIAS))
+        return (rounded(site, norm, dtype),)
     weight = modules.take(site.name, _WEIGHT, 2)
     weight = weight.T if site.conv1d else weight
     if structure.bias(site.name) is not None:

@@ -32,37 +32,22 @@ class Targets:
     trained_biases: Trained = "none"
 
     def sites(
-        self,
-        structure: Structure,
-        tables: Iterable[PerModule[Any]] = (),
-        kinds: frozenset[Kind] = LINEAR,
+        self, structure: Structure, tables: Iterable[PerModule[Any]], kinds: frozenset[Kind]
     ) -> list[SiteSpec]:
-        """The targeted sites; every key of `tables` has to mean one of them."""
-        sites = targeted_sites(self.selector, structure, kinds)
-        for table in tables:
-            table.require_used([site.name for site in sites])
-        return sites
+        """The targeted sites, in the order in which the model holds them, and norms behind.
 
-    def sites_in_model_order(
-        self,
-        structure: Structure,
-        tables: Iterable[PerModule[Any]] = (),
-        kinds: frozenset[Kind] = LINEAR,
-    ) -> list[SiteSpec]:
-        """`sites`, in the order in which the model holds them.
-
-        Raises FailedPrecondition (UNSUPPORTED_FEATURE) where PEFT adapts others between them.
+        Every key of `tables` has to mean one of them. Raises FailedPrecondition
+        (UNSUPPORTED_FEATURE) where PEFT adapts others between them.
         """
-        sites = {site.name: site for site in self.sites(structure, tables, kinds)}
+        sites = {site.name: site for site in targeted_sites(self.selector, structure, kinds)}
+        for table in tables:
+            table.require_used(sites)
         for name, kind in structure.registered.items():
-            targeted = self.selector.selects(name, kind == "linear")
-            if (
-                targeted
-                and name not in sites
-                and (kind == "embedding" or not structure.has_site(name))
-            ):
+            known = name in sites or (kind != "embedding" and structure.has_site(name))
+            if not known and self.selector.selects(name, kind == "linear"):
                 raise unsupported(f"an adapter of this type at {name}")
-        return [sites[name] for name in structure.registered if name in sites]
+        ordered = [sites.pop(name) for name in structure.registered if name in sites]
+        return ordered + list(sites.values())
 
 
 def read_targets(fields: Fields, biases: str | None = None) -> Targets:
