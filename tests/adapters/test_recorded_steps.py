@@ -289,14 +289,17 @@ def test_a_step_of_which_hidden_states_are_wanted_runs_eagerly(pair: Pair) -> No
     assert pair.other.recorded.run(pooled) is None
 
 
-def test_a_step_that_fails_while_it_is_recorded_runs_eagerly(
+def test_a_step_that_memory_does_not_suffice_to_record_runs_eagerly_until_it_does(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def starved(*args: Any) -> Tensor:
         raise MemoryError
 
-    monkeypatch.setattr(pair.other.recorded, "_forward", starved)
-    assert not any(pair.steps(6, pair.decoding(None, 5)))
+    sequence = pair.decoding(None, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.other.recorded, "_forward", starved)
+        assert not any(pair.steps(6, sequence))
+    assert pair.steps(STEPS_BEFORE + 1, sequence)[-1]
 
 
 class Deciding(nn.Module):

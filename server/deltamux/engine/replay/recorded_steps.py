@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deltamux.adapters.sites.device_sites import DeviceSites
+from deltamux.base.out_of_memory import is_out_of_memory
 from deltamux.engine.replay.recording import Recording
 from deltamux.engine.replay.scratch import Scratch
 from deltamux.engine.step.batch import StepBatch, StepInputs
@@ -120,6 +121,9 @@ class RecordedSteps:
         except Exception as error:
             # Run eagerly, such a step fails by itself if it must.
             _log.debug("cannot record a step", rows=len(step.input_ids), error=repr(error))
+            if is_out_of_memory(error):
+                self._times = 0  # the next ones may find some
+                return None
             recorded = None
         self._recorded[key] = recorded
         if len(self._recorded) > _MOST_STEPS:
