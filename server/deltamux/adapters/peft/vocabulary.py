@@ -124,10 +124,17 @@ def take_vocabulary(
     for site in sites:
         if structure.bias(site.name) is not None:
             raise _refused(f"{site.name} has a bias")
-        rows = _Rows(site, structure.weight(site.name), size)
-        if (matrix := rows.read(given[site.name], site.name in saved)) is not None:
+        base = structure.weight(site.name)
+        for end, (name, matrix) in given[site.name].items():
+            _require_width(site, base, name, matrix)
+            if site.name not in saved:
+                _require_copy(name, matrix, base)
+            elif end == "weight":
+                left[name] = _of_known_tokens(matrix, base)
+            else:
+                left[name] = matrix
+                continue
             added[site.name] = matrix[_known(site) :]
-        left |= rows.left
     _follow(structure, given, saved, added)
     _require_rows_only(sites, left)
     return Vocabulary(size, added, left, structure.with_added(size - _known(sites[0])))
@@ -175,46 +182,25 @@ def _size(
     return size
 
 
-class _Rows:
-    """The rows of one module of a resized model, beside `base`, those of the base's own."""
+def _require_width(site: SiteSpec, base: Tensor, name: str, matrix: Tensor) -> None:
+    if matrix.shape[1] != base.shape[1]:
+        raise FailedPrecondition(
+            f"{quoted(name)} has rows of {matrix.shape[1]} numbers, {site.name} of {base.shape[1]}",
+            reason="BASE_MISMATCH",
+        )
 
-    def __init__(self, site: SiteSpec, base: Tensor, size: int) -> None:
-        self._site = site
-        self._base = base
-        self._size = size
-        # What modules_to_save has of the base's own tokens, under its name, and all else.
-        self.left: dict[str, Tensor] = {}
 
-    def read(self, given: Mapping[str, tuple[str, Tensor]], saved: bool) -> Tensor | None:
-        """The matrix [size, width] that the trained model had here, None if it is not there."""
-        if not saved:
-            return self._copy(given)
-        self.left.update(given.values())
-        if "weight" not in given:
-            return None
-        name, matrix = given["weight"]
-        self._require_width(name, matrix)
-        removed = self._base[self._size :].detach().to("cpu", matrix.dtype)
-        self.left[name] = torch.cat((matrix[: len(self._base)], removed))
-        return matrix
+def _require_copy(name: str, matrix: Tensor, base: Tensor) -> None:
+    """Of what was not trained: it has to be the base's own, but for added tokens."""
+    same = slice(min(len(matrix), len(base)))
+    if not is_copy(matrix[same], base[same]):
+        raise differs(name)
 
-    def _copy(self, given: Mapping[str, tuple[str, Tensor]]) -> Tensor | None:
-        """Of what was not trained; raises where it is not the base's own, but for added tokens."""
-        found = None
-        for name, found in given.values():
-            self._require_width(name, found)
-            same = slice(min(self._size, len(self._base)))
-            if not is_copy(found[same], self._base[same]):
-                raise differs(name)
-        return found
 
-    def _require_width(self, name: str, matrix: Tensor) -> None:
-        if matrix.shape[1] != self._base.shape[1]:
-            raise FailedPrecondition(
-                f"{quoted(name)} has rows of {matrix.shape[1]} numbers, "
-                f"{self._site.name} of {self._base.shape[1]}",
-                reason="BASE_MISMATCH",
-            )
+def _of_known_tokens(matrix: Tensor, base: Tensor) -> Tensor:
+    """The rows of the base's own tokens, its own ones where the trained model had none."""
+    removed = base[len(matrix) :].detach().to("cpu", matrix.dtype)
+    return torch.cat((matrix[: len(base)], removed))
 
 
 def _follow(
