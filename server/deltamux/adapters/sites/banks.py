@@ -84,13 +84,9 @@ class BankFactory:
         self.in_c = arena.dtype == torch.float32 and not arena.is_cuda and native.available()
         self.prefixes = self._prefixes()
         self._shared: dict[int, SharedInput] = {}
-        self._last_order: dict[int, int] = {}
+        self._last_of_groups = {names[-1] for names in structure.groups}
         self._residual = Residual()
         self._residuals = {sublayer.residual for sublayer in structure.sublayers.values()}
-        for spec in structure.sites.values():
-            if spec.group is not None:
-                last = self._last_order.get(spec.group, 0)
-                self._last_order[spec.group] = max(last, spec.order)
 
     def banks(self, spec: SiteSpec) -> Banks:
         """Empty banks for all primitives that a site of this kind can have."""
@@ -147,7 +143,7 @@ class BankFactory:
 
     def _linear(self, spec: SiteSpec) -> Banks:
         shared = self._shared_input(spec)
-        last = spec.group is None or spec.order == self._last_order[spec.group]
+        last = spec.group is None or spec.name in self._last_of_groups
         bias = self._structure.bias(spec.name)
         b = self._low_rank_store(spec.out_features)
         banks: Banks = {
