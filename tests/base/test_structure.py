@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from deltamux.base.structure import SiteSpec, Structure, find_structure
+from deltamux.base.structure import SiteSpec, find_structure
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -19,16 +19,6 @@ def build(config: transformers.PreTrainedConfig) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
-def groups(structure: Structure) -> list[list[str]]:
-    found: dict[int, list[str]] = {}
-    for site in structure.sites.values():
-        if site.group is not None:
-            members = found.setdefault(site.group, [])
-            assert site.order == len(members)
-            members.append(site.name)
-    return list(found.values())
-
-
 @pytest.fixture(scope="module")
 def llama() -> torch.nn.Module:
     return build(transformers.LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2))
@@ -36,7 +26,7 @@ def llama() -> torch.nn.Module:
 
 def test_query_key_value_and_gate_up_share_their_input(llama: torch.nn.Module) -> None:
     layer = "model.layers.0."
-    assert groups(find_structure(llama))[:2] == [
+    assert find_structure(llama).groups[:2] == [
         [layer + f"self_attn.{letter}_proj" for letter in "qkv"],
         [layer + "mlp.gate_proj", layer + "mlp.up_proj"],
     ]
@@ -46,7 +36,7 @@ def test_projections_around_norms_still_share_their_input() -> None:
     model = build(
         transformers.Qwen3Config(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=16)
     )
-    assert [name[-6:] for name in groups(find_structure(model))[0]] == [
+    assert [name[-6:] for name in find_structure(model).groups[0]] == [
         "q_proj",
         "k_proj",
         "v_proj",

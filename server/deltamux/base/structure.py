@@ -27,11 +27,11 @@ Kind = Literal["linear", "embedding", "head", "norm"]
 class SiteSpec:
     """A module that adapters may change: it maps each token row to one row.
 
-    Sites that read the same input tensor (query, key, value; gate, up) carry the same `group`, and
-    `order` is the place of their call in it. An embedding has as many `in_features` as rows,
-    a norm as many as its rows are wide. A norm of queries or keys maps each of a token's heads;
-    `token_axis` says which axis of its input counts the tokens. `pooled` says that it is no part of
-    the body, and is given only the rows that reach a head.
+    Sites that read the same input tensor (query, key, value; gate, up) carry the same `group`. An
+    embedding has as many `in_features` as rows, a norm as many as its rows are wide. A norm of
+    queries or keys maps each of a token's heads; `token_axis` says which axis of its input counts
+    the tokens. `pooled` says that it is no part of the body, and is given only the rows that reach
+    a head.
     """
 
     name: str
@@ -39,7 +39,6 @@ class SiteSpec:
     in_features: int
     out_features: int
     group: int | None = None
-    order: int = 0
     conv1d: bool = False
     embed_scale: float = 1.0
     token_axis: int | None = None
@@ -97,14 +96,11 @@ class Structure:
     @property
     def groups(self) -> list[list[str]]:
         """Sites that read one input, each group in call order."""
-        members: defaultdict[int, list[SiteSpec]] = defaultdict(list)
+        members: defaultdict[int, list[str]] = defaultdict(list)
         for site in self.sites.values():
             if site.group is not None:
-                members[site.group].append(site)
-        return [
-            [site.name for site in sorted(group, key=lambda site: site.order)]
-            for group in members.values()
-        ]
+                members[site.group].append(site.name)
+        return list(members.values())
 
     def has_site(self, name: str) -> bool:
         """Whether it is a site, be it left out of `sites` or not."""
@@ -167,7 +163,7 @@ def find_structure(model: PreTrainedModel, layers: Iterable[AttentionLayer] = ()
     calls = trace(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     groups = _groups([call for call in calls if call.module is not head])
-    sites = {call.name: _site(call, head, *groups.get(call.name, (None, 0))) for call in calls}
+    sites = {call.name: _site(call, head, groups.get(call.name)) for call in calls}
     shared = shared_modules(model)
     names = {module: name for name, module in model.named_modules()}
     width = calls[-1].output.shape[-1] if head is None else head.weight.shape[1]
@@ -196,8 +192,8 @@ def _registered(model: PreTrainedModel, head: nn.Module | None) -> dict[str, Kin
     return kinds
 
 
-def _groups(calls: list[Call]) -> dict[str, tuple[int, int]]:
-    """Name of each linear that shares its input with a sibling -> (group, place of its call).
+def _groups(calls: list[Call]) -> dict[str, int]:
+    """The group of each linear that shares its input with a sibling, by its name.
 
     They read the same numbers: an input that is changed in between counts as another one.
     """
@@ -208,17 +204,10 @@ def _groups(calls: list[Call]) -> dict[str, tuple[int, int]]:
     }
     sizes = Counter(keys.values())
     numbers = {key: number for number, key in enumerate(k for k in sizes if sizes[k] > 1)}
-    seen: Counter[int] = Counter()
-    groups = {}
-    for name, key in keys.items():
-        if key in numbers:
-            group = numbers[key]
-            groups[name] = (group, seen[group])
-            seen[group] += 1
-    return groups
+    return {name: numbers[key] for name, key in keys.items() if key in numbers}
 
 
-def _site(call: Call, head: nn.Module | None, group: int | None, order: int) -> SiteSpec:
+def _site(call: Call, head: nn.Module | None, group: int | None) -> SiteSpec:
     weight = call.module.weight
     assert isinstance(weight, Tensor)
     if isinstance(call.module, nn.Embedding):
@@ -231,7 +220,7 @@ def _site(call: Call, head: nn.Module | None, group: int | None, order: int) -> 
     conv1d = isinstance(call.module, Conv1D)
     fan_in, fan_out = weight.shape if conv1d else reversed(weight.shape)
     kind: Kind = "head" if call.module is head else "linear"
-    return SiteSpec(call.name, kind, fan_in, fan_out, group, order, conv1d)
+    return SiteSpec(call.name, kind, fan_in, fan_out, group, conv1d)
 
 
 def _pooled_site(name: str, module: nn.Module) -> SiteSpec:
