@@ -81,7 +81,7 @@ class BankFactory:
         self._slots = slots
         self._structure = structure
         # Compiled now, not in somebody's first step.
-        self.in_c = arena.dtype == torch.float32 and not arena.is_cuda and native.available()
+        self.uses_c = arena.dtype == torch.float32 and not arena.is_cuda and native.available()
         self.prefixes = self._prefixes()
         self._shared: dict[int, SharedInput] = {}
         self._last_of_groups = {names[-1] for names in structure.groups}
@@ -200,7 +200,7 @@ class BankFactory:
         return PackedMatrices(self._arena, self._slots, width)
 
     def _low_rank_store(self, width: int) -> PackedMatrices:
-        return PackedMatrices(self._arena, self._slots, width, halves=self.in_c)
+        return PackedMatrices(self._arena, self._slots, width, halves=self.uses_c)
 
     def _host_store(self, width: int) -> PackedMatrices:
         """Of a bank that looks slots up on the host in every step."""

@@ -96,7 +96,7 @@ class DeviceSites:
         self._allocator = ArenaAllocator(arena_bytes // self._item, ALIGNMENT)
         arena = huge_pages.zeros(self._allocator.capacity, dtype, device)
         factory = BankFactory(arena, slots, structure)
-        self._in_c = factory.in_c
+        self._uses_c = factory.uses_c
         self.prefixes = factory.prefixes
         self._sites = {
             spec.name: _install(model, spec, factory, rows) for spec in structure.sites.values()
@@ -210,7 +210,7 @@ class DeviceSites:
 
     def _is_read_by_host(self, layout: _Layout) -> bool:
         """Whether something of it that sites read in a step is not found by slot, in tables."""
-        if self._in_c:
+        if self._uses_c:
             return not all(bank.in_c for sites, bank, _ in layout.placements if sites)
         return any(store.host_read for store in layout.acting)
 
