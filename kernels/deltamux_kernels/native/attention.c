@@ -6,8 +6,8 @@
 
 #include "attention_tile.h"
 
-/* Vectors of keys that are fetched before they are read. */
-#define AHEAD 2
+/* Tiles that meet the same few keys one after the other. */
+#define TOGETHER 16
 
 /* As paged_attention_native.py fills it in, all but what is a layer's own. */
 typedef struct {
@@ -21,10 +21,9 @@ typedef struct {
     float scale, softcap;
 } Attention;
 
-/* Rows row .. row + rows - 1 of the `length` of a sequence, one KV head and a share of the keys. */
+/* Rows row .. row + rows - 1 of the `length` of a sequence, `heads` KV heads and a share of the keys. */
 typedef struct {
-    int64_t sequence, start, length, context, row, rows, head, split;
-    int fetches;
+    int64_t sequence, start, length, context, row, rows, head, heads, split;
 } Unit;
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -41,104 +40,159 @@ static int64_t first_seen(const Attention *a, const Unit *unit, int64_t row)
     return a->window ? most(unit->context - unit->length + row - a->window + 1, 0) : 0;
 }
 
-/* Keys of all heads that are soon to be read: side by side, memory has them sooner. */
-static void fetch(const Part *part, int64_t begin, int64_t end)
+/* The next vector of keys, or their values, which memory is to bring meanwhile. */
+INLINE void fetch(const float *cache, int64_t row, int64_t dim, const Part *part, int64_t first)
 {
-    for (int64_t k = begin; k < end; k++)
-        for (int64_t d = 0; d < part->key_row; d += 16)
-            __builtin_prefetch(part->keys + part->slots[k] * part->key_row + d, 0, 2);
+    for (int64_t k = first; k < first + LANES; k++)
+        for (int64_t d = 0; d < dim; d += 16)
+            __builtin_prefetch(cache + part->slots[k] * row + d, 0, 2);
 }
 
-/* Queries first .. of a unit, number i being one of row i / group, and which keys of a part they see:
- * no key before `begin`, none from `end` on. */
-typedef struct {
-    const float *query[TILE];
-    float *states[TILE];
-    int64_t begins[TILE], ends[TILE], begin, end, from, to;
-} Tile;
-
-INLINE Tile tile_of(const int queries, const Attention *a, const Unit *unit, int64_t first,
-                    const Part *part)
+/* Queries first .. of KV head number `head` of a unit; number i is one of row i / group. */
+static void set_tile(Tile *tile, const Attention *a, const Unit *unit, int64_t head, int64_t first,
+                     const Part *part)
 {
-    Tile tile;
-    for (int q = 0; q < queries; q++) {
+    tile->queries = least(unit->rows * a->group - first, TILE);
+    tile->leads = first == 0;
+    tile->keys = a->keys + head * a->key_dim, tile->values = a->values + head * a->value_dim;
+    for (int q = 0; q < tile->queries; q++) {
         int64_t row = unit->row + (first + q) / a->group;
-        int64_t head = unit->head * a->group + (first + q) % a->group;
-        tile.query[q] = a->query + (unit->start + row) * a->query_row + head * a->query_head;
-        tile.states[q] = state_of(a, unit, row, head, unit->split);
-        tile.begins[q] = most(first_seen(a, unit, row) - part->first, 0);
-        tile.ends[q] = least(unit->context - unit->length + row + 1 - part->first, part->most);
+        int64_t own = head * a->group + (first + q) % a->group;
+        tile->query[q] = a->query + (unit->start + row) * a->query_row + own * a->query_head;
+        tile->states[q] = state_of(a, unit, row, own, unit->split);
+        tile->begins[q] = most(first_seen(a, unit, row) - part->first, 0);
+        tile->ends[q] = least(unit->context - unit->length + row + 1 - part->first, part->most);
     }
-    tile.begin = tile.begins[0], tile.end = tile.ends[queries - 1];
-    tile.from = tile.begin / LANES * LANES, tile.to = (tile.end + LANES - 1) / LANES * LANES;
-    return tile;
+    tile->begin = tile->begins[0], tile->end = tile->ends[tile->queries - 1];
+    tile->from = tile->begin / LANES * LANES, tile->to = (tile->end + LANES - 1) / LANES * LANES;
 }
 
-/* The scores of a tile, minus infinity of keys that others of its queries see. */
+/* The scores of a vector of keys. */
 INLINE void score(const int queries, const Attention *a, const Tile *tile, const Part *part,
-                  int fetches)
+                  int64_t k)
 {
-    for (int64_t k = tile->from; k < tile->to; k += LANES) {
-        Vector scores[TILE];
-        if (fetches)
-            fetch(part, k + AHEAD * LANES, least(k + (AHEAD + 1) * LANES, tile->to));
-        dot(queries, tile->query, part, k, a->key_dim, scores);
-        UNROLL for (int q = 0; q < queries; q++) {
-            Vector scaled = scores[q] * a->scale;
-            if (a->softcap)
-                scaled = hyperbolic_tangent(scaled / a->softcap) * a->softcap;
-            *(Vector *)(part->weights + q * part->most + k) = scaled;
-        }
+    Vector scores[TILE];
+    dot(queries, tile, part, k, a->key_dim, scores);
+    UNROLL for (int q = 0; q < queries; q++) {
+        Vector scaled = scores[q] * a->scale;
+        if (a->softcap)
+            scaled = hyperbolic_tangent(scaled / a->softcap) * a->softcap;
+        *(Vector *)(tile->weights + q * part->most + k) = scaled;
     }
-    for (int q = 0; q < queries; q++) {
-        float *scores = part->weights + q * part->most;
+}
+
+/* Scores into weights, of which a query has none for keys that others of its tile see. */
+static void weigh_tile(Tile *tile, const Part *part)
+{
+    for (int q = 0; q < tile->queries; q++) {
+        float *scores = tile->weights + q * part->most, largest, sum;
         for (int64_t k = tile->from; k < least(tile->begins[q], tile->to); k++)
             scores[k] = -INFINITY;
         for (int64_t k = most(tile->ends[q], tile->from); k < tile->to; k++)
             scores[k] = -INFINITY;
-    }
-}
-
-/* Joins a part of the keys to the states of a tile of queries. */
-INLINE void attend_tile(const int queries, const Attention *a, const Unit *unit, int64_t first,
-                        const Part *part)
-{
-    Tile tile = tile_of(queries, a, unit, first, part);
-    float kept[TILE], joined[TILE], *columns[TILE];
-    if (tile.begin >= tile.end)
-        return;
-    score(queries, a, &tile, part, unit->fetches && first == 0);
-    for (int q = 0; q < queries; q++) {
-        float *weights = part->weights + q * part->most + tile.from, largest, sum;
-        columns[q] = tile.states[q] + 2;
-        if (tile.begins[q] < tile.ends[q]) {
-            weigh(weights, tile.to - tile.from, &largest, &sum);
-            join(tile.states[q], largest, sum, kept + q, joined + q);
-        } else { /* It sees none of them. */
-            memset(weights, 0, (tile.to - tile.from) * sizeof(float));
-            kept[q] = 1, joined[q] = 0;
+        if (tile->begins[q] >= tile->ends[q]) { /* It sees none of them. */
+            memset(scores + tile->from, 0, (tile->to - tile->from) * sizeof(float));
+            tile->kept[q] = 1, tile->joined[q] = 0;
+            continue;
         }
+        weigh(scores + tile->from, tile->to - tile->from, &largest, &sum);
+        join(tile->states[q], largest, sum, tile->kept + q, tile->joined + q);
     }
-    int64_t n = 0, rest = a->value_dim % LANES;
-    for (; n + WIDE * LANES <= a->value_dim; n += WIDE * LANES)
-        mix(queries, WIDE, 0, columns, n, part, tile.begin, tile.end, kept, joined);
-    for (; n + LANES <= a->value_dim; n += LANES)
-        mix(queries, 1, 0, columns, n, part, tile.begin, tile.end, kept, joined);
-    if (rest)
-        mix(queries, 1, rest, columns, n, part, tile.begin, tile.end, kept, joined);
 }
 
+/* The weighted values of some keys. */
+INLINE void mix_all(const int queries, const Attention *a, const Tile *tile, const Part *part,
+                    int64_t begin, int64_t end)
+{
+    int64_t n = 0, dim = a->value_dim;
+    for (; n + WIDE * LANES <= dim; n += WIDE * LANES)
+        mix(queries, WIDE, 0, tile, part, begin, end, n, dim);
+    for (; n + LANES <= dim; n += LANES)
+        mix(queries, 1, 0, tile, part, begin, end, n, dim);
+    if (n < dim)
+        mix(queries, 1, dim - n, tile, part, begin, end, n, dim);
+}
+
+/* Of so many queries, each with code of its own. */
+#define BY_QUERIES(call)                                                                           \
+    do {                                                                                           \
+        if (tile->queries == TILE)                                                                 \
+            call(TILE);                                                                            \
+        else if (TILE > 3 && tile->queries == 3)                                                   \
+            call(3);                                                                               \
+        else if (TILE > 2 && tile->queries == 2)                                                   \
+            call(2);                                                                               \
+        else                                                                                       \
+            call(1);                                                                               \
+    } while (0)
+
+/* The scores of the keys from .. to - 1. */
+static void score_tiles(const Attention *a, const Tile *tiles, int count, const Part *part,
+                        int64_t from, int64_t to)
+{
+    for (int64_t k = from; k < to; k += LANES)
+        for (const Tile *tile = tiles; tile < tiles + count; tile++) {
+            if (tile->leads && k + LANES < to)
+                fetch(tile->keys, part->key_row, a->key_dim, part, k + LANES);
+            else if (tile->leads)
+                fetch(tile->values, part->value_row, a->value_dim, part, from);
+#define SCORE(queries) score(queries, a, tile, part, k)
+            if (tile->from <= k && k < tile->to)
+                BY_QUERIES(SCORE);
+        }
+}
+
+/* The weighted values of the same keys. */
+static void mix_tiles(const Attention *a, const Tile *tiles, int count, const Part *part,
+                      int64_t from, int64_t to)
+{
+    for (int64_t k = from; k < to; k += LANES)
+        for (const Tile *tile = tiles; tile < tiles + count; tile++) {
+            int64_t begin = most(k, tile->begin), end = least(k + LANES, tile->end);
+            if (tile->leads && k + LANES < to)
+                fetch(tile->values, part->value_row, a->value_dim, part, k + LANES);
+#define MIX(queries) mix_all(queries, a, tile, part, begin, end)
+            if (begin < end)
+                BY_QUERIES(MIX);
+        }
+}
+
+/* Joins a part of the keys to the states of some tiles. */
+static void attend_tiles(const Attention *a, Tile *tiles, int count, const Part *part)
+{
+    int64_t from = part->most, to = 0, dim = a->value_dim;
+    for (const Tile *tile = tiles; tile < tiles + count; tile++)
+        if (tile->from < tile->to)
+            from = least(from, tile->from), to = most(to, tile->to);
+    score_tiles(a, tiles, count, part, from, to);
+    for (Tile *tile = tiles; tile < tiles + count; tile++) {
+        weigh_tile(tile, part);
+        memset(tile->sums, 0, tile->queries * dim * sizeof(float));
+    }
+    mix_tiles(a, tiles, count, part, from, to);
+    for (const Tile *tile = tiles; tile < tiles + count; tile++)
+        for (int q = 0; q < tile->queries; q++) {
+            float *state = tile->states[q] + 2, kept = tile->kept[q], joined = tile->joined[q];
+            for (int64_t n = 0; n < dim; n++)
+                state[n] = state[n] * kept + tile->sums[q * dim + n] * joined;
+        }
+}
+
+/* Joins a part of the keys to the states of a unit. */
 static void attend_part(const Attention *a, const Unit *unit, const Part *part)
 {
-    int64_t queries = unit->rows * a->group, i = 0;
-    for (; i + TILE <= queries; i += TILE)
-        attend_tile(TILE, a, unit, i, part);
-    if (queries - i == 3 && TILE > 3)
-        attend_tile(3, a, unit, i, part);
-    else if (queries - i == 2 && TILE > 2)
-        attend_tile(2, a, unit, i, part);
-    else if (queries - i == 1)
-        attend_tile(1, a, unit, i, part);
+    Tile tiles[TOGETHER];
+    float weights[TOGETHER][TILE * part->most], sums[TOGETHER][TILE * a->value_dim];
+    int64_t each = (unit->rows * a->group + TILE - 1) / TILE, all = unit->heads * each;
+    for (int64_t first = 0; first < all; first += TOGETHER) {
+        int count = least(all - first, TOGETHER);
+        for (int i = 0; i < count; i++) {
+            int64_t head = unit->head + (first + i) / each, number = (first + i) % each;
+            set_tile(tiles + i, a, unit, head, number * TILE, part);
+            tiles[i].weights = weights[i], tiles[i].sums = sums[i];
+        }
+        attend_tiles(a, tiles, count, part);
+    }
 }
 
 /* Where the keys begin .. end - 1 of a part are. Others of their vectors stand for one of them. */
@@ -161,14 +215,11 @@ static void find(const Attention *a, const Unit *unit, const Part *part, int64_t
 static void attend(const Attention *a, const Unit *unit)
 {
     int64_t slots[a->part];
-    float weights[TILE * a->part];
-    Part part = {.most = a->part, .slots = slots, .weights = weights};
-    part.keys = a->keys + unit->head * a->key_dim, part.key_row = a->kv_heads * a->key_dim;
-    part.values = a->values + unit->head * a->value_dim;
-    part.value_row = a->kv_heads * a->value_dim;
+    Part part = {.most = a->part, .slots = slots};
+    part.key_row = a->kv_heads * a->key_dim, part.value_row = a->kv_heads * a->value_dim;
     for (int64_t row = unit->row; row < unit->row + unit->rows; row++)
-        for (int64_t g = 0; g < a->group; g++) {
-            float *state = state_of(a, unit, row, unit->head * a->group + g, unit->split);
+        for (int64_t i = 0; i < unit->heads * a->group; i++) {
+            float *state = state_of(a, unit, row, unit->head * a->group + i, unit->split);
             memset(state, 0, (a->value_dim + 2) * sizeof(float));
             state[0] = -INFINITY;
         }
@@ -190,9 +241,9 @@ static void attend(const Attention *a, const Unit *unit)
 /* The outputs of a unit's queries, of all shares of their keys. */
 static void finish(const Attention *a, const Unit *unit)
 {
-    int64_t queries = unit->rows * a->group, width = a->value_dim;
-    for (int64_t i = 0; i < queries; i++) {
-        int64_t row = unit->row + i / a->group, head = unit->head * a->group + i % a->group;
+    int64_t heads = unit->heads * a->group, width = a->value_dim;
+    for (int64_t i = 0; i < unit->rows * heads; i++) {
+        int64_t row = unit->row + i / heads, head = unit->head * a->group + i % heads;
         float *out = a->out + ((unit->start + row) * a->kv_heads * a->group + head) * width;
         float whole[2] = {-INFINITY, 0}, kept = 1, joined;
         memset(out, 0, width * sizeof(float));
@@ -213,17 +264,17 @@ static void finish(const Attention *a, const Unit *unit)
 }
 
 /* `sequence` is that of a unit before. */
-static Unit unit_of(const Attention *a, int64_t number, int64_t *sequence)
+static Unit unit_of(const Attention *a, int64_t number, int64_t heads, int64_t *sequence)
 {
-    while (number >= a->units[*sequence + 1] * a->kv_heads)
+    int64_t each = a->kv_heads / heads;
+    while (number >= a->units[*sequence + 1] * each)
         ++*sequence;
-    int64_t b = *sequence, own = number - a->units[b] * a->kv_heads;
-    int64_t block = own / a->kv_heads;
+    int64_t b = *sequence, own = number - a->units[b] * each, block = own / each;
     Unit unit = {.sequence = b, .start = a->starts[b], .context = a->lengths[b]};
     unit.length = a->starts[b + 1] - unit.start;
     unit.row = block / a->splits[b] * a->rows;
     unit.rows = least(a->rows, unit.length - unit.row);
-    unit.head = own % a->kv_heads;
+    unit.head = own % each * heads, unit.heads = heads;
     unit.split = block % a->splits[b];
     return unit;
 }
@@ -243,23 +294,22 @@ void attention(const Attention *step, const float *query, const float *keys, con
     Attention own = *step;
     own.query = query, own.keys = keys, own.values = values, own.sinks = sinks, own.out = out;
     const Attention *a = &own;
-    int64_t units = a->units[a->sequences] * a->kv_heads;
     /* One thread takes all heads of the same keys, where there is enough for the others. */
-    int enough = a->units[a->sequences] >= 4 * omp_get_max_threads();
-    int64_t heads = enough ? a->kv_heads : 1;
+    int64_t blocks = a->units[a->sequences];
+    int64_t heads = blocks >= 4 * omp_get_max_threads() ? a->kv_heads : 1;
+    int64_t units = blocks * (a->kv_heads / heads);
 #pragma omp parallel if (products(a) > PRODUCTS_ALONE)
     {
         int64_t sequence = 0;
-#pragma omp for schedule(monotonic : dynamic, heads)
+#pragma omp for schedule(monotonic : dynamic)
         for (int64_t number = 0; number < units; number++) {
-            Unit unit = unit_of(a, number, &sequence);
-            unit.fetches = enough && unit.head == 0;
+            Unit unit = unit_of(a, number, heads, &sequence);
             attend(a, &unit);
         }
         sequence = 0;
-#pragma omp for schedule(monotonic : dynamic, heads)
+#pragma omp for schedule(monotonic : dynamic)
         for (int64_t number = 0; number < units; number++) {
-            Unit unit = unit_of(a, number, &sequence);
+            Unit unit = unit_of(a, number, heads, &sequence);
             if (!unit.split)
                 finish(a, &unit);
         }

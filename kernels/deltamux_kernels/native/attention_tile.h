@@ -1,4 +1,4 @@
-/* What a few queries and a part of the keys of one KV head make: see attention.c. */
+/* What a few queries and some keys of one KV head make: see attention.c. */
 
 #pragma once
 
@@ -15,13 +15,22 @@
 #endif
 #define WIDE 4
 
-/* A head's keys and values of a sequence from number `first` on, at most `most`, and the
- * places in the cache where they are. */
+/* Keys of a sequence from number `first` on, at most `most`, and the places in the cache where they
+ * and their values are. */
 typedef struct {
     int64_t first, most, *slots, key_row, value_row;
-    const float *keys, *values;
-    float *weights; /* [TILE, most] */
 } Part;
+
+/* Queries of one KV head, and which keys of a part they see: no key before `begin`, none from `end`
+ * on. `from` and `to` are these in whole vectors. */
+typedef struct {
+    int queries, leads; /* the first ones of their head */
+    const float *query[TILE], *keys, *values;
+    float *states[TILE], *weights; /* [TILE, most] */
+    float *sums;                   /* [TILE, value_dim] */
+    float kept[TILE], joined[TILE];
+    int64_t begins[TILE], ends[TILE], begin, end, from, to;
+} Tile;
 
 #if LANES == 16
 #define EACH(lane, h)                                                                              \
@@ -43,8 +52,8 @@ typedef struct {
 #define PAIRS(a, b, h) (SHUFFLE(a, b, OWN, h) + SHUFFLE(a, b, OTHER, h))
 
 /* scores[q], lane by lane, is the query q times one of LANES keys. */
-INLINE void dot(const int queries, const float *const *query, const Part *part, int64_t first,
-                int64_t dim, Vector *scores)
+INLINE void dot(const int queries, const Tile *tile, const Part *part, int64_t first, int64_t dim,
+                Vector *scores)
 {
     Vector some[TILE][LANES / WIDE];
     for (int n = 0; n < LANES / WIDE; n++) {
@@ -52,15 +61,15 @@ INLINE void dot(const int queries, const float *const *query, const Part *part, 
         Vector sums[TILE][WIDE] = {0};
         int64_t d = 0;
         UNROLL for (int k = 0; k < WIDE; k++)
-            key[k] = part->keys + part->slots[first + n * WIDE + k] * part->key_row;
+            key[k] = tile->keys + part->slots[first + n * WIDE + k] * part->key_row;
         for (; d + LANES <= dim; d += LANES)
             UNROLL for (int q = 0; q < queries; q++)
                 UNROLL for (int k = 0; k < WIDE; k++)
-                    sums[q][k] += *(const Vector *)(query[q] + d) * *(const Vector *)(key[k] + d);
+                    sums[q][k] += *(const Vector *)(tile->query[q] + d) * *(const Vector *)(key[k] + d);
         if (d < dim)
             UNROLL for (int q = 0; q < queries; q++)
                 UNROLL for (int k = 0; k < WIDE; k++)
-                    sums[q][k] += load(query[q] + d, dim - d) * load(key[k] + d, dim - d);
+                    sums[q][k] += load(tile->query[q] + d, dim - d) * load(key[k] + d, dim - d);
         UNROLL for (int q = 0; q < queries; q++)
             some[q][n] = PAIRS(PAIRS(sums[q][0], sums[q][1], 1),
                                PAIRS(sums[q][2], sums[q][3], 1), 2);
@@ -112,27 +121,31 @@ static void weigh(float *scores, int64_t count, float *largest, float *sum)
     *largest = top[0], *sum = total(sums);
 }
 
-/* Some columns of the states, `wide` vectors or the last `rest`: what they keep, and the weighted
- * values of the keys begin .. end - 1 of a part. */
-INLINE void mix(const int queries, const int wide, int64_t rest, float *const *columns,
-                int64_t first, const Part *part, int64_t begin, int64_t end, const float *kept,
-                const float *joined)
+/* Some columns of the sums, `wide` vectors or the last `rest`: the weighted values of the keys
+ * begin .. end - 1 are added. */
+INLINE void mix(const int queries, const int wide, int64_t rest, const Tile *tile,
+                const Part *part, int64_t begin, int64_t end, int64_t first, int64_t dim)
 {
-    Vector sums[TILE][WIDE] = {0};
+    Vector sums[TILE][WIDE];
+    UNROLL for (int q = 0; q < queries; q++)
+        UNROLL for (int i = 0; i < wide; i++) {
+            const float *place = tile->sums + q * dim + first + i * LANES;
+            sums[q][i] = rest ? load(place, rest) : *(const Vector *)place;
+        }
     for (int64_t k = begin; k < end; k++) {
-        const float *value = part->values + part->slots[k] * part->value_row + first;
+        const float *value = tile->values + part->slots[k] * part->value_row + first;
         UNROLL for (int i = 0; i < wide; i++) {
             Vector piece = rest ? load(value, rest) : *(const Vector *)(value + i * LANES);
             UNROLL for (int q = 0; q < queries; q++)
-                sums[q][i] += part->weights[q * part->most + k] * piece;
+                sums[q][i] += tile->weights[q * part->most + k] * piece;
         }
     }
     UNROLL for (int q = 0; q < queries; q++)
         UNROLL for (int i = 0; i < wide; i++) {
-            float *place = columns[q] + first + i * LANES;
+            float *place = tile->sums + q * dim + first + i * LANES;
             if (rest)
-                store(place, load(place, rest) * kept[q] + sums[q][i] * joined[q], rest);
+                store(place, sums[q][i], rest);
             else
-                *(Vector *)place = *(Vector *)place * kept[q] + sums[q][i] * joined[q];
+                *(Vector *)place = sums[q][i];
         }
 }
