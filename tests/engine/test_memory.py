@@ -13,8 +13,8 @@ from deltamux.base.load import Base, adopt
 from deltamux.config import EngineConfig
 from deltamux.engine.kv.kv_cache import block_bytes
 from deltamux.engine.memory import (
+    MemoryShares,
     Room,
-    Shares,
     graph_bytes,
     run_full_step,
     share_memory,
@@ -41,7 +41,7 @@ def base() -> Base:
 def test_flags_are_taken_as_they_are(base: Base) -> None:
     size = block_bytes(base.layers, 16, torch.float32)
     config = EngineConfig("", kv_cache_bytes=10 * size + 1, adapter_device_bytes=12345)
-    assert share_memory(base, config) == Shares(12345, 10)
+    assert share_memory(base, config) == MemoryShares(12345, 10)
 
 
 def test_no_more_blocks_than_the_sequences_can_hold(base: Base) -> None:

@@ -42,13 +42,13 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Shares:
+class MemoryShares:
     adapter_bytes: int
     # Block 0, which is nobody's, among them.
     kv_blocks: int
 
 
-def share_memory(base: Base, config: EngineConfig) -> Shares:
+def share_memory(base: Base, config: EngineConfig) -> MemoryShares:
     """What the adapters and the KV cache get; nothing is allocated.
 
     Without prefix caching, no more blocks than the sequences of a step can ever hold. Raises
@@ -60,11 +60,11 @@ def share_memory(base: Base, config: EngineConfig) -> Shares:
     if base.encoder is not None:
         # Blocks of nothing, by which the tokens that are under way are counted.
         adapters, _ = split(room, config.adapter_device_bytes, 0, 0)
-        return Shares(adapters, useful)
+        return MemoryShares(adapters, useful)
     block = block_bytes(base.layers, config.block_size, base.dtype)
     adapters, kv = split(room, config.adapter_device_bytes, config.kv_cache_bytes, 2 * block)
     blocks = kv // block
-    return Shares(adapters, blocks if config.enable_prefix_caching else min(blocks, useful))
+    return MemoryShares(adapters, blocks if config.enable_prefix_caching else min(blocks, useful))
 
 
 def split(room: Room, adapters: int | None, kv: int | None, least_kv: int) -> tuple[int, int]:
