@@ -168,17 +168,17 @@ def find_structure(model: PreTrainedModel, layers: Iterable[AttentionLayer] = ()
     names = {module: name for name, module in model.named_modules()}
     width = calls[-1].output.shape[-1] if head is None else head.weight.shape[1]
     return Structure(
-        sites | {name: _pooled_site(name, module) for name, module in shared.items()},
-        {call.name: call.module for call in calls} | shared,
-        names[embedding],
-        "" if head is None else names[head],
-        head is not None and bool(model.config.get_text_config().tie_word_embeddings),
-        find_task_heads(model, width),
-        find_sublayers(calls),
-        model.config.model_type,
-        layers,
-        _registered(model, head),
-        find_experts(model),
+        sites=sites | {name: _pooled_site(name, module) for name, module in shared.items()},
+        modules={call.name: call.module for call in calls} | shared,
+        embedding=names[embedding],
+        head="" if head is None else names[head],
+        tied=head is not None and bool(model.config.get_text_config().tie_word_embeddings),
+        task_heads=find_task_heads(model, width),
+        sublayers=find_sublayers(calls),
+        model_type=model.config.model_type,
+        layers=layers,
+        registered=_registered(model, head),
+        experts=find_experts(model),
     )
 
 
