@@ -31,9 +31,9 @@ from deltamux.adapters.families.prefix_tuning import CARTRIDGE, PREFIX_TUNING
 from deltamux.adapters.families.prefix_tuning_adapterhub import AdapterHubPrefixTuning
 from deltamux.adapters.families.prompt_tuning import (
     CPT,
+    MULTITASK_PROMPT_TUNING,
     P_TUNING,
     PROMPT_TUNING,
-    MultitaskPromptTuning,
 )
 from deltamux.adapters.families.randlora import Randlora
 from deltamux.adapters.families.reft import LoReft
@@ -85,7 +85,7 @@ FAMILIES: tuple[Family, ...] = (
     LoHa(),
     LoKr(),
     Miss(),
-    MultitaskPromptTuning(),
+    MULTITASK_PROMPT_TUNING,
     Oft(),
     Osf(),
     Peanut(),

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from deltamux.adapters.checkpoint.fields import Fields, as_integer, unsupported
-from deltamux.adapters.checkpoint.manifest import Manifest
-from deltamux.adapters.family import Parsed
-from deltamux.adapters.payloads.rounding import to_serving
-from deltamux.adapters.peft.prompt_tensors import (
-    PROMPT,
-    read_prompt_fields,
-    require_read,
-    require_shape,
-    require_tensors,
-)
+from deltamux.adapters.peft.prompt_family import PromptFamily
+from deltamux.adapters.peft.prompt_tensors import PROMPT, require_shape, require_tensors
+from deltamux.adapters.primitives.payload import Payload
 from deltamux.adapters.primitives.virtual_tokens import VirtualTokens
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import InvalidArgument
@@ -34,32 +25,14 @@ _INIT = (
 )
 
 
-@dataclass(eq=False)
-class PromptTuning:
-    """PEFT saves the prompt that came out, whatever encoder or projection it was trained through.
+class PromptTuning(PromptFamily):
+    """PEFT saves the prompt that came out, whatever encoder or projection trained it."""
 
-    `harmless` names the fields of that training.
-    """
-
-    name: str
-    peft_type: str
-    harmless: tuple[str, ...]
-
-    def claims(self, manifest: Manifest) -> bool:
-        return manifest.peft_type == self.peft_type
-
-    def parse(
-        self,
-        manifest: Manifest,
-        tensors: Mapping[str, Tensor],
-        structure: Structure,
-        dtype: torch.dtype,
-    ) -> Parsed:
-        fields, tokens = read_prompt_fields(manifest)
-        require_read(fields, self.harmless)
+    def read(
+        self, fields: Fields, tokens: int, tensors: Mapping[str, Tensor], structure: Structure
+    ) -> tuple[SiteSpec, Payload]:
         (prompt,) = require_tensors(tensors, PROMPT)
-        site = _embedding_for(prompt, tokens, structure)
-        return _parsed(site, prompt, dtype, prompt.numel())
+        return _embedding_for(prompt, tokens, structure), VirtualTokens(prompt)
 
 
 PROMPT_TUNING = PromptTuning("prompt_tuning", "PROMPT_TUNING", _INIT)
@@ -91,29 +64,16 @@ CPT = PromptTuning(
 )
 
 
-class MultitaskPromptTuning:
+class MultitaskPromptTuning(PromptFamily):
     """prompt * (columns @ rows) of the task, folded at load where there is but one task.
 
     With more of them PEFT wants a task id beside each prompt, which no request has.
     """
 
-    name = "multitask_prompt_tuning"
-
-    def claims(self, manifest: Manifest) -> bool:
-        return manifest.peft_type == "MULTITASK_PROMPT_TUNING"
-
-    def parse(
-        self,
-        manifest: Manifest,
-        tensors: Mapping[str, Tensor],
-        structure: Structure,
-        dtype: torch.dtype,
-    ) -> Parsed:
-        fields, tokens = read_prompt_fields(manifest)
+    def read(
+        self, fields: Fields, tokens: int, tensors: Mapping[str, Tensor], structure: Structure
+    ) -> tuple[SiteSpec, Payload]:
         rank = _read_rank(fields)
-        require_read(
-            fields, (*_INIT, "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task")
-        )
         prompt, columns, rows = require_tensors(tensors, PROMPT, _COLUMNS, _ROWS)
         site = _embedding_for(prompt, tokens, structure)
         if columns.shape != (1, tokens, rank) or rows.shape != (1, rank, prompt.shape[-1]):
@@ -123,8 +83,14 @@ class MultitaskPromptTuning:
                 reason="SHAPE_MISMATCH",
             )
         folded = prompt.float() * (columns[0].float() @ rows[0].float())
-        parameters = prompt.numel() + columns.numel() + rows.numel()
-        return _parsed(site, folded, dtype, parameters)
+        return site, VirtualTokens(folded)
+
+
+MULTITASK_PROMPT_TUNING = MultitaskPromptTuning(
+    "multitask_prompt_tuning",
+    "MULTITASK_PROMPT_TUNING",
+    (*_INIT, "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"),
+)
 
 
 def _read_rank(fields: Fields) -> int:
@@ -141,8 +107,3 @@ def _embedding_for(prompt: Tensor, tokens: int, structure: Structure) -> SiteSpe
         raise unsupported("a prompt for a base whose embedding is replaced or out of reach")
     require_shape(PROMPT, prompt, tokens, site.out_features)
     return site
-
-
-def _parsed(site: SiteSpec, prompt: Tensor, dtype: torch.dtype, parameters: int) -> Parsed:
-    payloads = {site.name: (VirtualTokens(to_serving(site, prompt, dtype)),)}
-    return Parsed(payloads, 0, parameters, (f"{len(prompt)} virtual tokens",))

@@ -1,4 +1,4 @@
-"""What PEFT's kinds of prompt tuning have in common: their fields, and tensors of no module."""
+"""The tensors of prompts, which belong to no module."""
 
 from __future__ import annotations
 
@@ -6,43 +6,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from deltamux.adapters.checkpoint.fields import Fields, as_integer, refuse_field, unsupported
+from deltamux.adapters.checkpoint.fields import unsupported
 from deltamux.adapters.checkpoint.files import WEIGHTS
-from deltamux.adapters.checkpoint.manifest import Manifest
 from deltamux.adapters.checkpoint.strict_json import quoted
-from deltamux.adapters.peft.shared_fields import PROVENANCE, refuse_executable
 from deltamux.base.structure import SiteSpec, Structure
 from deltamux.errors import FailedPrecondition, InvalidArgument
 
 PROMPT = "prompt_embeddings"
-
-_MAX_TOKENS = 1 << 20
-
-
-def read_prompt_fields(manifest: Manifest) -> tuple[Fields, int]:
-    """The fields that are left, and the number of virtual tokens.
-
-    Raises FailedPrecondition for the prompt of another task than CAUSAL_LM: without any, PEFT
-    loads such an adapter and does not use it.
-    """
-    if manifest.task != "generation":
-        raise unsupported("a prompt for another task than CAUSAL_LM")
-    fields = Fields(manifest.fields)
-    refuse_executable(fields)
-    submodules = fields.take("num_transformer_submodules")
-    if submodules not in (None, 1):
-        refuse_field("num_transformer_submodules", submodules, "1")
-    tokens = as_integer("num_virtual_tokens", fields.take("num_virtual_tokens"), 1, _MAX_TOKENS)
-    return fields, tokens
-
-
-def require_read(fields: Fields, harmless: tuple[str, ...]) -> None:
-    """Raises FailedPrecondition for a field that is neither taken nor harmless.
-
-    The sizes of the base that training saw are told by the tensors, too.
-    """
-    fields.discard((*PROVENANCE, "token_dim", "num_attention_heads", "num_layers", *harmless))
-    fields.require_none_left()
 
 
 def require_tensors(tensors: Mapping[str, Tensor], *names: str) -> tuple[Tensor, ...]:
