@@ -1,6 +1,9 @@
 """Makes what all peers are measured on: a seeded random Llama of 125 M and 32 LoRA adapters.
 
-Usage: python bench/peers/model.py [FOLDER]    default bench/peers/model, ignored by git; 0.8 GB
+Usage: python bench/peers/model.py [FOLDER] [bfloat16]
+
+FOLDER is bench/peers/model unless told, ignored by git; 0.8 GB. The adapters are saved in float32,
+or in bfloat16.
 
 Every tensor has its own seeded generator, so the weights depend on nothing but their names.
 """
@@ -97,6 +100,7 @@ def make_adapter(
     ranks: tuple[int, ...] = RANKS,
     layers: int = CONFIG.num_hidden_layers,
     linears: dict[str, tuple[int, int]] = LINEARS,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """A random adapter on `linears`, its rank one of `ranks` by its index, alpha twice the rank."""
     rank = ranks[index % len(ranks)]
@@ -106,8 +110,8 @@ def make_adapter(
             key = f"base_model.model.model.layers.{layer}.{linear}"
             a = torch.rand(rank, size_in, generator=generator(f"{index}{key}A")) * 2 - 1
             b = torch.randn(size_out, rank, generator=generator(f"{index}{key}B"))
-            weights[f"{key}.lora_A.weight"] = a / math.sqrt(size_in)
-            weights[f"{key}.lora_B.weight"] = b * 0.03
+            weights[f"{key}.lora_A.weight"] = (a / math.sqrt(size_in)).to(dtype)
+            weights[f"{key}.lora_B.weight"] = (b * 0.03).to(dtype)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
@@ -120,8 +124,8 @@ def make_adapter(
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def make(folder: Path) -> None:
-    """Makes what is missing in `folder`: base/ and adapters/a00 .. a31."""
+def make(folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Makes what is missing in `folder`: base/ and, in this dtype, adapters/a00 .. a31."""
     if not (folder / "base" / "tokenizer.json").exists():
         print("making the base model", flush=True)
         make_base(folder / "base")
@@ -129,8 +133,9 @@ def make(folder: Path) -> None:
         adapter = folder / "adapters" / f"a{index:02d}"
         if not (adapter / "adapter_model.safetensors").exists():
             print(f"making adapter {adapter.name}", flush=True)
-            make_adapter(index, adapter)
+            make_adapter(index, adapter, dtype=dtype)
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    given = dict(enumerate(sys.argv[1:]))
+    make(Path(given.get(0, FOLDER)), getattr(torch, given.get(1, "float32")))
