@@ -124,7 +124,6 @@ class ScriptedEngine:
             "vocab_size": VOCABULARY,
             "max_model_len": CONTEXT,
             "kv_cache_tokens": 16 * CONTEXT,
-            "block_size": 16,
             "adapter_slots": 4,
             "families": ("lora",),
         }

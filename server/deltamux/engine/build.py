@@ -174,7 +174,6 @@ def _ready(config: EngineConfig, base: Base, limits: Limits) -> Ready:
         vocab_size=limits.vocab_size,
         max_model_len=limits.max_model_len,
         kv_cache_tokens=limits.kv_cache_tokens,
-        block_size=config.block_size,
         adapter_slots=config.max_adapter_slots,
         # Several may go by one name: PEFT's LoRA and AdapterHub's.
         families=tuple(sorted({family.name for family in FAMILIES})),

@@ -120,7 +120,6 @@ class Ready(FromEngine, frozen=True, tag=True):
     vocab_size: int
     max_model_len: int
     kv_cache_tokens: int
-    block_size: int
     adapter_slots: int
     families: tuple[str, ...]
     # False: a model whose tokens all see each other, which pools and classifies only.
