@@ -133,7 +133,7 @@ import sys
 from deltamux.wire.channel import EngineEnd
 from deltamux.wire.messages import Ready
 link = EngineEnd(sys.argv[2])
-link.send(Ready("m", "cpu", "float32", "torch", 9, 9, 9, 1, 1, ()))
+link.send(Ready("m", "cpu", "float32", "torch", 9, 9, 9, 1, ()))
 link._socket.send(b"no message")
 sys.stdin.read()
 """
