@@ -8,7 +8,7 @@ from deltamux.engine import __main__ as process
 from deltamux.errors import StartupError
 from deltamux.wire.messages import Ready, StartupFailed
 
-READY = Ready("m", "cpu", "float32", "torch", 8, 8, 8, 4, 2, ("lora",))
+READY = Ready("m", "cpu", "float32", "torch", 8, 8, 8, 2, ("lora",))
 
 
 class Engine:
