@@ -14,11 +14,9 @@ import torch
 
 from deltamux_kernels import Columns, PackedMatrices
 from deltamux_kernels._triton import overlap, tl, triton
+from deltamux_kernels.expand import BLOCK_J, BLOCK_N
 from deltamux_kernels.segments import TILE_ROWS
 from deltamux_kernels.tiles import load_tile
-
-BLOCK_J = 16
-BLOCK_N = 128
 
 
 class Delta(NamedTuple):
@@ -142,15 +140,14 @@ def _first_rows(matrix, rank, n, live_n, width, BLOCK_J: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _sum(y, live, h, matrix, b, rank, n, live_n, width, BLOCK_J: tl.constexpr):
+def _sum(y, live_i, h, matrix, b, rank, n, live_n, width, BLOCK_J: tl.constexpr):
     """y + h B of a tile of rows and a block of columns, rounded to y's dtype; in float32.
 
-    y and live [rows, columns]; h [rows, 1], at the layer's first column of each row; b: the first
+    y [rows, columns]; h [rows, 1], at the layer's first column of each row; b: the first
     rows of B.
     """
-    before = tl.load(y, mask=live, other=0.0)
+    before = tl.load(y, mask=live_i[:, None] & live_n[None, :], other=0.0)
     j = tl.arange(0, BLOCK_J)
-    live_i = tl.max(live.to(tl.int32), axis=1) > 0
     v = tl.load(h + j[None, :], mask=live_i[:, None] & (j < rank)[None, :], other=0.0)
     delta = tl.dot(v.to(b.dtype), b, input_precision="ieee")
     rows = matrix + j[:, None].to(tl.int64) * width + n[None, :]
@@ -191,16 +188,16 @@ def _gated_silu_of_sum_kernel(
     up_rank, up_column = tl.load(ranks + slot), tl.load(columns + slot)
     up = arena + tl.multiple_of(tl.load(offsets + slot), 64)
     i, n = tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live_n = n < WIDTH
-    live = (i < count)[:, None] & live_n[None, :]
+    live_i, live_n = i < count, n < WIDTH
+    live = live_i[:, None] & live_n[None, :]
     t = (start + i).to(tl.int64)[:, None]
     gate_rows = _first_rows(gate, gate_rank, n, live_n, WIDTH, BLOCK_J)
     up_rows = _first_rows(up, up_rank, n, live_n, WIDTH, BLOCK_J)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     source, h = y + t * y_row + n[None, :], h + t * h_row
-    g = _sum(source, live, h + gate_column, gate, gate_rows, gate_rank, n, live_n, WIDTH, BLOCK_J)
-    u = _sum(source + WIDTH, live, h + up_column, up, up_rows, up_rank, n, live_n, WIDTH, BLOCK_J)
+    g = _sum(source, live_i, h + gate_column, gate, gate_rows, gate_rank, n, live_n, WIDTH, BLOCK_J)
+    u = _sum(source + WIDTH, live_i, h + up_column, up, up_rows, up_rank, n, live_n, WIDTH, BLOCK_J)
     silu = (g / (1.0 + tl.exp(-g))).to(y.dtype.element_ty).to(tl.float32)
     tl.store(result + t * WIDTH + n[None, :], (silu * u).to(y.dtype.element_ty), mask=live)
 
@@ -228,14 +225,14 @@ def _residual_of_sum_kernel(
     rank, column = tl.load(ranks + slot), tl.load(columns + slot)
     matrix = arena + tl.multiple_of(tl.load(offsets + slot), 64)
     i, n = tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live_n = n < WIDTH
-    live = (i < count)[:, None] & live_n[None, :]
+    live_i, live_n = i < count, n < WIDTH
+    live = live_i[:, None] & live_n[None, :]
     t = (start + i).to(tl.int64)[:, None]
     rows = _first_rows(matrix, rank, n, live_n, WIDTH, BLOCK_J)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     source, h = y + t * y_row + n[None, :], h + t * h_row + column
-    output = _sum(source, live, h, matrix, rows, rank, n, live_n, WIDTH, BLOCK_J)
+    output = _sum(source, live_i, h, matrix, rows, rank, n, live_n, WIDTH, BLOCK_J)
     place = t * WIDTH + n[None, :]
     total = tl.load(residual + place, mask=live, other=0.0).to(tl.float32) + output
     tl.store(result + place, total.to(y.dtype.element_ty), mask=live)
@@ -269,10 +266,10 @@ def _rotary_of_sum_kernel(
     slot, start, count = load_tile(tiles, tl.program_id(0))
     head = tl.program_id(1)
     i, d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
-    live_d = d < HALF
+    live_i, live_d = i < count, d < HALF
     t = (start + i).to(tl.int64)
-    live = (i < count)[:, None] & live_d[None, :]
-    cell = tl.load(slot_mapping + t, mask=i < count, other=-1)
+    live = live_i[:, None] & live_d[None, :]
+    cell = tl.load(slot_mapping + t, mask=live_i, other=-1)
     stored = live & ((cell >= 0) & (cell < slots))[:, None]
     source = y + t[:, None] * y_row + head * (2 * HALF) + d[None, :]
     angle = t[:, None] * (2 * HALF) + d[None, :]
@@ -290,8 +287,10 @@ def _rotary_of_sum_kernel(
             if OVERLAP:
                 tl.extra.cuda.gdc_wait()
             at = h + t[:, None] * h_row + column
-            x = _sum(source, live, at, matrix, rows, rank, n, live_d, width, BLOCK_J)
-            z = _sum(source + HALF, live, at, matrix, more, rank, n + HALF, live_d, width, BLOCK_J)
+            x = _sum(source, live_i, at, matrix, rows, rank, n, live_d, width, BLOCK_J)
+            z = _sum(
+                source + HALF, live_i, at, matrix, more, rank, n + HALF, live_d, width, BLOCK_J
+            )
             place = own * (2 * HALF) + d[None, :]
             if part == 0:
                 target, kept = query + t[:, None] * width + place, live
