@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -190,24 +189,3 @@ def test_code_of_a_checkpoint_is_never_run(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text("raise SystemExit('the code of the checkpoint was run')")
     assert refusal(str(folder))
-
-
-@pytest.mark.parametrize(
-    ("device", "words"),
-    [("gpu", "unknown device 'gpu'"), ("meta", "not supported"), ("cuda", "no CUDA device")],
-)
-def test_devices_that_are_not_there(folder: Path, device: str, words: str) -> None:
-    if device == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is one")
-    assert words in refusal(str(folder), device)
-
-
-def test_kernels_run_on_the_gpu_that_is_asked_for(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    with suppress(AssertionError, RuntimeError):  # here is none
-        load_base(str(folder), "cuda:1")
-    assert chosen == [torch.device("cuda:1")]

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from deltamux.base.device import find_device
 from deltamux.base.encoders import Encoder, encoder_of, heads_of, set_shared_apart
 from deltamux.base.fused import can_fuse, fuse
 from deltamux.base.last_hidden import LastHidden
@@ -81,10 +82,7 @@ def load_base(model: str, device: str = "cpu", dtype: str = "auto") -> Base:
     StartupError when there is no such model, its weights are incomplete, or deltamux cannot serve
     its architecture.
     """
-    place = _device(device)
-    if place.type == "cuda":
-        # There Triton launches kernels and events are recorded, wherever their tensors lie.
-        torch.cuda.set_device(place)
+    place = find_device(device)
     config = _config(model)
     loaded, missing = _weights(model, config, _dtype(dtype, place))
     return adopt(loaded.to(place), missing)
@@ -119,20 +117,6 @@ def adopt(model: PreTrainedModel, missing: frozenset[str] = frozenset()) -> Base
         max_model_len=_max_model_len(model.config, encoder),
         attention_name=f"deltamux_{next(_attention_numbers)}",
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise StartupError(f"unknown device {name!r}: cpu, cuda and cuda:N are possible") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise StartupError("no CUDA device is available: use --device cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise StartupError(f"device {name!r} is not supported: cpu, cuda and cuda:N are possible")
-    return device
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | str:

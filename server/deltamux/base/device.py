@@ -1,0 +1,70 @@
+"""The device that a base is to run on, and whether it can."""
+
+from __future__ import annotations
+
+import structlog
+import torch
+
+from deltamux.base.out_of_memory import is_out_of_memory
+from deltamux.errors import StartupError
+
+_log = structlog.get_logger(__name__)
+
+# From an A100 on. Before, no matrix instruction takes bfloat16.
+_LEAST_CAPABILITY = (8, 0)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first GPU, or the CPU where torch finds none.
+
+    A GPU becomes the current one of this thread: there Triton launches kernels and events are
+    recorded, wherever their tensors lie. Raises StartupError for a device that cannot be used.
+    """
+    if name == "auto":
+        if not torch.cuda.is_available():
+            _log.info("computing on the CPU", reason=_why_there_is_none())
+            return torch.device("cpu")
+        name = "cuda"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise StartupError(f"unknown device {name!r}: cpu, cuda and cuda:N are possible") from None
+    if device.type not in ("cpu", "cuda"):
+        raise StartupError(f"device {name!r} is not supported: cpu, cuda and cuda:N are possible")
+    return device if device.type == "cpu" else _gpu(device.index or 0)
+
+
+def _gpu(index: int) -> torch.device:
+    if not torch.cuda.is_available():
+        raise StartupError(
+            f"no CUDA device is available ({_why_there_is_none()}): use --device cpu"
+        )
+    if index >= (count := torch.cuda.device_count()):
+        raise StartupError(f"there is no cuda:{index}: torch finds {count} CUDA devices, from 0 on")
+    device = torch.device("cuda", index)
+    try:
+        torch.cuda.set_device(device)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise StartupError(f"{device} cannot be used: {_first_line(error)}") from error
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        raise StartupError(
+            f"{device}, {torch.cuda.get_device_name(device)}, has compute capability "
+            f"{'.'.join(map(str, capability))}; 8.0 or later is needed: use --device cpu"
+        )
+    return device
+
+
+def _why_there_is_none() -> str:
+    """In torch's words: no driver, one too old, no device that this process may see, no CUDA."""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        return _first_line(error)
+    return "torch finds none"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
