@@ -32,7 +32,7 @@ class ModelRunner:
     ) -> None:
         """Without `heads`, nothing is pooled."""
         self._base = base
-        self._cache = cache
+        self.cache = cache
         self._rows = rows
         self._pooler = None if heads is None else Pooler(heads)
         self._replays: Replays | None = None
@@ -43,7 +43,7 @@ class ModelRunner:
 
     @property
     def block_size(self) -> int:
-        return self._cache.block_size
+        return self.cache.block_size
 
     def use(self, replays: Replays) -> None:
         """From now on, steps that these can replay are replayed."""
