@@ -277,7 +277,7 @@ def engine(
         driver.refresh()
         yield driver
     finally:
-        driver.call(process.stop(5.0))
+        driver.call(process.stop())
         driver.close()
 
 

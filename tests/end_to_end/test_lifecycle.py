@@ -222,3 +222,26 @@ def test_signal_while_starting_ends_it(arguments, environment, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 0
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+NEVER_STARTED = """
+import sys
+import threading
+from deltamux.cli import main
+from deltamux.launch import engine_process, serve
+engine_process.PROGRAM = (sys.executable, "-c", "import threading; threading.Event().wait()")
+serve._read_model = lambda model: threading.Event().wait()
+sys.exit(main(["serve", "--port", "0", "--no-metrics", *sys.argv[1:]]))
+"""
+
+
+def test_a_start_that_hears_nothing_is_ended_all_the_same(arguments, environment, tmp_path):
+    """An engine that imports, a thread that reads a large model: neither looks for a signal."""
+    process = subprocess.Popen([sys.executable, "-c", NEVER_STARTED, *arguments], env=environment)
+    try:
+        assert eventually(lambda: any((tmp_path / "tmp").iterdir()))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+    assert list((tmp_path / "tmp").iterdir()) == []

@@ -160,7 +160,7 @@ def test_the_engine_outlives_a_lack_of_memory(wide: Wide, new_driver, monkeypatc
         driver.refresh()
         assert driver.is_quiet()
     finally:
-        driver.call(process.stop(5.0))
+        driver.call(process.stop())
         driver.close()
 
 
@@ -174,5 +174,5 @@ def test_what_does_not_fit_is_told_at_the_start(wide: Wide, new_driver) -> None:
         assert isinstance(failed, StartupFailed)
         assert "--kv-cache-bytes 1.05e+06 GiB are wanted" in failed.message
     finally:
-        driver.call(process.stop(5.0))
+        driver.call(process.stop())
         driver.close()

@@ -34,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="deltamux.engine")
     parser.add_argument("--socket", required=True, help="where the front end listens, ipc://...")
     address = parser.parse_args().socket
-    # The parent decides: it drains first, then closes the pipe.
+    # The parent decides: it drains first, then ends this process.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)

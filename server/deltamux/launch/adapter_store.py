@@ -33,6 +33,8 @@ class AdapterStore:
         self._loop = asyncio.get_running_loop()
         self.catalog = Catalog(_disk(config), engine, unread=metrics.load_failed)
         self._watcher: asyncio.Task[None] | None = None
+        # As the scrape before saw them.
+        self._seen: list[Resident] = []
         engine.on_adapter_moved = self.catalog.moved
         engine.on_adapter_failed = self.catalog.failed
         metrics.watch_residents(
@@ -69,9 +71,17 @@ class AdapterStore:
         self.catalog.close()
 
     def _residents(self) -> Iterable[Resident]:
-        """Called from the exporter's thread; the catalog is read in its own."""
+        """Called from the exporter's thread; the catalog is read in its own.
+
+        While that one is too busy to answer, what it said before stands: a scrape that failed would
+        take all other series with it.
+        """
         snapshot = asyncio.run_coroutine_threadsafe(self._snapshot(), self._loop)
-        return snapshot.result(SNAPSHOT_SECONDS)
+        try:
+            self._seen = snapshot.result(SNAPSHOT_SECONDS)
+        except TimeoutError:
+            snapshot.cancel()
+        return self._seen
 
     async def _snapshot(self) -> list[Resident]:
         facts, _ = self.catalog.page(ALL, at_least="host")

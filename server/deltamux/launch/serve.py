@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import signal
 from collections.abc import Coroutine
 from typing import Any
@@ -77,6 +78,9 @@ class _Server:
             raise KeyboardInterrupt from None
         finally:
             await self._go_down()
+        if self._watch is None:
+            # Nothing can stop the thread that reads the model, and Python would wait for it.
+            os._exit(0)
 
     async def _come_up(self) -> None:
         # 1. The engine starts, which takes long; meanwhile the ports open, with health NOT_SERVING.

@@ -26,8 +26,6 @@ LONGEST_DELAY = 30.0
 MAX_FAILED_STARTS = 5
 # Seconds that the engine's last words may take to arrive after its process has ended.
 LAST_WORDS = 1.0
-# Seconds that the engine has to exit by itself when it is told to.
-STOP_GRACE = 5.0
 
 
 class Supervisor:
@@ -84,7 +82,7 @@ class Supervisor:
 
     async def stop(self) -> None:
         if self._process is not None:
-            await self._process.stop(STOP_GRACE)
+            await self._process.stop()
 
     def kill(self) -> None:
         """Ends the engine without asking it."""
