@@ -58,7 +58,7 @@ class EngineProcess:
         return f"exited with code {code}"
 
     async def stop(self) -> None:
-        """Ends it without asking: it has nothing to put in order, and hears nothing as it starts."""
+        """Kills it: it has nothing to put in order, and while it starts it hears nothing."""
         self.kill()
         await self._process.wait()
 
