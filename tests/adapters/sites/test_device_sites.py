@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -19,6 +21,7 @@ from deltamux.adapters.primitives.row_bias import RowBias
 from deltamux.adapters.primitives.virtual_tokens import KeyValuePrefix
 from deltamux.adapters.sites import device_sites as sites_module
 from deltamux_kernels import native
+from deltamux_kernels.packed import PackedMatrices
 
 Make = Callable[..., Any]
 
@@ -215,3 +218,28 @@ def test_captured_steps_are_outgrown_by_what_they_read_alone(
         assert sites.reserve(slot, Adapter("", "", 0, 0, "", {name: (payload,)}))
         growths.append(sites.growth)
     assert growths == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_copy_beside_the_steps_is_over_when_it_ends_or_fails(
+    folders: list[Path], serve: Make, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """The engine empties the slot of one that has failed on the steps' stream."""
+    order: list[str] = []
+
+    def write(*_: Any) -> None:
+        order.append("write")
+        if fails:
+            raise torch.OutOfMemoryError
+
+    served = serve("llama")
+    served.sites._stream = SimpleNamespace(
+        wait_stream=order.append, synchronize=lambda: order.append("over")
+    )
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "former steps")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(PackedMatrices, "write", write)
+    with pytest.raises(torch.OutOfMemoryError) if fails else nullcontext():
+        served.load(0, folders[0])
+    assert order[0] == "former steps" and order[-1] == "over"
+    assert order.count("write") == len(order) - 2

@@ -241,15 +241,18 @@ class DeviceSites:
 
     @contextmanager
     def _copying(self) -> Iterator[None]:
-        """On a GPU: a stream beside the steps' own, at rest again when the block ends."""
+        """On a GPU: a stream beside the steps' own, at rest again when the block ends or fails."""
         if self._stream is None:
             yield
             return
         # A slot's former tables and memory are cleared and read on the steps' stream.
         self._stream.wait_stream(torch.cuda.default_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            yield
-        self._stream.synchronize()
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            # What has failed is released next, on the steps' stream.
+            self._stream.synchronize()
 
 
 def _install(model: nn.Module, spec: SiteSpec, factory: BankFactory, rows: Rows) -> Site:

@@ -72,17 +72,20 @@ class GraphCapture:
             raise
 
     def _captured(self, step: Step) -> Step:
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        # Around both, since a capture that fails leaves its own stream the current one.
-        with torch.cuda.stream(self._stream):
-            step()  # kernels are compiled, libraries take their workspaces
-            # The loader's threads go on meanwhile.
-            with torch.cuda.graph(
-                graph, self._pool, self._stream, capture_error_mode="thread_local"
-            ):
-                step()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        graph, steps = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(steps)
+        try:
+            # Around both, since a capture that fails leaves its own stream the current one.
+            with torch.cuda.stream(self._stream):
+                step()  # kernels are compiled, libraries take their workspaces
+                # The loader's threads go on meanwhile.
+                with torch.cuda.graph(
+                    graph, self._pool, self._stream, capture_error_mode="thread_local"
+                ):
+                    step()
+        finally:
+            # What was queued before it failed reads the buffers that the next step fills.
+            steps.wait_stream(self._stream)
         return graph.replay
 
 
