@@ -11,6 +11,17 @@ from deltamux_kernels.expert_pairs import ExpertPairs
 _LEAST_ROWS = 4
 
 
+def is_one_launch(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether all experts' products are one launch of torch's, and the host reads nothing for it.
+
+    So it is for bfloat16 on sm_90 and sm_100. Elsewhere torch reads how many rows each expert has,
+    and multiplies expert by expert.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def expert_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pairs: ExpertPairs
 ) -> torch.Tensor:
@@ -40,6 +51,6 @@ def expert_linear_torch(
 def expert_linear_cuda(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pairs: ExpertPairs
 ) -> torch.Tensor:
-    """`expert_linear` as one grouped product, of which the host reads nothing."""
+    """`expert_linear` as one grouped product; see `is_one_launch`."""
     y = functional.grouped_mm(x, weight.transpose(1, 2), offs=pairs.ends)
     return y if bias is None else y.add_(bias[pairs.experts])

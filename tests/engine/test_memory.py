@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from deltamux.base.encoders import Encoder
 from deltamux.base.load import Base, adopt
 from deltamux.config import EngineConfig
+from deltamux.engine import memory
 from deltamux.engine.kv.kv_cache import block_bytes
 from deltamux.engine.memory import (
     MemoryShares,
@@ -117,7 +118,7 @@ def test_an_encoder_gives_the_adapters_all(base: Base) -> None:
     assert share_memory(encoder, replace(config, adapter_device_bytes=99)).adapter_bytes == 99
 
 
-def test_graphs_take_a_step_and_what_it_reads(base: Base) -> None:
+def test_graphs_take_a_step_and_what_it_reads(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     config = EngineConfig("", max_num_seqs=3, max_num_batched_tokens=24, max_model_len=40)
     buffers = step_buffers(config, base, torch.device("cpu"))
     assert buffers.block_tables.shape == (4, 3) and buffers.packed.input_ids.shape == (24,)
@@ -126,6 +127,8 @@ def test_graphs_take_a_step_and_what_it_reads(base: Base) -> None:
     assert graph_bytes(base, replace(config, enforce_eager=True), 1000) == 0
     encoder = replace(base, encoder=Encoder(lambda config: None))
     assert graph_bytes(encoder, config, 1000) == 0
+    monkeypatch.setattr(memory, "can_be_captured", lambda base: False)
+    assert graph_bytes(base, config, 1000) == 0
 
 
 @pytest.mark.parametrize(("sequences", "tokens"), [(5, 64), (64, 8), (1, 500)])

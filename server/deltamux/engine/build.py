@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import structlog
 import torch
 
 from deltamux.adapters.adapter import Adapter
@@ -24,7 +25,12 @@ from deltamux.engine.kv.prefix_pages import PrefixPages
 from deltamux.engine.limits import Limits
 from deltamux.engine.memory import share_memory, step_buffers
 from deltamux.engine.rehearsal import recorded_agree, rehearse, replays_agree
-from deltamux.engine.replay.cuda_graphs import GraphCapture, StepGraphs, captured_shapes
+from deltamux.engine.replay.cuda_graphs import (
+    GraphCapture,
+    StepGraphs,
+    can_be_captured,
+    captured_shapes,
+)
 from deltamux.engine.replay.recorded_steps import RecordedSteps
 from deltamux.engine.scheduling.scheduler import Scheduler
 from deltamux.engine.step.encoder_runner import EncoderRunner
@@ -36,6 +42,8 @@ from deltamux.store.memory.loader import Loader
 from deltamux.wire.channel import EngineEnd
 from deltamux.wire.messages import Ready
 from deltamux_kernels import native
+
+_log = structlog.get_logger(__name__)
 
 
 def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
@@ -118,7 +126,11 @@ def _replay_steps(
 
     Returns what there is to capture at rest.
     """
-    if base.device.type == "cuda":
+    if base.device.type == "cuda" and not can_be_captured(base):
+        _log.warning(
+            "no CUDA graphs: here torch multiplies expert by expert", dtype=str(base.dtype)
+        )
+    elif base.device.type == "cuda":
         graphs = StepGraphs(
             captured_shapes(config.max_num_batched_tokens, config.max_num_seqs),
             runner.logits,

@@ -21,7 +21,7 @@ from deltamux.config import EngineConfig
 from deltamux.engine.host_memory import free_host_bytes
 from deltamux.engine.kv.kv_cache import KVCache, block_bytes
 from deltamux.engine.rehearsal import packed_hidden, trial_sequence
-from deltamux.engine.replay.cuda_graphs import captured_shapes
+from deltamux.engine.replay.cuda_graphs import can_be_captured, captured_shapes
 from deltamux.engine.replay.step_buffers import StepBuffers
 from deltamux.engine.sequence import Scheduled
 from deltamux.engine.step.runner import ModelRunner
@@ -125,7 +125,7 @@ def _room_beside_a_step(base: Base, config: EngineConfig) -> Room:
 def graph_bytes(base: Base, config: EngineConfig, step_bytes: int) -> int:
     """What CUDA graphs take beside a step that takes `step_bytes`: those of all shapes share what
     the largest computes in between, in memory that no other step may have."""
-    if config.enforce_eager or base.encoder is not None:
+    if config.enforce_eager or base.encoder is not None or not can_be_captured(base):
         return 0
     return step_bytes + step_buffers(config, base, torch.device("meta")).bytes
 

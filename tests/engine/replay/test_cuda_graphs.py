@@ -10,7 +10,12 @@ import torch
 from structlog.testing import capture_logs
 
 from deltamux.engine.rehearsal import trial_sequence
-from deltamux.engine.replay.cuda_graphs import Step, StepGraphs, captured_shapes
+from deltamux.engine.replay.cuda_graphs import (
+    Step,
+    StepGraphs,
+    can_be_captured,
+    captured_shapes,
+)
 from deltamux.engine.replay.step_buffers import StepBuffers, StepShape
 from deltamux.engine.sequence import Scheduled
 from deltamux.engine.step.batch import StepBatch
@@ -118,13 +123,13 @@ def test_startup_says_what_was_captured() -> None:
 
 
 def test_what_cannot_be_captured_gives_up_all_that_is_like_it() -> None:
-    error = RuntimeError("operation not permitted when stream is capturing")
+    error = RuntimeError("operation not permitted when stream is capturing\nand more")
     with capture_logs() as logs:
         capturing = Capturing(error, refused=(8,))
         assert capturing.graphs.capture_base()
     warning, captured = logs
     assert warning["rows"] == [4, 8] and not warning["decodes"]
-    assert "not permitted" in warning["error"]
+    assert warning["error"].endswith("not permitted when stream is capturing")
     assert capturing.rows == [8, 2, 1] and captured["mixed"] == []
     assert not Capturing(error, refused=(8, 4, 2, 1)).graphs.capture_base()
 
@@ -146,7 +151,32 @@ def test_without_memory_one_shape_is_given_up(error: Exception) -> None:
     with capture_logs() as logs:
         assert capturing.graphs.capture_base()
     assert logs[0]["rows"] == [8] and logs[1]["mixed"] == [4]
+    assert logs[0]["error"] == "OutOfMemoryError: CUDA out of memory"
     assert [shape.rows for shape in capturing.graphs.shapes] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "captured"),
+    [
+        ((8, 0), torch.bfloat16, False),
+        ((9, 0), torch.bfloat16, True),
+        ((9, 0), torch.float16, False),
+        ((10, 3), torch.bfloat16, True),
+        ((12, 0), torch.bfloat16, False),
+    ],
+)
+def test_experts_are_captured_where_the_host_need_not_know_who_was_chosen(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    captured: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    structure = SimpleNamespace(experts={"mlp.experts": None})
+    base: Any = SimpleNamespace(structure=structure, device=torch.device("cuda"), dtype=dtype)
+    assert can_be_captured(base) == captured
+    structure.experts.clear()
+    assert can_be_captured(base)
 
 
 @pytest.mark.parametrize(("adapter_from", "replayed"), [(0, True), (1, False)])

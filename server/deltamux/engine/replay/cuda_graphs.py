@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from deltamux.adapters.sites.device_sites import DeviceSites
+from deltamux.base.load import Base
 from deltamux.base.out_of_memory import is_out_of_memory
 from deltamux.engine.replay.step_buffers import ShapedStep, StepBuffers, StepShape
 from deltamux.engine.step.batch import StepBatch
 from deltamux.engine.step.replays import Forward
+from deltamux_kernels.expert_linear import is_one_launch
 
 _log = structlog.get_logger(__name__)
 
@@ -36,6 +38,11 @@ _MIXED = (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 Step = Callable[[], None]
 # Runs a step, and makes one of it that repeats its launches.
 Capture = Callable[[Step], Step]
+
+
+def can_be_captured(base: Base) -> bool:
+    """False where every step of the base waits for the device: for what its routers have chosen."""
+    return not base.structure.experts or is_one_launch(base.device, base.dtype)
 
 
 def captured_shapes(most_rows: int, most_sequences: int) -> tuple[StepShape, ...]:
@@ -217,7 +224,8 @@ class StepGraphs:
 
     def _give_up(self, shape: StepShape, adapted: bool, error: Exception) -> None:
         """This shape, where memory did not suffice; for any other reason all that are like it."""
-        starved = any(is_out_of_memory(cause) for cause in _causes(error))
+        causes = [*_causes(error)]
+        starved = any(map(is_out_of_memory, causes))
         lost = [
             other
             for other in self._steps
@@ -229,7 +237,7 @@ class StepGraphs:
             rows=[other.rows for other in lost],
             decodes=shape.decodes,
             adapters=adapted,
-            error=f"{type(error).__name__}: {error}",
+            error=f"{type(causes[-1]).__name__}: {causes[-1]}".splitlines()[0],
         )
 
     def _step(self, shape: StepShape, adapted: bool) -> tuple[Step, Tensor]:
