@@ -27,14 +27,14 @@ def overlap(x: torch.Tensor) -> dict[str, bool]:
     From sm_90 on. The kernel says when the next may start, and waits before it reads what the one
     before has written.
     """
-    return {"OVERLAP": True, "launch_pdl": True} if is_hopper(x) else {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True} if capability(x) >= (9, 0) else {"OVERLAP": False}
 
 
-def is_hopper(x: torch.Tensor) -> bool:
-    """Whether the tensor lies on a GPU of sm_90 or later. AMD's count their capabilities too."""
+def capability(x: torch.Tensor) -> tuple[int, int]:
+    """Of the NVIDIA GPU that holds the tensor, else (0, 0): AMD's count their capabilities too."""
     if not x.is_cuda or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(x.device) >= (9, 0)
+        return 0, 0
+    return torch.cuda.get_device_capability(x.device)
 
 
-__all__ = ["is_hopper", "overlap", "tl", "triton"]
+__all__ = ["capability", "overlap", "tl", "triton"]

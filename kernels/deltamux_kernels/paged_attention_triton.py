@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deltamux_kernels._triton import is_hopper, triton
+from deltamux_kernels._triton import capability, triton
 from deltamux_kernels.attention_batch import AttentionBatch
 from deltamux_kernels.paged_attention_kernel import paged_attention_kernel
 from deltamux_kernels.scoring import Scoring
@@ -77,15 +77,18 @@ def paged_attention_triton(
 
 def _tiling(dim: int, query: torch.Tensor, decodes: bool) -> tuple[int, int, int]:
     """Rows of a query tile, keys of one product, warps: what fits shared memory and registers."""
-    size, hopper = dim * query.element_size(), is_hopper(query)
+    size = dim * query.element_size()
+    # sm_90 and sm_100 multiply larger tiles at once and have the shared memory for them. sm_120 has
+    # the instructions and the memory of sm_89.
+    large = capability(query)[0] in (9, 10)
     if size > 256:
         rows = PREFILL_ROWS // 2 if size <= 1024 else PREFILL_ROWS // 4
         keys = 32 if size <= 512 else 16
         return (DECODE_ROWS, keys, 4) if decodes else (rows, keys, 8)
     if decodes:
-        return DECODE_ROWS, 128 if hopper and size > 128 else 64, 4
+        return DECODE_ROWS, 128 if large and size > 128 else 64, 4
     # Elsewhere four warps spill registers at 128 dimensions, and in float32 everywhere.
-    few = size <= 128 or (hopper and query.element_size() == 2)
+    few = size <= 128 or (large and query.element_size() == 2)
     return PREFILL_ROWS, 64, 4 if few else 8
 
 

@@ -130,11 +130,13 @@ def _of_assembly(assembly: str) -> tuple[int, int]:
 @contextlib.contextmanager
 def launched_on(architecture: str) -> Iterator[None]:
     """Launchers choose what they would on that GPU."""
-    hopper = architecture in ("sm_90", "sm_100")
+    number = int(architecture[3:]) if architecture.startswith("sm_") else 0
     with contextlib.ExitStack() as stack:
         for name in ("_triton", "paged_attention_triton"):
             module = sys.modules[f"deltamux_kernels.{name}"]
-            stack.enter_context(mock.patch.object(module, "is_hopper", lambda _: hopper))
+            stack.enter_context(
+                mock.patch.object(module, "capability", lambda _: divmod(number, 10))
+            )
         yield
 
 
@@ -261,7 +263,7 @@ def compile_all(target: str, number: int) -> None:
             for queries in (1, 64):
                 attention(dtype, dim, queries, scoring)
                 new_keys(dtype, dim, 2 * queries)
-        if architecture == "sm_89":
+        if architecture in ("sm_89", "sm_120"):
             # Of all that are served, the least shared memory and the most of it wanted.
             for dim in (128, 256):
                 attention(torch.float32, dim, 64, plain)
