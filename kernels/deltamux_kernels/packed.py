@@ -88,12 +88,18 @@ class PackedMatrices:
         self.transposed[slot] = view.t() if rows else None
 
     def clear(self, slot: int) -> None:
-        """Forget the slot's matrix; its extent belongs to the caller again.
+        """Forget the slot's matrix, on the host and in the table.
 
         Steps of other slots may be under way: nothing waits for the device, as an assignment to one
         number of a tensor would.
         """
+        self.forget(slot)
         self.rows[slot].zero_()
+
+    def forget(self, slot: int) -> None:
+        """Its extent belongs to the caller again. Kernels find the matrix by slot until `clear` or
+        the next `write`: no row of a step may have the slot before.
+        """
         self._rows_on_host[slot] = 0
         self.views[slot] = None
         self.transposed[slot] = None
@@ -136,7 +142,13 @@ class DividedMatrices(PackedMatrices):
 
     def clear(self, slot: int) -> None:
         super().clear(slot)
-        self._divide(self._own(slot), [0] * self._count, 0)
+        self.parts.rows[self._own(slot)].zero_()
+
+    def forget(self, slot: int) -> None:
+        super().forget(slot)
+        own = self._own(slot)
+        for part in range(own.start, own.stop):
+            self.parts.forget(part)
 
     def extend(self, rows: int) -> bool:
         return self.parts.extend(rows // self._count)

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.primitives import low_rank
@@ -224,7 +225,7 @@ def test_captured_steps_are_outgrown_by_what_they_read_alone(
 def test_a_copy_beside_the_steps_is_over_when_it_ends_or_fails(
     folders: list[Path], serve: Make, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    """The engine empties the slot of one that has failed on the steps' stream."""
+    """Its slot and its memory are others' next, one that has failed has them no longer."""
     order: list[str] = []
 
     def write(*_: Any) -> None:
@@ -243,3 +244,60 @@ def test_a_copy_beside_the_steps_is_over_when_it_ends_or_fails(
         served.load(0, folders[0])
     assert order[0] == "former steps" and order[-1] == "over"
     assert order.count("write") == len(order) - 2
+
+
+def test_a_slot_is_emptied_without_the_device_and_leaves_nothing_to_its_next(
+    folders: list[Path], serve: Make, ids: Tensor
+) -> None:
+    """Kernels find matrices in tables, where one that is left would act beside others' there."""
+    served = serve("llama")
+    sites = served.sites
+    served.load(0, folders[4])
+    former = dict(sites._layouts[0].stacks)
+    with CountedOperations() as operations:
+        sites.release(0)
+    assert not operations.count
+    assert not any(store.rows_of(0) for store in former)
+    served.load(0, folders[1])
+    left = [store for store in former if store not in sites._layouts[0].stacks]
+    assert left and not any(int(store.rows[0]) for store in left)
+    served.load(1, folders[4])
+    fresh = serve("llama")
+    fresh.load(0, folders[1])
+    fresh.load(1, folders[4])
+    slots = [0, 1, 0, 1, None]
+    assert torch.equal(served.logits(ids, slots), fresh.logits(ids, slots))
+
+
+def test_a_load_that_failed_leaves_nothing_to_the_next_in_its_slot(
+    folders: list[Path], serve: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve("llama")
+    sites, adapter = served.sites, served.parse(folders[4])
+    assert sites.reserve(0, adapter)
+    former, write = list(sites._layouts[0].stacks), PackedMatrices.write
+
+    def fail_at_last(store: PackedMatrices, *given: Any) -> None:
+        write(store, *given)
+        if store is former[-1]:
+            raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(PackedMatrices, "write", fail_at_last)
+        sites.write(0, adapter)
+    sites.release(0)
+    served.load(0, folders[1])
+    left = [store for store in former if store not in sites._layouts[0].stacks]
+    assert left and not any(int(store.rows[0]) for store in left)
+
+
+class CountedOperations(TorchDispatchMode):
+    """How often torch is asked for something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))

@@ -115,6 +115,9 @@ class DeviceSites:
         for site in self._sites.values():
             self._groups[site.spec.group].append(site)
         self._layouts: dict[int, _Layout] = {}
+        # By slot, those in whose tables kernels find something: what was written to it, and until
+        # the next write what its last adapter has left.
+        self._found: list[set[PackedMatrices]] = [set() for _ in range(slots)]
         self._rows = rows
         # Slots of adapters for which no captured step stands.
         self.eager_slots: set[int] = set()
@@ -160,13 +163,17 @@ class DeviceSites:
 
     def write(self, slot: int, adapter: Adapter) -> None:
         """Copies an adapter to its reserved place; it may be used as soon as this returns."""
-        layout = self._layouts[slot]
+        layout, found = self._layouts[slot], self._found[slot]
         with self._copying():
+            for store in found - layout.stacks.keys():
+                store.clear(slot)
+            found.update(layout.stacks)
             for store, stack in layout.stacks.items():
                 store.write(slot, stack.offset, stack.stacked())
                 stack.matrices.clear()
             for _, bank, first_rows in layout.placements:
                 bank.placed(slot, first_rows)
+        self._found[slot] = set(layout.stacks)
         if adapter.head is not None:
             self.task_heads.plans[slot] = adapter.head.plan
         for sites, bank, _ in layout.placements:
@@ -176,7 +183,10 @@ class DeviceSites:
         self._rows.changed()
 
     def release(self, slot: int) -> None:
-        """Empties the slot, written or not; no step that uses it may be under way."""
+        """Empties the slot, written or not; no step that uses it may be under way.
+
+        Nothing is queued on the device: no step has a row of the slot until it is written again.
+        """
         layout = self._layouts.pop(slot)
         self.eager_slots.discard(slot)
         for sites, bank, _ in layout.placements:
@@ -186,7 +196,7 @@ class DeviceSites:
         self.task_heads.plans.pop(slot, None)
         self._rows.changed()
         for store in layout.stacks:
-            store.clear(slot)
+            store.forget(slot)
         self._free(layout.stacks.values())
 
     def occupants(self, slots: Iterable[int]) -> tuple[object, ...]:
@@ -245,13 +255,13 @@ class DeviceSites:
         if self._stream is None:
             yield
             return
-        # A slot's former tables and memory are cleared and read on the steps' stream.
+        # A slot's former tables and memory were read on the steps' stream.
         self._stream.wait_stream(torch.cuda.default_stream(self.device))
         try:
             with torch.cuda.stream(self._stream):
                 yield
         finally:
-            # What has failed is released next, on the steps' stream.
+            # Where it has failed, what it was to fill is others' next.
             self._stream.synchronize()
 
 
