@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
-from structlog.testing import capture_logs
 
 from deltamux.base.device import find_device
 from deltamux.errors import StartupError
@@ -52,12 +52,16 @@ def test_a_gpu_becomes_the_current_one(see: See, name: str, index: int) -> None:
     assert current == [index]
 
 
-def test_without_a_gpu_auto_is_the_cpu_and_says_why(see: See) -> None:
+def test_without_a_gpu_auto_is_the_cpu_and_the_log_says_why(
+    see: See, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a command prints is its answer alone."""
     see(0)
-    with capture_logs() as logs:
+    with caplog.at_level("INFO"):
         assert find_device("auto") == find_device("cpu") == torch.device("cpu")
-    (log,) = logs
-    assert log["event"] == "computing on the CPU" and log["reason"]
+    (message,) = caplog.messages
+    assert re.fullmatch("computing on the CPU: .+", message)
+    assert not capsys.readouterr().out
 
 
 def test_torch_says_why_there_is_no_gpu(see: See, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import structlog
+import logging
+
 import torch
 
 from deltamux.base.out_of_memory import is_out_of_memory
 from deltamux.errors import StartupError
 
-_log = structlog.get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 # From an A100 on. Before, no matrix instruction takes bfloat16.
 _LEAST_CAPABILITY = (8, 0)
@@ -22,7 +23,7 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         if not torch.cuda.is_available():
-            _log.info("computing on the CPU", reason=_why_there_is_none())
+            _log.info("computing on the CPU: %s", _why_there_is_none())
             return torch.device("cpu")
         name = "cuda"
     try:
