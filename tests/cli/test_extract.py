@@ -83,3 +83,22 @@ def test_errors_are_one_line(
     error = capsys.readouterr().err
     assert error.startswith("deltamux extract: ") and message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--rank", "4"], "--rank is of --form low-rank, not of exact"),
+        (["--form", "one-bit", "--share", "0.1"], "--share is of --form sparse, not of one-bit"),
+    ],
+)
+def test_an_option_of_another_form_is_wrong_usage(
+    more: list[str],
+    message: str,
+    tuned: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(command(tuned, tmp_path / "out", *more)) == 2
+    assert capsys.readouterr().err == f"deltamux extract: {message}\n"
+    assert not (tmp_path / "out").exists()

@@ -34,6 +34,10 @@ CONFIGS = {
     "gpt2": lambda **more: transformers.GPT2Config(
         vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, **more
     ),
+    "gpt_neox": lambda **more: transformers.GPTNeoXConfig(**LLAMA, **more),
+    "opt": lambda **more: transformers.OPTConfig(
+        **SMALL, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64, **more
+    ),
     "mixtral": lambda **more: transformers.MixtralConfig(
         **LLAMA, num_key_value_heads=2, num_local_experts=2, **more
     ),
@@ -93,7 +97,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_exact_form_gives_the_fine_tune_back_to_the_bit(
     name: str, tied: bool, run: Callable[..., Extraction], tmp_path: Path
@@ -198,6 +202,37 @@ def test_shards_and_one_file_give_the_same_adapter(
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == one
 
 
+def test_the_shards_of_an_earlier_save_are_not_read(
+    run: Callable[..., Extraction], tmp_path: Path
+) -> None:
+    """As transformers does: what it would load is what is compared."""
+    base = build("llama")
+    tuned = copy.deepcopy(base)
+    move(tuned)
+    run(base, tuned, max_shard_size="20KB")
+    move(tuned, "model.norm.weight")
+    save_file(tuned.state_dict(), tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    again(tmp_path)
+    for name, parameter in rebuilt(base, tmp_path).named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name)), name
+
+
+def test_float64_is_rounded_as_for_a_server(run: Callable[..., Extraction], tmp_path: Path) -> None:
+    base = build("llama").double()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(1e-3 * torch.randn_like(parameter))
+    run(base, tuned)
+    served, loaded = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        for name in ("base", "tuned")
+    )
+    for name, parameter in rebuilt(served, tmp_path).named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name)), name
+
+
 def test_a_head_that_the_fine_tune_no_longer_ties_is_stored_whole(
     run: Callable[..., Extraction], tmp_path: Path
 ) -> None:
@@ -293,7 +328,7 @@ def reconfigured(**fields: object) -> Callable[[Path], None]:
         (broken(lambda t: t | {"extra.weight": torch.ones(2)}), "extra.weight changed"),
         (broken(lambda t: t | {QUERY: torch.ones(33, 32)}), "has shape"),
         (broken(lambda t: t | {QUERY: t[QUERY] / 0}), "NaN or infinity"),
-        (broken(lambda t: t | {QUERY: t[QUERY].double()}), "dtype F64"),
+        (broken(lambda t: t | {QUERY: t[QUERY].to(torch.float8_e4m3fn)}), "dtype F8_E4M3"),
         (broken(lambda t: t | {QUERY.replace("model.", "", 1): t[QUERY] + 0}), "twice"),
         (reconfigured(rms_norm_eps=0.5), "the configs differ in rms_norm_eps"),
         (reconfigured(tie_word_embeddings=True), "differ, but its config ties them"),
@@ -355,3 +390,33 @@ def test_changed_experts_are_refused_and_unchanged_ones_are_no_matter(
     move(tuned, "experts.down_proj")
     with pytest.raises(InvalidArgument, match="experts"):
         run(base, tuned)
+
+
+def test_unchanged_experts_may_have_another_dtype_and_nothing_beside_them_may_be_missing(
+    run: Callable[..., Extraction], tmp_path: Path
+) -> None:
+    base = build("mixtral").bfloat16()
+    tuned = copy.deepcopy(base).float()
+    move(tuned, "q_proj.weight")
+    assert len(run(base, tuned).stored) == 2
+    rewrite(tmp_path / "tuned", lambda t: {k: v for k, v in t.items() if k != QUERY})
+    with pytest.raises(InvalidArgument, match=f"lacks {QUERY}"):
+        again(tmp_path)
+
+
+def test_changed_positions_that_are_no_site_are_refused(run: Callable[..., Extraction]) -> None:
+    base = build("opt")
+    tuned = copy.deepcopy(base)
+    move(tuned, "q_proj.weight")
+    assert len(run(base, tuned).stored) == 2
+    move(tuned, "embed_positions.weight")
+    with pytest.raises(InvalidArgument, match=r"embed_positions\.weight changed"):
+        run(base, tuned)
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    config = transformers.BertConfig(**SMALL, intermediate_size=48)
+    for name in ("base", "tuned"):
+        transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / name)
+    with pytest.raises(InvalidArgument, match="'bert' is an encoder"):
+        again(tmp_path)

@@ -29,6 +29,9 @@ from deltamux.extract.source import local_folder
 
 PROGRAM = "deltamux extract"
 
+# The options of one form, which would say nothing to another.
+_FORM_OF = {"rank": "low-rank", "energy": "low-rank", "share": "sparse"}
+
 
 class Extract(Report):
     """Take what a fine-tune changed out of two checkpoints, and write it as an adapter."""
@@ -61,6 +64,9 @@ class Extract(Report):
 
 def main(arguments: Sequence[str]) -> int:
     options = Extract.parse(PROGRAM, arguments)
+    for name, form in _FORM_OF.items():
+        if name in options.model_fields_set and options.form != form:
+            raise UsageError(f"{PROGRAM}: --{name} is of --form {form}, not of {options.form}")
     for file in (options.out / CONFIG, options.out / WEIGHTS):
         if file.exists():
             raise UsageError(f"{PROGRAM}: --out {options.out} has an adapter already")

@@ -16,7 +16,7 @@ from deltamux.errors import InvalidArgument
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_DTYPES = ("F32", "F16", "BF16")
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class ModelCheckpoint:
@@ -38,7 +38,8 @@ class ModelCheckpoint:
         return sum((self.folder / shard).stat().st_size for shard in set(self._shard_of.values()))
 
     def read(self, key: str) -> Tensor:
-        """One tensor in its own dtype, float32, float16 or bfloat16; others are refused."""
+        """One tensor in its own dtype, float32, float16 or bfloat16; float64 is rounded to float32,
+        as for a server. Others are refused."""
         with _opened(self.folder / self._shard_of[key]) as file:
             dtype = file.get_slice(key).get_dtype()
             if dtype not in _DTYPES:
@@ -46,19 +47,20 @@ class ModelCheckpoint:
                     f"{self.folder}: {key} has dtype {dtype}; {', '.join(_DTYPES)} are read"
                 )
             tensor: Tensor = file.get_tensor(key)
-        return tensor
+        return tensor.float() if dtype == "F64" else tensor
 
 
 def _shards(folder: Path) -> Mapping[str, str]:
-    """Name of each tensor -> the file in `folder` that holds it."""
-    if (folder / _INDEX).is_file():
+    """Name of each tensor -> the file in `folder` that holds it. transformers looks for them in the
+    same order, so that what an earlier save has left is read by nobody."""
+    if (folder / _SINGLE).is_file():
+        with _opened(folder / _SINGLE) as file:
+            shards = dict.fromkeys(file.keys(), _SINGLE)
+    elif (folder / _INDEX).is_file():
         table = parse_object((folder / _INDEX).read_bytes(), str(folder / _INDEX)).get("weight_map")
         if not isinstance(table, dict) or not table:
             raise InvalidArgument(f"{folder / _INDEX} has no weight_map")
         shards = {key: str(shard) for key, shard in table.items()}
-    elif (folder / _SINGLE).is_file():
-        with _opened(folder / _SINGLE) as file:
-            shards = dict.fromkeys(file.keys(), _SINGLE)
     elif any((folder / name).exists() for name in _PICKLED):
         raise InvalidArgument(
             f"{folder} holds a pickle, which can run code and is never read; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import defaultdict
 from functools import cached_property
@@ -10,8 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
+from deltamux.base.encoders import encoder_of
 from deltamux.errors import InvalidArgument
 from deltamux.extract.checkpoint import ModelCheckpoint
 from deltamux.extract.exact import Use
@@ -101,11 +105,14 @@ class Parameters:
         return "table" if isinstance(module, nn.Embedding) else "linear"
 
     def is_of_a_site(self, name: str) -> bool:
-        """Whether a changed one can be served at all: no expert or router of a mixture."""
+        """Whether a changed one can be served at all: no expert or router of a mixture, and no
+        table of positions that finds out by itself which they are, as OPT's."""
         module = self._module(name)
         if not name.endswith((".weight", ".bias")):
             return False
-        known = isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+        if isinstance(module, nn.Embedding):
+            return len(inspect.signature(module.forward).parameters) == 1
+        known = isinstance(module, nn.Linear | Conv1D)
         return known or self._model.get_parameter(name).ndim == 1
 
     def _module(self, name: str) -> nn.Module:
@@ -113,11 +120,16 @@ class Parameters:
         return module
 
     def _keys(self) -> dict[str, str]:
-        """Name of each parameter -> its key; checkpoints may leave the model's prefix out."""
+        """Name of each parameter -> its key; checkpoints may leave the model's prefix out, and have
+        names that transformers has given up, as `embed_out` of GPT-NeoX."""
         prefix = f"{self._model.base_model_prefix}."
+        renamings = _renamings(self._model)
         found: dict[str, str] = {}
         for key in self._checkpoint.keys:
-            for name in (key, prefix + key, key.removeprefix(prefix)):
+            today = key
+            for renaming in renamings:
+                today, _ = renaming.rename_source_key(today)
+            for name in (key, today, prefix + today, today.removeprefix(prefix)):
                 if name in self._id_of:
                     if name in found:
                         raise InvalidArgument(f"{self.folder} holds {name} twice")
@@ -161,8 +173,17 @@ def _config(folder: Path) -> PreTrainedConfig:
         raise InvalidArgument(f"{folder} is no model: {first_line}") from None
 
 
+def _renamings(model: PreTrainedModel) -> list[WeightRenaming]:
+    transforms = get_model_conversion_mapping(model, add_legacy=False)
+    return [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+
+
 def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights."""
+    if encoder_of(config) is not None:
+        raise InvalidArgument(
+            f"{config.model_type!r} is an encoder; fine-tunes of models that generate are read"
+        )
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)

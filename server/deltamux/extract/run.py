@@ -65,13 +65,18 @@ def _names(base: Parameters, tuned: Parameters) -> list[str]:
             raise InvalidArgument(f"{tuned.folder} lacks {name}, which the base has")
         if not base.knows(name) and not name.endswith(".bias"):
             raise InvalidArgument(f"{tuned.folder} has {name}, which the base lacks")
-    return [name for name in names if not tuned.stored_under_other_keys(name)]
+    return [
+        name
+        for name in names
+        if not (base.knows(name) and base.stored_under_other_keys(name))
+        or not tuned.stored_under_other_keys(name)
+    ]
 
 
 def _require_unknown_unchanged(base: Parameters, tuned: Parameters) -> None:
     for key in sorted(base.unknown_keys | tuned.unknown_keys):
         both = base.unknown_keys & tuned.unknown_keys
-        if key not in both or not torch.equal(base.read_unknown(key), tuned.read_unknown(key)):
+        if key not in both or not _same(base.read_unknown(key), tuned.read_unknown(key)):
             raise InvalidArgument(
                 f"{key} changed, and is no parameter under that name in transformers' model "
                 "(a renamed or fused one, or one of an expert): it cannot be stored exactly"

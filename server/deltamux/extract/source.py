@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError
 
 from deltamux.errors import InvalidArgument
 
-_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+_FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 
 
 def local_folder(model: str) -> Path:
