@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import zlib
+from types import SimpleNamespace
 
 import grpc
 import pytest
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deltamux.errors import InvalidArgument
+from deltamux.errors import DeadlineExceeded, InvalidArgument
+from deltamux.frontend.interceptors import CallInterceptor
 from deltamux.frontend.limits import MAX_REQUEST_BYTES
 from deltamux.frontend.status import rich_status
 from deltamux.frontend.tokenizer import Tokenizer
+from deltamux.metrics import Metrics
 from deltamux.v1 import inference_pb2 as v1
 
 METHODS = (
@@ -123,6 +126,27 @@ async def test_a_bug_shows_a_number_and_hides_its_words(
     assert len(incident) == 16 and "secret" not in got.message
     logged = next(event for event in events if event["event"] == "internal error")
     assert logged["incident"] == incident and logged["exc_info"]
+
+
+class Gone:
+    """The context of a call whose client has left, which gRPC has not noticed yet."""
+
+    async def abort_with_status(self, status: grpc.Status) -> None:
+        raise grpc.aio.InternalError("Failed execute_batch")
+
+
+async def test_a_client_that_has_left_is_no_error() -> None:
+    async def late(request: v1.EmbedRequest, context: Gone) -> None:
+        raise DeadlineExceeded("the deadline has passed")
+
+    async def continuation(details: SimpleNamespace) -> grpc.RpcMethodHandler:
+        return grpc.unary_unary_rpc_method_handler(late, v1.EmbedRequest.FromString)
+
+    interceptor = CallInterceptor(Metrics("tiny"), measured="/deltamux")
+    handler = await interceptor.intercept_service(
+        continuation, SimpleNamespace(method="/deltamux/Embed")
+    )
+    assert await handler.unary_unary(b"", Gone()) is None
 
 
 async def test_one_event_a_call_without_its_prompt(harness) -> None:

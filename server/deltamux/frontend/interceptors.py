@@ -11,6 +11,7 @@ import inspect
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -85,7 +86,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             if measured:
                 self._metrics.request_finished(error.code if error else "OK", seconds)
             _log_call(method, error, seconds)
-        await context.abort_with_status(rich_status(error))
+        # A client whose own deadline has passed may be gone: nobody is left to be told, and gRPC
+        # would log that as an error, with a traceback.
+        with suppress(grpc.aio.InternalError):
+            await context.abort_with_status(rich_status(error))
 
 
 # By whether the request and the response are streams.
