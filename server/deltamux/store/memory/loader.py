@@ -116,7 +116,7 @@ class Loader:
         before = _verified(folder, digest)
         adapter = self._parse(folder, digest)
         if fingerprint(folder) != before:
-            raise DataLoss("the adapter's files on disk changed while they were read")
+            raise _lost("changed while they were read")
         return adapter
 
 
@@ -126,9 +126,9 @@ def _verified(folder: Path, digest: str) -> Fingerprint:
         before = fingerprint(folder)
         actual = content_digest(folder)
     except (OSError, InvalidArgument) as error:
-        raise DataLoss(f"the adapter's files on disk cannot be read: {_reason(error)}") from None
+        raise _lost(f"cannot be read: {_reason(error)}") from None
     if actual != digest:
-        raise DataLoss("the adapter's files on disk do not match their digest")
+        raise _lost("do not match their digest")
     return before
 
 
@@ -142,7 +142,7 @@ def _run(job: _Job) -> Completed:
         # A copy: the error's own frames would keep the tensors alive while it is remembered.
         failure = from_code(error.code, error.reason, error.message, error.retry_after)
     except OSError as error:
-        failure = DataLoss(f"the adapter's files on disk cannot be read: {_reason(error)}")
+        failure = _lost(f"cannot be read: {_reason(error)}")
     except Exception as error:
         failure = _load_error(error)
         if isinstance(failure, Internal):
@@ -155,6 +155,11 @@ def _load_error(error: Exception) -> DeltamuxError:
     if is_out_of_memory(error):
         return no_memory()
     return Internal("loading the adapter failed")
+
+
+def _lost(how: str) -> DataLoss:
+    """The front end makes a copy anew that is damaged, or had to make room before it was read."""
+    return DataLoss(f"the adapter's files on disk {how}", retry_after=1.0)
 
 
 def no_memory() -> DeltamuxError:
