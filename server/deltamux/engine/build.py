@@ -14,7 +14,7 @@ from deltamux.adapters.primitives.task_head import TaskHeadBank
 from deltamux.adapters.sites.device_sites import DeviceSites
 from deltamux.adapters.sites.rows import Rows
 from deltamux.base.load import Base, load_base
-from deltamux.base.out_of_memory import memory_for
+from deltamux.base.out_of_memory import is_out_of_memory, memory_for
 from deltamux.config import EngineConfig
 from deltamux.engine.engine import Engine, NextChore, no_chore
 from deltamux.engine.flight import Lazy
@@ -126,19 +126,9 @@ def _replay_steps(
 
     Returns what there is to capture at rest.
     """
-    if base.device.type == "cuda" and not can_be_captured(base):
-        _log.warning(
-            "no CUDA graphs: here torch multiplies expert by expert", dtype=str(base.dtype)
-        )
-    elif base.device.type == "cuda":
-        graphs = StepGraphs(
-            captured_shapes(config.max_num_batched_tokens, config.max_num_seqs),
-            runner.logits,
-            step_buffers(config, base, base.device),
-            sites,
-            GraphCapture(base.device),
-        )
-        if graphs.capture_base() and replays_agree(graphs, runner, base, longest):
+    if base.device.type == "cuda":
+        graphs = _step_graphs(runner, config, base, sites, longest)
+        if graphs is not None:
             runner.use(graphs)
             return graphs.next_capture
     elif base.dtype == torch.float32 and native.available():
@@ -146,6 +136,32 @@ def _replay_steps(
         if recorded_agree(recorded, runner, base, longest):
             runner.use(recorded)
     return no_chore
+
+
+def _step_graphs(
+    runner: ModelRunner, config: EngineConfig, base: Base, sites: DeviceSites, longest: int
+) -> StepGraphs | None:
+    """The base's captured steps; None where none can be had, or they differ from eager ones."""
+    if not can_be_captured(base):
+        _log.warning(
+            "no CUDA graphs: here torch multiplies expert by expert", dtype=str(base.dtype)
+        )
+        return None
+    try:
+        graphs = StepGraphs(
+            captured_shapes(config.max_num_batched_tokens, config.max_num_seqs),
+            runner.logits,
+            step_buffers(config, base, base.device),
+            sites,
+            GraphCapture(base.device),
+        )
+        usable = graphs.capture_base() and replays_agree(graphs, runner, base, longest)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        _log.warning("no CUDA graphs: there is not enough memory to try them")
+        return None
+    return graphs if usable else None
 
 
 def _device_sites(config: EngineConfig, base: Base, rows: Rows, arena: int) -> DeviceSites:
