@@ -1,5 +1,6 @@
 """Kernels of deltamux: one formula an op, in Triton for CUDA and in plain torch elsewhere."""
 
+from deltamux_kernels._triton import start_launcher
 from deltamux_kernels.activate import Activations, activate
 from deltamux_kernels.attention_batch import AttentionBatch
 from deltamux_kernels.block_rotate import block_rotate
@@ -61,6 +62,7 @@ __all__ = [
     "shrink",
     "sign_delta",
     "sparse_delta",
+    "start_launcher",
     "token_columns",
     "token_rows",
     "write_kv",

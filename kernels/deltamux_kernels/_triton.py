@@ -21,6 +21,12 @@ except ImportError:
     triton = tl = _NoTriton()
 
 
+def start_launcher() -> None:
+    """Lets Triton compile what launches kernels, which it else does at the first launch; raises
+    whatever is in its way."""
+    triton.runtime.driver.active.get_current_target()
+
+
 def overlap(x: torch.Tensor) -> dict[str, bool]:
     """Launch options of a kernel that starts while the one before it ends.
 
@@ -37,4 +43,4 @@ def capability(x: torch.Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(x.device)
 
 
-__all__ = ["capability", "overlap", "tl", "triton"]
+__all__ = ["capability", "overlap", "start_launcher", "tl", "triton"]

@@ -8,8 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from deltamux.base import device
 from deltamux.base.device import find_device
 from deltamux.errors import StartupError
+from deltamux_kernels import start_launcher
 
 # Makes torch see that many GPUs of a capability; returns the numbers of those made current.
 See = Callable[..., list[int]]
@@ -27,8 +29,9 @@ def see(monkeypatch: pytest.MonkeyPatch) -> See:
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+        monkeypatch.setattr(device, "start_launcher", lambda: None)
         # torch's own set_device comes before it, which does not take each device.
         monkeypatch.setattr(torch._C, "_cuda_setDevice", set_current, raising=False)
         return current
@@ -105,3 +108,14 @@ def test_a_gpu_without_memory_is_told_as_such(see: See) -> None:
     see(1, error="CUDA error: out of memory\nand more")
     with pytest.raises(RuntimeError, match="out of memory"):
         find_device("cuda")
+
+
+def test_a_gpu_for_which_triton_cannot_compile(see: See, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here it finds no driver; elsewhere no compiler, no headers, or no place to write."""
+    see(1)
+    monkeypatch.setattr(device, "start_launcher", start_launcher)
+    assert re.fullmatch(
+        r"Triton cannot launch kernels on cuda:0 \(.+\): it needs a C compiler, Python's headers "
+        "and a TRITON_CACHE_DIR to write to",
+        refusal("cuda"),
+    )

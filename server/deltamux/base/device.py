@@ -8,6 +8,7 @@ import torch
 
 from deltamux.base.out_of_memory import is_out_of_memory
 from deltamux.errors import StartupError
+from deltamux_kernels import start_launcher
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +56,13 @@ def _gpu(index: int) -> torch.device:
             f"{device}, {torch.cuda.get_device_name(device)}, has compute capability "
             f"{'.'.join(map(str, capability))}; 8.0 or later is needed: use --device cpu"
         )
+    try:
+        start_launcher()
+    except Exception as error:
+        raise StartupError(
+            f"Triton cannot launch kernels on {device} ({_first_line(error)}): it needs a C "
+            "compiler, Python's headers and a TRITON_CACHE_DIR to write to"
+        ) from error
     return device
 
 
