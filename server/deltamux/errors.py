@@ -102,6 +102,17 @@ class StartupError(DeltamuxError):
     """The server cannot start; the command line prints the message alone."""
 
 
+def first_line(error: BaseException) -> str:
+    """What the error of a library says at first; its kind too, where that may be a name alone."""
+    kind, lines = type(error).__name__, str(error).strip().splitlines()
+    if not lines:
+        return kind
+    if lines[0].endswith(":") and len(lines) > 1:
+        return f"{lines[0]} {lines[1].strip()}"
+    speaks = isinstance(error, OSError | ValueError | RuntimeError)
+    return lines[0] if speaks else f"{kind}: {lines[0]}"
+
+
 def from_code(
     code: str,
     reason: str,

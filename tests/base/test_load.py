@@ -174,7 +174,34 @@ def test_weights_of_another_shape(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["intermediate_size"] = 40
     (folder / "config.json").write_text(json.dumps(config))
-    assert "cannot be loaded" in refusal(str(folder))
+    why = "layers.0.mlp.down_proj.weight has shape (32, 48), its config says (32, 40)"
+    assert why in refusal(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"hidden_size": "wide"}, "Field 'hidden_size' expected int"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_act": "shrug"}, "KeyError: 'shrug'"),
+    ],
+)
+def test_a_config_that_transformers_stumbles_over(
+    folder: Path, fields: dict[str, object], why: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    assert why in refusal(str(folder))
+
+
+def test_memory_that_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        torch.empty(1 << 58, dtype=torch.uint8)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    assert refusal(str(folder)).startswith(
+        f"there is not enough memory for the weights of {folder}"
+    )
 
 
 def test_truncated_weights(folder: Path) -> None:

@@ -333,6 +333,8 @@ def reconfigured(**fields: object) -> Callable[[Path], None]:
         (reconfigured(rms_norm_eps=0.5), "the configs differ in rms_norm_eps"),
         (reconfigured(tie_word_embeddings=True), "differ, but its config ties them"),
         (reconfigured(model_type="telepathy"), "is no model"),
+        (reconfigured(num_attention_heads=0), "is no model: ZeroDivisionError"),
+        (reconfigured(hidden_act="shrug"), "is no language model: KeyError: 'shrug'"),
         (lambda folder: (folder / "tuned" / "model.safetensors").unlink(), "is no model"),
         (
             lambda folder: (folder / "tuned" / "model.safetensors").write_bytes(b"x"),

@@ -46,6 +46,12 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         GenerationDefaults.load(str(tmp_path), None)
 
 
+def test_a_config_that_transformers_stumbles_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 0}')
+    with pytest.raises(StartupError, match=r"cannot load the configuration .*: ZeroDivisionError"):
+        GenerationDefaults.load(str(tmp_path), None)
+
+
 def test_a_generation_config_that_transformers_refuses(tmp_path: Path) -> None:
     model = write(tmp_path, max_new_tokens=0)
     with pytest.raises(StartupError, match="`max_new_tokens` must be greater than 0"):

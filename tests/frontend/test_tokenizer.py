@@ -85,3 +85,9 @@ async def test_a_model_without_a_template_serves_no_chats(
 def test_a_folder_without_a_tokenizer_cannot_start(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="cannot load the tokenizer"):
         Tokenizer.load(str(tmp_path))
+
+
+def test_a_config_that_transformers_stumbles_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 0}')
+    with pytest.raises(StartupError, match=r"cannot load the tokenizer .*: ZeroDivisionError"):
+        Tokenizer.load(str(tmp_path))

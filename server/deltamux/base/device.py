@@ -7,7 +7,7 @@ import logging
 import torch
 
 from deltamux.base.out_of_memory import is_out_of_memory
-from deltamux.errors import StartupError
+from deltamux.errors import StartupError, first_line
 from deltamux_kernels import start_launcher
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def _gpu(index: int) -> torch.device:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise StartupError(f"{device} cannot be used: {_first_line(error)}") from error
+        raise StartupError(f"{device} cannot be used: {first_line(error)}") from error
     capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_CAPABILITY:
         raise StartupError(
@@ -60,7 +60,7 @@ def _gpu(index: int) -> torch.device:
         start_launcher()
     except Exception as error:
         raise StartupError(
-            f"Triton cannot launch kernels on {device} ({_first_line(error)}): it needs a C "
+            f"Triton cannot launch kernels on {device} ({first_line(error)}): it needs a C "
             "compiler, Python's headers and a TRITON_CACHE_DIR to write to"
         ) from error
     return device
@@ -71,9 +71,5 @@ def _why_there_is_none() -> str:
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except Exception as error:
-        return _first_line(error)
+        return first_line(error)
     return "torch finds none"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -23,12 +22,12 @@ from deltamux.base.device import find_device
 from deltamux.base.encoders import Encoder, encoder_of, heads_of, set_shared_apart
 from deltamux.base.fused import can_fuse, fuse
 from deltamux.base.last_hidden import LastHidden
-from deltamux.base.out_of_memory import is_out_of_memory
+from deltamux.base.out_of_memory import is_out_of_memory, memory_for
 from deltamux.base.packed_linear import pack_linears
 from deltamux.base.probe import AttentionLayer, probe
 from deltamux.base.stacked_linears import stack_linears
 from deltamux.base.structure import Structure, find_structure
-from deltamux.errors import StartupError
+from deltamux.errors import StartupError, first_line
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
 
@@ -79,13 +78,14 @@ def load_base(model: str, device: str = "cpu", dtype: str = "auto") -> Base:
 
     `dtype` is "float32", "bfloat16", "float16" or "auto": the checkpoint's own on a GPU, float32 on
     a CPU. No code of the checkpoint is run. A GPU becomes the current one of this thread. Raises
-    StartupError when there is no such model, its weights are incomplete, or deltamux cannot serve
-    its architecture.
+    StartupError when there is no such model, its weights are incomplete or larger than the memory,
+    or deltamux cannot serve its architecture.
     """
-    place = find_device(device)
-    config = _config(model)
-    loaded, missing = _weights(model, config, _dtype(dtype, place))
-    return adopt(loaded.to(place), missing)
+    with memory_for(f"the weights of {model}"):
+        place = find_device(device)
+        config = _config(model)
+        loaded, missing = _weights(model, config, _dtype(dtype, place))
+        return adopt(loaded.to(place), missing)
 
 
 def adopt(model: PreTrainedModel, missing: frozenset[str] = frozenset()) -> Base:
@@ -132,7 +132,8 @@ def _config(model: str) -> PreTrainedConfig:
         raise StartupError(f"{model} is not a model: it has no config.json")
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    # Whatever a broken config makes transformers stumble over.
+    except Exception as error:
         raise _not_loaded(model, error) from error
 
 
@@ -150,11 +151,19 @@ def _weights(
             attn_implementation="eager",
             trust_remote_code=False,
             output_loading_info=True,
+            # Told apart below: transformers' own error says to look into its log.
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         if is_out_of_memory(error):
             raise
         raise _not_loaded(model, error) from error
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, configured = mismatched[0]
+        raise StartupError(
+            f"{model} cannot be loaded: {name} has shape {tuple(stored)}, its config says "
+            f"{tuple(configured)}"
+        )
     missing = frozenset(report["missing_keys"])
     _check_complete(model, missing - heads_of(loaded, missing))
     return loaded, missing
@@ -172,8 +181,7 @@ def _check_complete(model: str, names: Collection[str]) -> None:
 def _not_loaded(model: str, error: Exception) -> StartupError:
     if isinstance(error, OSError) and not Path(model).exists():
         return StartupError(f"{model} is neither a folder nor a model that the hub can give")
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return StartupError(f"{model} cannot be loaded: {first_line}")
+    return StartupError(f"{model} cannot be loaded: {first_line(error)}")
 
 
 def _max_model_len(config: PreTrainedConfig, encoder: Encoder | None) -> int:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from deltamux.errors import StartupError
+from deltamux.errors import StartupError, first_line
 
 # Of RuntimeErrors without a type of their own: torch's allocator of host memory, oneDNN's of its
 # code, CUDA's of pinned memory, its libraries and Triton's launches, C++.
@@ -35,5 +35,4 @@ def memory_for(what: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise StartupError(f"there is not enough memory for {what}: {first_line}") from error
+        raise StartupError(f"there is not enough memory for {what}: {first_line(error)}") from error

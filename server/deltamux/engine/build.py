@@ -53,8 +53,7 @@ def build_engine(config: EngineConfig, link: EngineEnd) -> tuple[Engine, Ready]:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with memory_for(f"the weights of {config.model}"):
-        base = load_base(config.model, config.device, config.dtype)
+    base = load_base(config.model, config.device, config.dtype)
     max_model_len = _max_model_len(config, base)
     with memory_for(f"a step of {config.max_num_batched_tokens} tokens"):
         rehearse(base, config.block_size)

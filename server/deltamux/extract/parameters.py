@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from deltamux.base.encoders import encoder_of
-from deltamux.errors import InvalidArgument
+from deltamux.errors import InvalidArgument, first_line
 from deltamux.extract.checkpoint import ModelCheckpoint
 from deltamux.extract.exact import Use
 
@@ -168,9 +168,9 @@ def _computing(config: PreTrainedConfig) -> dict[str, object]:
 def _config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InvalidArgument(f"{folder} is no model: {first_line}") from None
+    # Whatever a broken config makes transformers stumble over.
+    except Exception as error:
+        raise InvalidArgument(f"{folder} is no model: {first_line(error)}") from None
 
 
 def _renamings(model: PreTrainedModel) -> list[WeightRenaming]:
@@ -187,5 +187,7 @@ def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise InvalidArgument(f"{config.model_type!r} is no language model: {error}") from None
+    except Exception as error:
+        raise InvalidArgument(
+            f"{config.model_type!r} is no language model: {first_line(error)}"
+        ) from None

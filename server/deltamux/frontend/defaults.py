@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from deltamux.errors import StartupError
+from deltamux.errors import StartupError, first_line
 from deltamux.frontend.validation import check, context_tokens, invalid
 from deltamux.v1 import inference_pb2 as v1
 from deltamux.wire.messages import Ready, Sampling, Stopping
@@ -87,9 +87,12 @@ def _generation_config(model: str) -> Any:
         try:
             return GenerationConfig.from_pretrained(model)
         except OSError:
-            return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
-    except (OSError, ValueError) as error:
-        raise StartupError(f"cannot load the configuration of {model}: {error}") from error
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+            return GenerationConfig.from_model_config(config)
+    # Whatever broken files make transformers stumble over.
+    except Exception as error:
+        why = first_line(error)
+        raise StartupError(f"cannot load the configuration of {model}: {why}") from error
 
 
 def _ids(eos: int | Iterable[int] | None) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from tokenizers import AddedToken as RustToken
 from tokenizers import Tokenizer as RustTokenizer
 
 from deltamux.adapters.checkpoint.tokenizer_file import AddedToken, parse_tokenizer
-from deltamux.errors import FailedPrecondition, InvalidArgument, StartupError
+from deltamux.errors import FailedPrecondition, InvalidArgument, StartupError, first_line
 
 THREADS = 2
 
@@ -67,9 +67,11 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError, KeyError) as error:
-            raise StartupError(f"cannot load the tokenizer of {model}: {error}") from error
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        # Whatever broken files make transformers stumble over.
+        except Exception as error:
+            why = first_line(error)
+            raise StartupError(f"cannot load the tokenizer of {model}: {why}") from error
         return cls(tokenizer)
 
     @property
