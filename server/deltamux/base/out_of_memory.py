@@ -10,8 +10,11 @@ import torch
 from deltamux.errors import StartupError, first_line
 
 # Of RuntimeErrors without a type of their own: torch's allocator of host memory, oneDNN's of its
-# code, CUDA's of pinned memory, its libraries and Triton's launches, C++.
+# code, CUDA's of pinned memory, its libraries and Triton's launches, C++. Handles of the libraries,
+# one a thread, take memory beside torch's, and where it is short say all kinds of things.
 _WORDS = (
+    "`cublasCreate(handle)`",
+    "`cusolverDnCreate(handle)`",
     "can't allocate memory",
     "could not create a primitive",
     "CUDA error: out of memory",
