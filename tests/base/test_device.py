@@ -19,7 +19,9 @@ See = Callable[..., list[int]]
 
 @pytest.fixture
 def see(monkeypatch: pytest.MonkeyPatch) -> See:
-    def see(count: int, capability: tuple[int, int] = (9, 0), error: str = "") -> list[int]:
+    def see(
+        count: int, capability: tuple[int, int] = (9, 0), error: str = "", kernels: bool = True
+    ) -> list[int]:
         current: list[int] = []
 
         def set_current(index: int) -> None:
@@ -27,11 +29,16 @@ def see(monkeypatch: pytest.MonkeyPatch) -> See:
                 raise RuntimeError(error)
             current.append(index)
 
+        def ones(size: int, device: torch.device) -> None:
+            if not kernels:
+                raise RuntimeError("CUDA error: no kernel image is available\nand more")
+
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
         monkeypatch.setattr(device, "start_launcher", lambda: None)
+        monkeypatch.setattr(torch, "ones", ones)
         # torch's own set_device comes before it, which does not take each device.
         monkeypatch.setattr(torch._C, "_cuda_setDevice", set_current, raising=False)
         return current
@@ -101,6 +108,11 @@ def test_a_gpu_that_is_too_old(see: See) -> None:
 def test_a_gpu_that_others_have_for_themselves(see: See) -> None:
     see(1, error="CUDA error: CUDA-capable device(s) is/are busy or unavailable\nand more")
     assert refusal("cuda").startswith("cuda:0 cannot be used: CUDA error: CUDA-capable device(s)")
+
+
+def test_a_gpu_for_which_torch_has_no_kernels(see: See) -> None:
+    see(1, kernels=False)
+    assert refusal("cuda") == "cuda:0 cannot be used: CUDA error: no kernel image is available"
 
 
 def test_a_gpu_without_memory_is_told_as_such(see: See) -> None:

@@ -46,6 +46,8 @@ def _gpu(index: int) -> torch.device:
     device = torch.device("cuda", index)
     try:
         torch.cuda.set_device(device)
+        # Some builds of torch have no kernel for the newest GPUs.
+        torch.ones(1, device=device)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
