@@ -99,7 +99,8 @@ def test_a_gpu_that_is_not_there(see: See) -> None:
 
 
 def test_a_gpu_that_is_too_old(see: See) -> None:
-    see(1, capability=(7, 5))
+    """Newer builds of torch have no kernels for the oldest."""
+    see(1, capability=(7, 5), kernels=False)
     assert refusal("auto") == (
         "cuda:0, Some GPU, has compute capability 7.5; 8.0 or later is needed: use --device cpu"
     )

@@ -44,6 +44,12 @@ def _gpu(index: int) -> torch.device:
     if index >= (count := torch.cuda.device_count()):
         raise StartupError(f"there is no cuda:{index}: torch finds {count} CUDA devices, from 0 on")
     device = torch.device("cuda", index)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        raise StartupError(
+            f"{device}, {torch.cuda.get_device_name(device)}, has compute capability "
+            f"{'.'.join(map(str, capability))}; 8.0 or later is needed: use --device cpu"
+        )
     try:
         torch.cuda.set_device(device)
         # Some builds of torch have no kernel for the newest GPUs.
@@ -52,12 +58,6 @@ def _gpu(index: int) -> torch.device:
         if is_out_of_memory(error):
             raise
         raise StartupError(f"{device} cannot be used: {first_line(error)}") from error
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
-        raise StartupError(
-            f"{device}, {torch.cuda.get_device_name(device)}, has compute capability "
-            f"{'.'.join(map(str, capability))}; 8.0 or later is needed: use --device cpu"
-        )
     try:
         start_launcher()
     except Exception as error:
