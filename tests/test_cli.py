@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -73,7 +74,7 @@ def test_help_speaks_in_our_words(capsys):
         (["serve", "--model", "m", "--xyzzy=3"], "deltamux serve: unknown option --xyzzy"),
         (["serve", "--model", "m", "extra"], "deltamux serve: unknown argument extra"),
         (["serve"], "deltamux serve: --model is required"),
-        (["serve", "--model"], "deltamux serve: argument --model: expected one argument"),
+        (["serve", "--model"], "deltamux serve: --model: expected one argument"),
         (
             ["serve", "--model", "m", "--port", "70000"],
             "deltamux serve: --port 70000: input should be less than or equal to 65535",
@@ -103,6 +104,44 @@ def test_help_speaks_in_our_words(capsys):
         (
             ["serve", "--model", "m", "--device", "tpu"],
             "deltamux serve: --device tpu: expected cpu, cuda, cuda:N or auto",
+        ),
+        (
+            ["serve", "--model", "m", "--adapter-dir", ""],
+            "deltamux serve: --adapter-dir: the value is empty",
+        ),
+        (["inspect", "a", "--model="], "deltamux inspect: --model: the value is empty"),
+        (
+            ["bench", "--request-rate", "5", "--request-rate", "fast"],
+            "deltamux bench: --request-rate fast: expected a positive number, or inf",
+        ),
+        (
+            ["bench", "--input-len", "x"],
+            "deltamux bench: --input-len x: "
+            "expected a number of tokens, or LOW:HIGH, from 1 on and rising",
+        ),
+        (
+            ["bench", "--popularity", "fair"],
+            "deltamux bench: --popularity fair: expected identical, distinct, uniform or zipf:A",
+        ),
+        (
+            ["bench", "--goodput", "ttft"],
+            "deltamux bench: --goodput ttft: expected milliseconds behind ttft:",
+        ),
+        (
+            ["bench", "--burstiness", "inf"],
+            "deltamux bench: --burstiness inf: input should be a finite number",
+        ),
+        (
+            ["bench", "--base", "--adapter", "a"],
+            "deltamux bench: --base and --adapter exclude each other",
+        ),
+        (
+            ["bench", "--vocab-size", "9"],
+            "deltamux bench: --vocab-size is for --backend openai: a deltamux server tells",
+        ),
+        (
+            ["bench", "--backend", "openai", "--admin-target", "x:1"],
+            "deltamux bench: --admin-target is for --backend deltamux",
         ),
         (["generate", ""], "deltamux generate: PROMPT is required"),
         (
@@ -201,14 +240,34 @@ def test_what_is_repeatable_is_json_in_the_environment(monkeypatch, capsys):
     monkeypatch.setenv("DELTAMUX_MODEL", "m")
     monkeypatch.setenv("DELTAMUX_ADAPTER", '{"a": "/x", "b": "/y"}')
     assert parse().store().adapters == {"a": "/x", "b": "/y"}
-    monkeypatch.setenv("DELTAMUX_ADAPTER", "a=/x")
-    monkeypatch.setenv("DELTAMUX_STOP", "end")
-    assert run("serve") == 2
-    assert run("generate", "hello") == 2
+    for text in ("a=/x", '["a"]', '{"a": 1}'):
+        monkeypatch.setenv("DELTAMUX_ADAPTER", text)
+        assert run("serve") == 2
+        expected = 'deltamux serve: DELTAMUX_ADAPTER: expected JSON, {"NAME": "PATH"}\n'
+        assert capsys.readouterr().err == expected
+    for text in ("end", '"end"', "[1]"):
+        monkeypatch.setenv("DELTAMUX_STOP", text)
+        assert run("generate", "hello") == 2
+        expected = 'deltamux generate: DELTAMUX_STOP: expected JSON, ["TEXT"]\n'
+        assert capsys.readouterr().err == expected
+
+
+def test_an_error_names_the_variable_that_it_is_in(monkeypatch, capsys):
+    monkeypatch.setenv("DELTAMUX_PORT", "70000")
+    assert run("serve", "--model", "m") == 2
     assert capsys.readouterr().err == (
-        'deltamux serve: DELTAMUX_ADAPTER: expected JSON, {"NAME": "PATH"}\n'
-        'deltamux generate: DELTAMUX_STOP: expected JSON, ["TEXT"]\n'
+        "deltamux serve: DELTAMUX_PORT 70000: input should be less than or equal to 65535\n"
     )
+    assert run("serve", "--model", "m", "--port=-1") == 2
+    assert capsys.readouterr().err.startswith("deltamux serve: --port -1: ")
+
+
+def test_json_is_called_so_in_the_environment_too(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("DELTAMUX_JSON", "1")
+    assert run("inspect", str(tmp_path)) == 1
+    assert json.loads(capsys.readouterr().out)["refusal"]["reason"] == "MISSING_CONFIG"
+    assert run("inspect", str(tmp_path), "--no-json") == 1
+    assert "(MISSING_CONFIG)" in capsys.readouterr().out
 
 
 def test_unreachable_server_is_one_line(capsys):

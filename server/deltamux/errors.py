@@ -109,7 +109,7 @@ def first_line(error: BaseException) -> str:
         return kind
     if lines[0].endswith(":") and len(lines) > 1:
         return f"{lines[0]} {lines[1].strip()}"
-    speaks = isinstance(error, OSError | ValueError | RuntimeError)
+    speaks = isinstance(error, OSError | ValueError | RuntimeError | AssertionError)
     return lines[0] if speaks else f"{kind}: {lines[0]}"
 
 

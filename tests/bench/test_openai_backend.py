@@ -18,7 +18,9 @@ from deltamux.bench.openai_backend import OpenAIBackend
 from deltamux.bench.workload import PlannedRequest
 from deltamux.cli import main
 
-MODELS = {"data": [{"id": "base", "parent": None}, {"id": "a", "parent": "base"}]}
+MODELS: dict[str, object] = {
+    "data": [{"id": "base", "parent": None}, {"id": "a", "parent": "base"}]
+}
 
 
 def counted(*totals: int) -> list[str]:
@@ -44,7 +46,7 @@ class Scripted(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._head(200)
-        self.wfile.write(json.dumps(MODELS).encode())
+        self.wfile.write(json.dumps(self.server.models).encode())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -67,6 +69,7 @@ class ScriptedServer(ThreadingHTTPServer):
     def __init__(self, scripts: dict[str, list[str]]) -> None:
         super().__init__(("127.0.0.1", 0), Scripted)
         self.scripts = scripts
+        self.models = MODELS
         self.asked: list[dict[str, object]] = []
         self.target = f"127.0.0.1:{self.server_port}"
 
@@ -120,6 +123,8 @@ async def test_the_base_is_the_model_without_a_parent_and_adapters_are_the_other
     [
         ([*counted(1), json.dumps({"error": {"code": 500, "message": "lost"}})], "HTTP 500"),
         (counted(1), "INCOMPLETE"),
+        ([*counted(1), "<html>"], "MALFORMED"),
+        (["{}"], "MALFORMED"),
     ],
 )
 async def test_an_answer_that_breaks_off_is_a_failure(script: list[str], code: str) -> None:
@@ -132,6 +137,13 @@ async def test_an_unknown_adapter_is_the_status_of_its_answer() -> None:
     with serving(a=[*counted(5), "[DONE]"]) as server:
         outcomes = await play(server.target, "b", "a")
     assert [outcome.error for outcome in outcomes] == ["HTTP 404", ""]
+
+
+async def test_what_lists_no_models_is_no_such_server() -> None:
+    with serving() as server:
+        for server.models in ({}, {"data": None}, {"data": ["a"]}):
+            with pytest.raises(BackendError, match="/v1/models lists no models"):
+                await OpenAIBackend(server.target, 100).adapters()
 
 
 async def test_no_server_is_a_failure_of_each_request() -> None:
@@ -155,6 +167,15 @@ def test_the_command_asks_for_all_adapters_of_the_server(tmp_path: Path) -> None
     assert figures["request_rate"] == "inf"
     assert figures["total_output_tokens"] == 6
     assert all(max(asked["prompt"]) < 100 for asked in server.asked)
+
+
+def test_the_command_says_why_nothing_was_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving() as server:
+        arguments = ["--backend", "openai", "--target", server.target, "--vocab-size", "100"]
+        assert main(["bench", *arguments, "--num-prompts", "3", "--adapter", "b"]) == 1
+    captured = capsys.readouterr()
+    assert "failed, as one said: HTTP 404: " in captured.out
+    assert captured.err.endswith("deltamux bench: NO_ANSWER: not one request was answered\n")
 
 
 def test_the_command_wants_the_size_of_the_vocabulary(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,9 +40,20 @@ def test_goodput_counts_answers_that_keep_every_limit() -> None:
     assert summarize(OUTCOMES, 1.0, Objective.parse("itl:50"))["request_goodput"] == 0.0
 
 
-def test_an_unknown_objective_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'tokens'"):
-        Objective.parse("tokens:5")
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("tokens:5", "^tokens is none of"),
+        ("itl:5,itl:6", "^itl is none of .* there twice"),
+        ("ttft", "^expected milliseconds behind ttft"),
+        ("ttft:5,itl:fast", "^expected milliseconds behind itl"),
+        ("ttft:nan", "^expected milliseconds"),
+        ("ttft:0", "^expected milliseconds"),
+    ],
+)
+def test_what_is_no_objective_is_refused_by_name(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Objective.parse(text)
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:

@@ -41,9 +41,10 @@ def test_popularities_are_the_named_distributions() -> None:
     assert shares("zipf:1.5") == pytest.approx(zipf / zipf.sum(), abs=0.01)
 
 
-def test_an_unknown_popularity_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'fair'"):
-        popularity("fair")
+@pytest.mark.parametrize("name", ["fair", "uniform:3", "zipf:x", "zipf:", "zipf:-1", "zipf:inf"])
+def test_an_unknown_popularity_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^expected .*zipf:A"):
+        popularity(name)
 
 
 def test_lengths_and_ids_stay_in_range() -> None:
@@ -61,9 +62,9 @@ def test_lengths_and_ids_stay_in_range() -> None:
         assert all(16 <= token < 40 for token in request.prompt)
 
 
-@pytest.mark.parametrize("text", ["0", "5:2", "-1:4", "x"])
+@pytest.mark.parametrize("text", ["0", "5:2", "-1:4", "x", "3:", ":3", "1:2:3", "1.5"])
 def test_bad_lengths_are_refused(text: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"^expected a number of tokens, or LOW:HIGH"):
         Lengths.parse(text)
 
 

@@ -32,6 +32,8 @@ class Outcome:
     inter_token: list[float] = field(default_factory=list)
     # Empty, or the code of the BackendError that ended it.
     error: str = ""
+    # What it said.
+    message: str = ""
 
 
 async def play(
@@ -56,7 +58,7 @@ async def _served(backend: Backend, request: PlannedRequest, due: float) -> Outc
     try:
         await _consume(backend.generate(request), due, outcome)
     except BackendError as error:
-        outcome.error = error.code
+        outcome.error, outcome.message = error.code, str(error)
     outcome.latency = time.perf_counter() - due
     return outcome
 

@@ -47,6 +47,8 @@ class OpenAIBackend:
                     seen = tokens
         except httpx2.TransportError as error:
             raise BackendError(type(error).__name__, str(error)) from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise BackendError("MALFORMED", f"an event is none of a completion: {error}") from None
         raise BackendError("INCOMPLETE", "the answer ended without [DONE]")
 
     async def aclose(self) -> None:
@@ -76,7 +78,10 @@ class OpenAIBackend:
             except httpx2.TransportError as error:
                 raise BackendError(type(error).__name__, str(error)) from None
             await _raise_for_status(response)
-            self._models = response.json()["data"]
+            try:
+                self._models = [dict(model) for model in response.json()["data"]]
+            except (ValueError, TypeError, KeyError):
+                raise BackendError("MALFORMED", "/v1/models lists no models") from None
         return self._models
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,12 +24,17 @@ class Objective:
     @classmethod
     def parse(cls, text: str) -> Objective:
         """Reads "ttft:200,itl:50,e2el:2000"; raises ValueError otherwise."""
-        limits = {}
+        limits: dict[str, float] = {}
         for part in filter(None, text.split(",")):
             name, _, value = part.partition(":")
-            if name not in {"ttft", "itl", "e2el"}:
-                raise ValueError(f"unknown objective {name!r}: ttft, itl or e2el")
-            limits[name] = float(value)
+            if name not in {"ttft", "itl", "e2el"} or name in limits:
+                raise ValueError(f"{name} is none of ttft, itl and e2el, or there twice")
+            try:
+                limits[name] = float(value)
+            except ValueError:
+                limits[name] = math.nan
+            if not 0 < limits[name] < math.inf:
+                raise ValueError(f"expected milliseconds behind {name}:")
         return cls(limits)
 
     def met_by(self, outcome: Outcome) -> bool:
@@ -55,6 +61,7 @@ def summarize(outcomes: list[Outcome], duration: float, objective: Objective) ->
         "completed": len(done),
         "failed": len(outcomes) - len(done),
         "errors_by_code": dict(Counter(o.error for o in outcomes if o.error)),
+        "error_messages": {o.error: o.message for o in outcomes if o.error},
         "total_input_tokens": input_tokens,
         "total_output_tokens": output_tokens,
         "request_throughput": len(done) / duration,

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from deltamux.bench import plot
-from deltamux.bench.backend import Backend
+from deltamux.bench.backend import Backend, BackendError
 from deltamux.bench.driver import Outcome, play
 from deltamux.bench.report import Objective, summarize
 from deltamux.bench.workload import Workload
@@ -42,13 +42,21 @@ class BenchConfig:
 
 
 def run(config: BenchConfig, console: Console) -> None:
-    """Plays the workload at every rate; the summaries, on `console` and written as asked."""
+    """Plays the workload at every rate; the summaries, on `console` and written as asked.
+
+    Raises BackendError where not one request was answered.
+    """
     summaries = asyncio.run(measure(config, Console(stderr=True)))
     console.print(_table(summaries))
+    messages = {code: text for s in summaries for code, text in s["error_messages"].items()}
+    for message in messages.values():
+        console.print(f"failed, as one said: {message}")
     if config.json_path:
         config.json_path.write_text(json.dumps(summaries, indent=1) + "\n")
     if config.png_path:
         plot.draw(summaries, config.png_path)
+    if not any(s["completed"] for s in summaries):
+        raise BackendError("NO_ANSWER", "not one request was answered")
 
 
 async def measure(config: BenchConfig, console: Console) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,10 +22,13 @@ class Lengths:
     @classmethod
     def parse(cls, text: str) -> Lengths:
         """Reads "128" or "32:256"; raises ValueError otherwise."""
-        low, _, high = text.partition(":")
-        lengths = cls(int(low), int(high or low))
+        low, colon, high = text.partition(":")
+        try:
+            lengths = cls(int(low), int(high if colon else low))
+        except ValueError:
+            lengths = cls(0, 0)
         if not 0 < lengths.low <= lengths.high:
-            raise ValueError(f"lengths must be positive and rising: {text!r}")
+            raise ValueError("expected a number of tokens, or LOW:HIGH, from 1 on and rising")
         return lengths
 
     def draw(self, rng: np.random.Generator, count: int) -> list[int]:
@@ -62,16 +66,26 @@ def popularity(name: str) -> Popularity:
     The names are Punica's (Chen et al. 2023): all the same, round robin, independent and uniform,
     or independent with probability of the k-th proportional to k ** -A.
     """
-    kind, _, exponent = name.partition(":")
-    if kind == "identical":
-        return lambda rng, n, count: [0] * count
-    if kind == "distinct":
-        return lambda rng, n, count: [i % n for i in range(count)]
-    if kind == "uniform":
-        return lambda rng, n, count: [int(i) for i in rng.integers(0, n, count)]
+    kind, colon, exponent = name.partition(":")
     if kind == "zipf":
-        return _zipf(float(exponent or 1.0))
-    raise ValueError(f"unknown popularity {name!r}: identical, distinct, uniform or zipf:A")
+        return _zipf(_exponent(exponent) if colon else 1.0)
+    if name == "identical":
+        return lambda rng, n, count: [0] * count
+    if name == "distinct":
+        return lambda rng, n, count: [i % n for i in range(count)]
+    if name == "uniform":
+        return lambda rng, n, count: [int(i) for i in rng.integers(0, n, count)]
+    raise ValueError("expected identical, distinct, uniform or zipf:A")
+
+
+def _exponent(text: str) -> float:
+    try:
+        exponent = float(text)
+    except ValueError:
+        exponent = math.nan
+    if not 0 <= exponent < math.inf:
+        raise ValueError("expected a number for A of zipf:A, from 0 on")
+    return exponent
 
 
 def _zipf(exponent: float) -> Popularity:

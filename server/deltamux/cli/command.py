@@ -26,6 +26,7 @@ class Command(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="DELTAMUX_",
+        env_prefix_target="all",
         env_ignore_empty=True,
         cli_kebab_case=True,
         cli_hide_none_type=True,
@@ -50,7 +51,7 @@ class Command(BaseSettings):
             given: dict[str, Any] = {"_cli_settings_source": source, **parser.repeated}
             return cls(**given)
         except ValidationError as error:
-            raise UsageError(f"{program}: {_first_problem(cls, error)}") from None
+            raise UsageError(f"{program}: {_first_problem(cls, error, arguments)}") from None
         except SettingsError as error:
             raise UsageError(f"{program}: {_unreadable(cls, str(error))}") from None
 
@@ -94,6 +95,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(
             prog=program, description=command.__doc__, allow_abbrev=False, formatter_class=_Help
         )
+        self._fields = command.model_fields
         self._titles = command.sections
         self._section: argparse._ActionsContainer = self
         # The values of repeatable options, by field.
@@ -110,11 +112,11 @@ class _Parser(argparse.ArgumentParser):
         )
         if metavar:
             settings["metavar"] = metavar
-        if len(names) > 1:
-            # A shortcut is there because the field could not be called so itself.
-            names = names[1:]
         if settings.get("action") == "append":
             settings["action"] = _Named if "=" in metavar else _Repeated
+        elif "dest" in settings and "action" not in settings:
+            empty = self._fields[settings["dest"]].default == ""
+            settings["type"] = str if empty else _filled
         container = self._section if names[0].startswith("-") else self
         return container.add_argument(*names, **settings)
 
@@ -124,7 +126,14 @@ class _Parser(argparse.ArgumentParser):
             flag = unknown[1].partition("=")[0]
             kind = "option" if flag.startswith("-") else "argument"
             message = f"unknown {kind} {flag}{nearest(flag, self._option_string_actions)}"
-        raise UsageError(f"{self.prog}: {message}")
+        raise UsageError(f"{self.prog}: {message.removeprefix('argument ')}")
+
+
+def _filled(word: str) -> str:
+    """Refuses what an unset variable of a shell leaves; it would pass for no flag at all."""
+    if not word:
+        raise argparse.ArgumentTypeError("the value is empty")
+    return word
 
 
 class _Repeated(argparse.Action):
@@ -147,13 +156,21 @@ class _Named(argparse.Action):
         named[name] = value
 
 
-def _first_problem(command: type[Command], error: ValidationError) -> str:
+# What is wrong with JSON of the environment that parses: flags are words.
+_NOT_OF_WORDS = ("dict_type", "list_type", "path_type", "string_type")
+
+
+def _first_problem(command: type[Command], error: ValidationError, arguments: Sequence[str]) -> str:
     problem = error.errors(include_url=False)[0]
     field = str(problem["loc"][0]) if problem["loc"] else ""
-    name = f"--{field.replace('_', '-')}"
+    flag = f"--{field.replace('_', '-')}"
     if problem["type"] == "missing":
         # Only what stands without a flag is required and has no word for its value.
-        return f"{name if _word(command, field) else field.upper()} is required"
+        return f"{flag if _word(command, field) else field.upper()} is required"
+    if problem["type"] in _NOT_OF_WORDS:
+        return _expected_json(command, field)
+    flags = {word.partition("=")[0] for word in arguments}
+    name = flag if flag in flags else f"DELTAMUX_{field.upper()}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"].startswith("byte_size"):
         message = "expected a size: 4GiB, 500MB or a number of bytes"
@@ -165,10 +182,14 @@ def _unreadable(command: type[Command], message: str) -> str:
     """A value of the environment that is no JSON: those of a flag were looked at before."""
     if not (field := re.search(r'for field "(\w+)"', message)):
         return message
-    word = _word(command, field[1])
+    return _expected_json(command, field[1])
+
+
+def _expected_json(command: type[Command], field: str) -> str:
+    word = _word(command, field)
     name, _, value = word.partition("=")
     form = f'{{"{name}": "{value}"}}' if value else f'["{word}"]'
-    return f"DELTAMUX_{field[1].upper()}: expected JSON, {form}"
+    return f"DELTAMUX_{field.upper()}: expected JSON, {form}"
 
 
 def _word(command: type[Command], field: str) -> str:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ByteSize
-from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -22,9 +21,8 @@ _UNFOLDED = 10_000
 class Report(Command):
     """Options of a command that ends in a report."""
 
-    model_config = SettingsConfigDict(cli_shortcuts={"as-json": "json"})
-
-    as_json: bool = option(False, help="print JSON in place of tables")
+    # `json` itself is a method of every model of pydantic.
+    as_json: bool = option(False, help="print JSON in place of tables", validation_alias="json")
 
 
 def print_json(report: dict[str, Any]) -> None:
