@@ -32,6 +32,7 @@ class Panels:
             *(POINTER, INTEGER),  # the panels, words in a k of one
             *(INTEGER, POINTER),  # K, bias
             *(POINTER, INTEGER),  # y, N
+            *(POINTER, INTEGER),  # what is fetched meanwhile: see ahead.py
         )
 
     def product(self, x: Tensor) -> Tensor:
@@ -51,6 +52,8 @@ class Panels:
             self._bias.data_ptr(),
             y.data_ptr(),
             self.columns,
+            None,
+            0,
         )
         return y
 

@@ -50,7 +50,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._scratch.restart()
         with _NoReading(), self, native.recording(self.calls):
             yield
-        self.calls = native.joined(self.calls)
+        self.calls = native.joined(native.fetching_ahead(self.calls))
 
     def replay(self) -> None:
         for call in self.calls:
