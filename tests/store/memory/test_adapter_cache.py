@@ -193,6 +193,27 @@ def test_release_without_a_lease_is_a_bug(make_device, stored):
         cache.release(stored(seed=1)[0])
 
 
+def test_a_load_that_memory_has_no_room_for_is_refused_alone(make_device, stored, drive_cache):
+    """Requests for the same adapter go on waiting."""
+    device = make_device(slots=1)
+    first, second, third = (stored(seed) for seed in range(3))
+    size = device.parse(Path(first[1]), first[0]).host_bytes
+    cache = device.cache(host_bytes=size)
+    placed(cache, device.loader, first)
+    # One waits on the host for the slot, and so another has no room there.
+    while cache.acquire(*second) is None and not cache.blocked(second[0]):
+        assert select.select([device.loader.fileno()], [], [], WAIT)[0]
+        cache.poll()
+    assert (cache.tier(second[0]), cache.acquire(*third)) == ("host", None)
+
+    cache.load(*third, to_device=False)
+    (refused,) = cache.poll()
+    assert (refused.code, refused.reason) == ("RESOURCE_EXHAUSTED", "HOST_MEMORY_FULL")
+    assert cache.acquire(*third) is None
+    cache.release(first[0])
+    assert placed(cache, device.loader, third) == 0
+
+
 def test_pinned_adapters_stay_and_too_many_pins_are_refused(make_device, stored, drive_cache):
     device = make_device(slots=2)
     cache = device.cache()

@@ -9,7 +9,7 @@ from deltamux.adapters.sites.device_sites import DeviceSites
 from deltamux.adapters.task import Call, require_fit
 from deltamux.adapters.traits import Traits
 from deltamux.base.out_of_memory import is_out_of_memory
-from deltamux.errors import Aborted, DeltamuxError, FailedPrecondition, Internal
+from deltamux.errors import Aborted, DeltamuxError, FailedPrecondition, Internal, ResourceExhausted
 from deltamux.store.memory.entry import Entry
 from deltamux.store.memory.loader import Completed, Loader, no_memory
 from deltamux.store.memory.memory_tiers import MemoryTiers
@@ -214,6 +214,10 @@ class AdapterCache:
 
     def _answer(self, entry: Entry) -> None:
         """Answers all loads that are fulfilled and starts what the next one needs; or drops."""
+        if entry.orders and self._tiers.shut_out(entry):
+            # No fault of the adapter's: requests for it go on waiting.
+            entry.pinned = False
+            self._fail_orders(entry, _host_full())
         while entry.orders:
             move = self._next_move(entry)
             if move is not None:
@@ -252,6 +256,12 @@ class AdapterCache:
     def _fail_orders(self, entry: Entry, error: DeltamuxError) -> None:
         self._events.extend([_failed(entry.digest, error)] * len(entry.orders))
         entry.orders.clear()
+
+
+def _host_full() -> ResourceExhausted:
+    return ResourceExhausted(
+        "host memory is full of adapters in use", reason="HOST_MEMORY_FULL", retry_after=1.0
+    )
 
 
 def _failed(digest: str, error: DeltamuxError) -> AdapterFailed:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from deltamux.adapters.adapter import Adapter
 from deltamux.adapters.sites.device_sites import DeviceSites
-from deltamux.errors import FailedPrecondition, ResourceExhausted
+from deltamux.errors import FailedPrecondition
 from deltamux.store.memory.device_slots import DeviceSlots
 from deltamux.store.memory.entry import Entry
 from deltamux.store.memory.host_cache import HostCache
@@ -45,16 +45,15 @@ class MemoryTiers:
             return "device"
         return "host" if digest in self.host else "disk"
 
+    def shut_out(self, entry: Entry) -> bool:
+        """Whether it must stay on disk for now: host memory is full of adapters in use."""
+        return not entry.busy and self.tier(entry.digest) == "disk" and self.host.full
+
     def towards_host(self, entry: Entry) -> None:
-        """Starts the read unless it is under way or done; raises if host memory is in use."""
-        if entry.busy or entry.digest in self.host:
-            return
-        if self.host.full:
-            raise ResourceExhausted(
-                "host memory is full of adapters in use", reason="HOST_MEMORY_FULL", retry_after=1.0
-            )
-        self._begin(entry)
-        self._loader.read(entry.digest, entry.path)
+        """Starts the read, if one is needed and there is room for it."""
+        if not (entry.busy or entry.digest in self.host or self.host.full):
+            self._begin(entry)
+            self._loader.read(entry.digest, entry.path)
 
     def towards_device(self, entry: Entry) -> None:
         """Starts the next move to a slot, if one is needed and there is room for it.
@@ -66,9 +65,8 @@ class MemoryTiers:
         adapter = self.host.get(entry.digest)
         if adapter is not None:
             self._write(entry, adapter)
-        elif not self.host.full:
-            self._begin(entry)
-            self._loader.read(entry.digest, entry.path)
+        else:
+            self.towards_host(entry)
 
     def count(self, entry: Entry) -> None:
         """Counts the move that a request has just started."""
