@@ -104,7 +104,8 @@ def _ends(keys: torch.Tensor, slots: int, experts: int) -> torch.Tensor:
     return torch.searchsorted(keys, following, out_int32=True)
 
 
-@triton.jit
+# One kernel each, however many rows a step has.
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 @no_type_check
 def _pair_keys_kernel(
     chosen,
@@ -134,7 +135,7 @@ def _pair_keys_kernel(
     tl.store(keys + p, expert * (slots + 1) + slot, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "search_steps"])
 @no_type_check
 def _pair_tiles_kernel(
     keys,

@@ -48,7 +48,8 @@ def _of_all_parts(
     return total, weight
 
 
-@triton.jit
+# One kernel however long the longest sequence of a step is.
+@triton.jit(do_not_specialize=["table_row"])
 @no_type_check
 def paged_attention_kernel(
     query,

@@ -2,9 +2,9 @@
 
     python tests/kernels/compile_kernels.py sm_90:bfloat16 gfx942:bfloat16
 
-prints one JSON line per kernel and target: registers, spills (bytes) and shared memory (bytes). The
-launchers run on the CPU with real tensors; only the launch itself becomes a compilation, so what is
-compiled is what the launcher asks for.
+prints one JSON line per kernel and target: registers, spills and shared memory, in bytes, and
+whether it takes a step of another size to need it. The launchers run on the CPU with real tensors;
+only the launch itself becomes a compilation, so what is compiled is what the launcher asks for.
 """
 
 import contextlib
@@ -182,7 +182,9 @@ def low_rank(dtype: torch.dtype, rows: int) -> None:
     pair_rotate_triton(x, factors, segments)
 
 
-def attention(dtype: torch.dtype, dim: int, queries: int, scoring: Scoring) -> None:
+def attention(
+    dtype: torch.dtype, dim: int, queries: int, scoring: Scoring, blocks: int = 4
+) -> None:
     """Two sequences of `queries` rows with 8 query heads on 2 KV heads."""
     cache = torch.zeros(8, 16, 2, dim, dtype=dtype)
     query = torch.zeros(2 * queries, 8, dim, dtype=dtype)
@@ -191,7 +193,7 @@ def attention(dtype: torch.dtype, dim: int, queries: int, scoring: Scoring) -> N
         (queries, queries),
         torch.zeros(3, dtype=torch.int32),
         torch.zeros(2, dtype=torch.int32),
-        torch.zeros(2, 4, dtype=torch.int32),
+        torch.zeros(2, blocks, dtype=torch.int32),
     )
     paged_attention_triton(query, cache, cache, batch, scoring)
 
@@ -247,11 +249,13 @@ def compile_all(target: str, number: int) -> None:
     triton.runtime.driver.set_active(AbsentGPU(number, architecture))
     dtype: torch.dtype = getattr(torch, name)
     seen: set[str] = set()
+    other_size = False
 
     def found(name: str, log: str, kernel: Any) -> None:
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            report = {"target": target, "kernel": name} | usage(log, kernel)
+            report = {"target": target, "kernel": name, "other_size": other_size}
+            report |= usage(log, kernel)
             print(json.dumps(report), flush=True)
 
     plain = Scoring(0.1, None, None, None)
@@ -271,6 +275,11 @@ def compile_all(target: str, number: int) -> None:
             layer(dtype, width, dim)
         fused_consumers(dtype)
         skinny(dtype)
+        other_size = True
+        for rows in (1, 17, 100):
+            low_rank(dtype, rows)
+        for blocks in (1, 16):
+            attention(dtype, 128, 1, plain, blocks)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,11 @@ def test_nothing_spills_beyond_what_is_known(reports: list[Report]) -> None:
     assert spilling == []
 
 
+def test_a_step_of_another_size_needs_no_other_kernel(reports: list[Report]) -> None:
+    """Everybody waits while one is compiled."""
+    assert [report for report in reports if report["other_size"]] == []
+
+
 def test_a_block_fits_the_shared_memory_of_each_gpu(reports: list[Report]) -> None:
     amd = [report["shared"] for report in reports if report["target"].startswith("gfx")]
     assert max(amd) <= SHARED_ON_AMD
