@@ -155,6 +155,7 @@ async def test_an_error_of_the_engine_reaches_its_client_alone(harness, refusal)
     )
     assert text_of(await good) == "good"
     assert not [m for m in harness.engine.received() if isinstance(m, Cancel)]
+    assert harness.sample("prompt_tokens_total") == len("good")
 
 
 async def test_a_full_queue_refuses_and_says_when_to_come_back(harness, refusal) -> None:

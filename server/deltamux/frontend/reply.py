@@ -68,8 +68,8 @@ class Reply:
                 yield self._addressed(choice.cancel())
 
     def record_tokens(self) -> None:
-        """Counts the tokens of the whole call, however it ended."""
-        self._metrics.tokens(self._prompt_tokens, self.tokens)
+        """Counts the tokens of the whole call, however it ended; the prompt's if it was read."""
+        self._metrics.tokens(self._prompt_tokens if self._first else 0, self.tokens)
 
     def _addressed(self, response: v1.GenerateResponse) -> v1.GenerateResponse:
         """Adds what the first message, the first of choice 0, and the last one carry."""
