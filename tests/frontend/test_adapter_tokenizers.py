@@ -131,7 +131,7 @@ async def test_tokens_that_are_not_behind_the_bases_are_refused(change, tokenize
         with pytest.raises(DeltamuxError) as caught:
             await tokenizers.of(lease(folder))
         assert caught.value.reason == "TOKENIZER_MISMATCH"
-    # To find out takes some 0.4 s of a large vocabulary, in which no stream goes on.
+    # To find out takes a second of as many tokens as there may be, in which no stream goes on.
     assert tokenizers._extended.cache_info().misses <= 1
 
 

@@ -6,10 +6,71 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import AddedToken as RustToken
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
+from deltamux.adapters.checkpoint.tokenizer_file import AddedToken
 from deltamux.errors import FailedPrecondition, InvalidArgument, StartupError
 from deltamux.frontend.tokenizer import Tokenizer
+
+
+def word_piece() -> RustTokenizer:
+    words = {word: number for number, word in enumerate(("[UNK]", "[CLS]", "a", "##b", "c"))}
+    backend = RustTokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing("[CLS] $A", None, [("[CLS]", 1)])
+    backend.decoder = decoders.WordPiece()
+    return backend
+
+
+def unigram() -> RustTokenizer:
+    backend = RustTokenizer(models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("a", -2.0)], 0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return backend
+
+
+def byte_level() -> RustTokenizer:
+    backend = RustTokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel()
+    return backend
+
+
+def in_front_of(backend: RustTokenizer) -> Tokenizer:
+    return Tokenizer(SimpleNamespace(is_fast=True, model_input_names=[], backend_tokenizer=backend))
+
+
+@pytest.mark.parametrize("make", [word_piece, unigram, byte_level])
+def test_one_with_more_tokens_reads_and_writes_as_a_copy_with_them_would(make) -> None:
+    backend = make()
+    backend.add_tokens(["a", RustToken("<x>", special=True), RustToken("É", normalized=True)])
+    backend.add_special_tokens(["<s>", RustToken("c", lstrip=True, single_word=True)])
+    first = len(backend.get_vocab())
+    added = [AddedToken(first + i, f"<{i}>", special=i > 0) for i in range(3)]
+    more = in_front_of(backend).extended(added)
+    copy = RustTokenizer.from_str(backend.to_str())
+    for token in added:
+        add = copy.add_special_tokens if token.special else copy.add_tokens
+        add([RustToken(token.content, special=token.special, normalized=False)])
+    assert more._backend.to_str() == copy.to_str()
+    text = "a<x> é <s>ab <0><1> c<2>"
+    ids = copy.encode(text).ids
+    assert more._backend.encode(text).ids == ids
+    for skip in (False, True):
+        assert more.decode(ids, skip) == copy.decode(ids, skip_special_tokens=skip)
+    copy.encode_special_tokens = True
+    assert more._plain.encode(text).ids == copy.encode(text).ids
+
+
+def test_the_words_of_the_base_are_not_copied() -> None:
+    """That takes a second of a large vocabulary, in which no stream goes on."""
+    base = in_front_of(byte_level())
+    more = base.extended([AddedToken(3, "<x>")])
+    base._backend.model.unk_token = "a"
+    assert more._backend.model.unk_token == more._plain.model.unk_token == "a"
 
 
 def turns(*pairs: tuple[str, str]) -> list[SimpleNamespace]:
