@@ -11,6 +11,9 @@ from deltamux import __version__
 from deltamux.cli import COMMANDS, main
 from deltamux.cli.generate import Generate
 from deltamux.cli.serve import Serve
+from deltamux.demo.tasks import weights_path
+
+ADAPTER = str(weights_path() / "adapters" / "rot13")
 
 
 def run(*arguments: str) -> int:
@@ -268,6 +271,18 @@ def test_json_is_called_so_in_the_environment_too(monkeypatch, tmp_path, capsys)
     assert json.loads(capsys.readouterr().out)["refusal"]["reason"] == "MISSING_CONFIG"
     assert run("inspect", str(tmp_path), "--no-json") == 1
     assert "(MISSING_CONFIG)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["serve", "--model"], ["inspect", ADAPTER, "--model"], ["bench", "--save-json"]],
+)
+def test_a_path_that_cannot_be_looked_at_is_one_line(arguments, capsys):
+    """As a folder that only another user may open; this one is so for root too."""
+    path = "/" + "x" * 300
+    assert run(*arguments, path) == 1
+    error = capsys.readouterr().err
+    assert error == f"deltamux {arguments[0]}: {path}: File name too long\n"
 
 
 def test_unreachable_server_is_one_line(capsys):

@@ -68,8 +68,8 @@ def test_the_report_as_a_table(
     [
         (["--tuned", "no/such/model/anywhere"], "is neither a folder nor a model"),
         (["--tuned", str(BASE)], "has the same weights as"),
-        (["--prompts", "no-such-file"], "no-such-file cannot be read"),
-        (["--out", "/dev/null/x"], "Not a directory: '/dev/null/x'"),
+        (["--prompts", "no-such-file"], "no-such-file: No such file or directory"),
+        (["--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
     ],
 )
 def test_errors_are_one_line(

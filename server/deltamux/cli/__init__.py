@@ -43,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output went away, `| head` for one.
         sys.stderr.close()
         return 1
+    except OSError as error:
+        # A file or folder that a flag names, which cannot be read or written.
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"deltamux {arguments[0]}: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
 
 
 def _run(arguments: list[str]) -> int:

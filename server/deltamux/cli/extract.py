@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -70,11 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     for file in (options.out / CONFIG, options.out / WEIGHTS):
         if file.exists():
             raise UsageError(f"{PROGRAM}: --out {options.out} has an adapter already")
-    try:
-        report = _run(options)
-    except OSError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
+    report = _run(options)
     if options.as_json:
         print_json(report.as_json())
     else:

@@ -20,12 +20,13 @@ _MAX_TOKENS = 512
 
 
 def sample_texts(file: Path | None) -> tuple[str, ...]:
-    """The file's lines that are not empty. Raises InvalidArgument for a file without any."""
+    """The file's lines that are not empty. Raises InvalidArgument for a file without any, and
+    OSError."""
     if file is None:
         return _PROMPTS
     try:
         texts = tuple(line for line in file.read_text().splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise InvalidArgument(f"{file} cannot be read: {error}") from None
     if not texts:
         raise InvalidArgument(f"{file} has no prompts: one a line is expected")
