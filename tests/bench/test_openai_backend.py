@@ -125,6 +125,8 @@ async def test_the_base_is_the_model_without_a_parent_and_adapters_are_the_other
         (counted(1), "INCOMPLETE"),
         ([*counted(1), "<html>"], "MALFORMED"),
         (["{}"], "MALFORMED"),
+        (["[1]"], "MALFORMED"),
+        (['{"error": "lost"}'], "MALFORMED"),
     ],
 )
 async def test_an_answer_that_breaks_off_is_a_failure(script: list[str], code: str) -> None:
@@ -141,7 +143,7 @@ async def test_an_unknown_adapter_is_the_status_of_its_answer() -> None:
 
 async def test_what_lists_no_models_is_no_such_server() -> None:
     with serving() as server:
-        for server.models in ({}, {"data": None}, {"data": ["a"]}):
+        for server.models in ({}, {"data": None}, {"data": ["a"]}, {"data": [{}]}):
             with pytest.raises(BackendError, match="/v1/models lists no models"):
                 await OpenAIBackend(server.target, 100).adapters()
 

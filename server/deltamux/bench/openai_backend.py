@@ -24,13 +24,14 @@ class OpenAIBackend:
         unlimited = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         self._client = httpx2.AsyncClient(base_url=url, timeout=None, limits=unlimited)
         self._vocab_size = vocab_size
-        self._models: list[dict[str, Any]] | None = None
+        # By name, what each was trained on; nothing for a base.
+        self._parents: dict[str, Any] | None = None
 
     async def vocab_size(self) -> int:
         return self._vocab_size
 
     async def adapters(self) -> tuple[str, ...]:
-        return tuple(model["id"] for model in await self._served() if model.get("parent"))
+        return tuple(name for name, parent in (await self._served()).items() if parent)
 
     async def generate(self, request: PlannedRequest) -> AsyncIterator[Progress]:
         """A server that counts in each message is believed; else a message with text is a token."""
@@ -47,7 +48,7 @@ class OpenAIBackend:
                     seen = tokens
         except httpx2.TransportError as error:
             raise BackendError(type(error).__name__, str(error)) from None
-        except (ValueError, TypeError, KeyError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BackendError("MALFORMED", f"an event is none of a completion: {error}") from None
         raise BackendError("INCOMPLETE", "the answer ended without [DONE]")
 
@@ -66,23 +67,24 @@ class OpenAIBackend:
         }
 
     async def _base(self) -> str:
-        for model in await self._served():
-            if not model.get("parent"):
-                return str(model["id"])
+        for name, parent in (await self._served()).items():
+            if not parent:
+                return name
         raise BackendError("NO_BASE", "/v1/models names no model without a parent")
 
-    async def _served(self) -> list[dict[str, Any]]:
-        if self._models is None:
+    async def _served(self) -> dict[str, Any]:
+        if self._parents is None:
             try:
                 response = await self._client.get("/v1/models")
             except httpx2.TransportError as error:
                 raise BackendError(type(error).__name__, str(error)) from None
             await _raise_for_status(response)
             try:
-                self._models = [dict(model) for model in response.json()["data"]]
-            except (ValueError, TypeError, KeyError):
+                models = response.json()["data"]
+                self._parents = {str(model["id"]): model.get("parent") for model in models}
+            except (KeyError, TypeError, ValueError):
                 raise BackendError("MALFORMED", "/v1/models lists no models") from None
-        return self._models
+        return self._parents
 
 
 async def _events(response: httpx2.Response) -> AsyncIterator[str]:
