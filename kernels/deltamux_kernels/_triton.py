@@ -15,8 +15,8 @@ except ImportError:
         constexpr = None
 
         @staticmethod
-        def jit(function: Any) -> Any:
-            return function
+        def jit(function: Any = None, **options: Any) -> Any:
+            return function or (lambda function: function)
 
     triton = tl = _NoTriton()
 
