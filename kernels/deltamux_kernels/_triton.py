@@ -33,14 +33,15 @@ def overlap(x: torch.Tensor) -> dict[str, bool]:
     From sm_90 on. The kernel says when the next may start, and waits before it reads what the one
     before has written.
     """
-    return {"OVERLAP": True, "launch_pdl": True} if capability(x) >= (9, 0) else {"OVERLAP": False}
+    overlaps = capability(x.device) >= (9, 0)
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
 
 
-def capability(x: torch.Tensor) -> tuple[int, int]:
-    """Of the NVIDIA GPU that holds the tensor, else (0, 0): AMD's count their capabilities too."""
-    if not x.is_cuda or torch.version.hip is not None:
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of an NVIDIA GPU, else (0, 0): AMD's count their capabilities too."""
+    if device.type != "cuda" or torch.version.hip is not None:
         return 0, 0
-    return torch.cuda.get_device_capability(x.device)
+    return torch.cuda.get_device_capability(device)
 
 
 __all__ = ["capability", "overlap", "start_launcher", "tl", "triton"]

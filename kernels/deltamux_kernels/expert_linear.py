@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from deltamux_kernels._triton import capability
 from deltamux_kernels.expert_pairs import ExpertPairs
 
 # From so many rows on, a product on a CPU computes a row the same way beside any others.
@@ -17,9 +18,7 @@ def is_one_launch(device: torch.device, dtype: torch.dtype) -> bool:
     So it is for bfloat16 on sm_90 and sm_100. Elsewhere torch reads how many rows each expert has,
     and multiplies expert by expert.
     """
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return False
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return dtype == torch.bfloat16 and capability(device)[0] in (9, 10)
 
 
 def expert_linear(
@@ -29,9 +28,8 @@ def expert_linear(
 
     x [P, K]; weight [experts, N, K], of any strides; bias [experts, N] -> [P, N].
     """
-    # As transformers, which asks for a grouped product from sm_80 on only.
-    grouped = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return (expert_linear_cuda if grouped else expert_linear_torch)(x, weight, bias, pairs)
+    form = expert_linear_cuda if x.is_cuda else expert_linear_torch
+    return form(x, weight, bias, pairs)
 
 
 def expert_linear_torch(

@@ -80,7 +80,7 @@ def _tiling(dim: int, query: torch.Tensor, decodes: bool) -> tuple[int, int, int
     size = dim * query.element_size()
     # sm_90 and sm_100 multiply larger tiles at once and have the shared memory for them. sm_120 has
     # the instructions and the memory of sm_89.
-    large = capability(query)[0] in (9, 10)
+    large = capability(query.device)[0] in (9, 10)
     if size > 256:
         rows = PREFILL_ROWS // 2 if size <= 1024 else PREFILL_ROWS // 4
         keys = 32 if size <= 512 else 16

@@ -19,5 +19,5 @@ def test_kernels_overlap_on_nvidias_from_sm_90_on(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    tensor = SimpleNamespace(is_cuda=True, device=None)
+    tensor = SimpleNamespace(device=torch.device("cuda"))
     assert overlap(tensor)["OVERLAP"] == overlaps
