@@ -82,7 +82,7 @@ class Metrics:
     def _declare_requests(self) -> None:
         self._in_flight = self._gauge("requests_in_flight", "Calls that have not ended.")
         self._requests = self._counter("requests", "Calls that have ended, by status.", "code")
-        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts that have been read.")
+        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts that were read.")
         self._generated = self._counter("generation_tokens", "Tokens generated.")
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "From the call to its first token.", _LATENCY
