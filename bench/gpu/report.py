@@ -25,7 +25,10 @@ def conditions(peer_versions: dict[str, str]) -> dict[str, Any]:
 
 def _driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    run = subprocess.run(query, capture_output=True, text=True)
+    try:
+        run = subprocess.run(query, capture_output=True, text=True)
+    except OSError:  # a container may have the GPU without it
+        return "unknown"
     return run.stdout.splitlines()[0] if run.returncode == 0 and run.stdout else "unknown"
 
 
