@@ -106,6 +106,17 @@ def test_a_gpu_that_is_too_old(see: See) -> None:
     )
 
 
+def test_a_driver_that_fails_at_the_first_question(
+    see: See, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capability(_: torch.device) -> None:
+        raise RuntimeError("CUDA unknown error\nand more")
+
+    see(1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    assert refusal("cuda") == "cuda:0 cannot be used: CUDA unknown error"
+
+
 def test_a_gpu_that_others_have_for_themselves(see: See) -> None:
     see(1, error="CUDA error: CUDA-capable device(s) is/are busy or unavailable\nand more")
     assert refusal("cuda").startswith("cuda:0 cannot be used: CUDA error: CUDA-capable device(s)")

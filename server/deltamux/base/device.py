@@ -12,9 +12,6 @@ from deltamux_kernels import start_launcher
 
 _log = logging.getLogger(__name__)
 
-# From an A100 on. Before, no matrix instruction takes bfloat16.
-_LEAST_CAPABILITY = (8, 0)
-
 
 def find_device(name: str) -> torch.device:
     """The device of that name; "auto" is the first GPU, or the CPU where torch finds none.
@@ -44,13 +41,14 @@ def _gpu(index: int) -> torch.device:
     if index >= (count := torch.cuda.device_count()):
         raise StartupError(f"there is no cuda:{index}: torch finds {count} CUDA devices, from 0 on")
     device = torch.device("cuda", index)
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
-        raise StartupError(
-            f"{device}, {torch.cuda.get_device_name(device)}, has compute capability "
-            f"{'.'.join(map(str, capability))}; 8.0 or later is needed: use --device cpu"
-        )
     try:
+        major, minor = torch.cuda.get_device_capability(device)
+        # Before an A100, no matrix instruction takes bfloat16.
+        if major < 8:
+            raise StartupError(
+                f"{device}, {torch.cuda.get_device_name(device)}, has compute capability "
+                f"{major}.{minor}; 8.0 or later is needed: use --device cpu"
+            )
         torch.cuda.set_device(device)
         # Some builds of torch have no kernel for the newest GPUs.
         torch.ones(1, device=device)
