@@ -51,7 +51,7 @@ def test_an_unknown_obstacle_is_told_in_one_line_and_logged(serve):
     def build(config, link):
         raise ValueError("first line\nsecond line")
 
-    message = "the engine cannot start: ValueError: first line"
+    message = "the engine cannot start: first line"
     assert serve(build) == (1, [StartupFailed(message)], ["the engine cannot start"])
 
 

@@ -19,7 +19,7 @@ import structlog
 from deltamux import logs
 from deltamux.config import EngineConfig
 from deltamux.engine.build import build_engine
-from deltamux.errors import StartupError
+from deltamux.errors import StartupError, first_line
 from deltamux.wire.channel import EngineEnd
 from deltamux.wire.messages import StartupFailed
 
@@ -57,8 +57,7 @@ def _serve(config: EngineConfig, link: EngineEnd) -> int:
         return 1
     except Exception as error:
         _log.exception("the engine cannot start")
-        first_line = (str(error).splitlines() or [""])[0]
-        link.send(StartupFailed(f"the engine cannot start: {type(error).__name__}: {first_line}"))
+        link.send(StartupFailed(f"the engine cannot start: {first_line(error)}"))
         return 1
     # What the start has left stays to the end. Looking through it for garbage takes 0.2 seconds,
     # again and again, in which no step is launched.

@@ -27,7 +27,7 @@ from deltamux.adapters.checkpoint.header import read_header
 from deltamux.adapters.checkpoint.manifest import read_manifest
 from deltamux.adapters.checkpoint.precheck import check_folder
 from deltamux.adapters.checkpoint.strict_json import parse_object, quoted
-from deltamux.errors import FailedPrecondition, InvalidArgument
+from deltamux.errors import FailedPrecondition, InvalidArgument, first_line
 
 _SAFE = (WEIGHTS, ADAPTERHUB_WEIGHTS, "model_head.safetensors")
 _HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
@@ -103,9 +103,8 @@ def _unpickle(file: BinaryIO) -> dict[str, Tensor]:
     try:
         data = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InvalidArgument(
-            f"the pickle holds more than tensors, or is broken: {quoted(lines[0])}",
+            f"the pickle holds more than tensors, or is broken: {quoted(first_line(error))}",
             reason="PICKLE_REFUSED",
         ) from None
     if not isinstance(data, dict) or not all(map(_is_named_tensor, data.items())):

@@ -25,6 +25,7 @@ from deltamux.base.out_of_memory import is_out_of_memory
 from deltamux.engine.replay.step_buffers import ShapedStep, StepBuffers, StepShape
 from deltamux.engine.step.batch import StepBatch
 from deltamux.engine.step.replays import Forward
+from deltamux.errors import first_line
 from deltamux_kernels.expert_linear import is_one_launch
 
 _log = structlog.get_logger(__name__)
@@ -237,7 +238,7 @@ class StepGraphs:
             rows=[other.rows for other in lost],
             decodes=shape.decodes,
             adapters=adapted,
-            error=f"{type(causes[-1]).__name__}: {causes[-1]}".splitlines()[0],
+            error=first_line(causes[-1]),
         )
 
     def _step(self, shape: StepShape, adapted: bool) -> tuple[Step, Tensor]:
