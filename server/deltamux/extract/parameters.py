@@ -73,8 +73,9 @@ class Parameters:
 
     def stored_under_other_keys(self, name: str) -> bool:
         """Whether only the unknown keys can hold it: renamed, fused or split in the checkpoint."""
-        names = self._same[self._id_of[name]]
-        return bool(self.unknown_keys) and not any(n in self._key_of for n in names)
+        if not (self.knows(name) and self.unknown_keys):
+            return False
+        return not any(n in self._key_of for n in self._same[self._id_of[name]])
 
     def read(self, name: str) -> Tensor:
         """The parameter of this name or of an alias.

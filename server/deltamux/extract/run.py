@@ -57,7 +57,7 @@ def extract(
 def _names(base: Parameters, tuned: Parameters) -> list[str]:
     """All parameters to compare; only a bias may be in one model and not in the other.
 
-    Those under unknown keys have been compared.
+    Those that both have under unknown keys have been compared.
     """
     names = list(dict.fromkeys([*base.names, *tuned.names]))
     for name in names:
@@ -66,10 +66,7 @@ def _names(base: Parameters, tuned: Parameters) -> list[str]:
         if not base.knows(name) and not name.endswith(".bias"):
             raise InvalidArgument(f"{tuned.folder} has {name}, which the base lacks")
     return [
-        name
-        for name in names
-        if not (base.knows(name) and base.stored_under_other_keys(name))
-        or not tuned.stored_under_other_keys(name)
+        name for name in names if not all(p.stored_under_other_keys(name) for p in (base, tuned))
     ]
 
 
