@@ -33,7 +33,8 @@ FLUSH = 0.2
 
 
 def serve(frontend: FrontendConfig, engine: EngineConfig, store: StoreConfig) -> None:
-    """Serves until SIGTERM or SIGINT, then drains and returns.
+    """Serves until SIGTERM or SIGINT, then drains and returns; the first one before it has served
+    ends the process.
 
     Raises StartupError when it cannot serve, or can no more, and KeyboardInterrupt when a second
     signal cut the draining short.
