@@ -2,8 +2,8 @@
 
 1. On a GPU, --gpu-memory-utilization says how much of it may be used. The base is loaded, and one
    step as large as any is run; what these and other processes take is measured and taken off, and
-   as much as the step takes once more for CUDA graphs. On a CPU, what the host has left is there
-   to be shared.
+   as much as the step takes once more for CUDA graphs, if there can be any. On a CPU, what the
+   host has left is there to be shared.
 2. --adapter-device-bytes and --kv-cache-bytes are taken as they are, or the start is refused.
 3. Without a flag, the adapters get a fifth of what is left, or all of it where the KV cache has
    its own flag; the KV cache gets the rest. On a CPU neither takes more than 1 GiB unasked.
