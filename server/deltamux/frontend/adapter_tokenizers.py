@@ -11,8 +11,9 @@ from deltamux.errors import FailedPrecondition, Unavailable
 from deltamux.frontend.tokenizer import Tokenizer
 from deltamux.store.catalog.lease import Lease
 
-# Contents whose added tokens are known, and tokenizers that hold such tokens.
-_CONTENTS, _TOKENIZERS = 16_384, 64
+# Contents whose added tokens are known, and tokenizers that hold such tokens: one with the most of
+# them takes some 40 MB, and with a thousand it is made again in ten milliseconds.
+_CONTENTS, _TOKENIZERS = 16_384, 16
 # Of one adapter. Special ones are looked for, one by one, in the messages of each chat.
 _MOST_ADDED, _MOST_SPECIAL = 1 << 16, 1 << 10
 
