@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+import torch
 from msgspec import structs
 from safetensors.torch import load_file, save_file
 
@@ -240,3 +241,20 @@ def test_signals_are_left_to_the_parent(engine, submit):
         os.kill(engine.pid, number)
     (answer,) = engine.run(submit("after-signals", PROMPT))
     assert answer.finish == {0: "length"}
+
+
+def test_an_engine_on_the_cpu_leaves_a_gpu_alone(
+    engine_in_thread, engine_config, world, submit, monkeypatch
+) -> None:
+    """Others may have it for themselves."""
+
+    def start() -> None:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", start)
+    prompt = (5, 6, 7)
+    with engine_in_thread(engine_config) as engine:
+        [answer] = engine.run(submit("a", prompt, "plain"))
+    assert answer.error is None
+    assert answer.tokens[0] == world.greedy(prompt, 8, "plain")

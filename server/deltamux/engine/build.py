@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -178,11 +181,13 @@ def _device_sites(config: EngineConfig, base: Base, rows: Rows, arena: int) -> D
 def _adapter_cache(
     config: EngineConfig, base: Base, sites: DeviceSites, link: EngineEnd
 ) -> AdapterCache:
-    stream = torch.cuda.Stream(base.device) if base.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    beside: Callable[[], AbstractContextManager[None]] = nullcontext
+    if base.device.type == "cuda":
+        # What is computed of the base's weights is queued beside the steps, not between them.
+        beside = partial(torch.cuda.stream, torch.cuda.Stream(base.device))  # type: ignore[no-untyped-call]
 
     def parse(folder: Path, digest: str) -> Adapter:
-        # What is computed of the base's weights is queued beside the steps, not between them.
-        with torch.cuda.stream(stream):
+        with beside():
             return parse_adapter(folder, digest, base.structure, base.dtype)
 
     loader = Loader(parse, sites.write, alone=base.device.type == "cpu")
