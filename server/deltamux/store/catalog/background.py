@@ -19,9 +19,6 @@ class Background:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def __len__(self) -> int:
-        return len(self._tasks)
-
     async def finish(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Awaits `work`, which a cancelled caller leaves running."""
         return await asyncio.shield(self.start(work))

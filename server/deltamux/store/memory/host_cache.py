@@ -20,9 +20,6 @@ class HostCache:
     def __contains__(self, digest: str) -> bool:
         return digest in self._adapters
 
-    def __len__(self) -> int:
-        return len(self._adapters)
-
     @property
     def full(self) -> bool:
         """Whether another adapter would displace nothing but what is in use."""
