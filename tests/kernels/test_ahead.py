@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 
 from deltamux_kernels import PackedMatrices, Segments, native
 from deltamux_kernels.native import build
+from deltamux_kernels.native.library import INTEGER, POINTER
 from deltamux_kernels.native.panels import Panels
 from deltamux_kernels.shrink import shrink
 
@@ -89,14 +92,11 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ahead")
     (folder / "pieces.c").write_text(PIECES)
     include = f"-I{Path(build.__file__).parent}"
-    command = ["cc", "-march=native", "-shared", "-fPIC", include, "pieces.c", "-o", "pieces.so"]
-    subprocess.run(command, cwd=folder, check=True)
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    flags = ["-march=native", "-shared", "-fPIC", include]
+    subprocess.run([*compiler, *flags, "pieces.c", "-o", "pieces.so"], cwd=folder, check=True)
     function = ctypes.CDLL(str(folder / "pieces.so")).pieces
-    word = ctypes.c_int64
-    function.argtypes, function.restype = (
-        (ctypes.c_void_p, word, word, word, word, ctypes.c_void_p),
-        word,
-    )
+    function.argtypes, function.restype = (POINTER, *[INTEGER] * 4, POINTER), INTEGER
     return function
 
 
