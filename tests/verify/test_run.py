@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 
 from deltamux.demo.tasks import weights_path
 from deltamux.extract.samples import sample_texts
+from deltamux.verify import run
 from deltamux.verify.run import verify
 
 BASE = str(weights_path() / "base")
@@ -69,6 +72,28 @@ def test_every_row_has_its_adapter_also_behind_virtual_tokens(adapter: Path) -> 
     assert found.effect > 1
     assert found.largest < 1e-4 and found.base_largest < 1e-4
     assert found.within(1e-4) and not found.within(1e-9)
+
+
+def test_the_base_is_gone_when_the_library_loads_it_again(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    left: list[Any] = []
+
+    def load_base(*given: str) -> Any:
+        base = own_load(*given)
+        loaded.append(weakref.ref(base.model))
+        return base
+
+    def reference(*given: Any) -> Any:
+        left.extend(model() for model in loaded)
+        return own_reference(*given)
+
+    own_load, own_reference = run.load_base, run.reference
+    monkeypatch.setattr(run, "load_base", load_base)
+    monkeypatch.setattr(run, "reference", reference)
+    verify(adapter, BASE, ("good morning",), "cpu", "float32")
+    assert left == [None]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,7 +79,10 @@ def verify(
     prompts = [ids + invocation for ids in token_ids(texts, model, base.vocab_size)]
     question = _question(adapter, model, base, parsed, prompts)
     ours = mixed_answers(base, parsed, prompts)
+    # Its modules hold each other, and torch keeps what they held of a GPU from other processes.
     del base
+    gc.collect()
+    torch.cuda.empty_cache()
     theirs = reference(question, elsewhere)
     with_adapter, without = torch.cat(ours[: len(prompts)]), torch.cat(ours[len(prompts) :])
     adapted, plain = torch.cat(theirs.adapted), torch.cat(theirs.plain)
