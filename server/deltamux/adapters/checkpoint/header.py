@@ -50,6 +50,11 @@ class TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return end - begin
 
 
+# msgspec finds out what a type holds when it first meets it, and crashes for a thread that comes
+# meanwhile: it meets this one before any thread does.
+msgspec.json.Decoder(TensorInfo)
+
+
 def check_weights(folder: Path) -> Mapping[str, TensorInfo]:
     """The tensors that adapter_model.safetensors declares. Raises InvalidArgument."""
     with open_weights(folder) as file:

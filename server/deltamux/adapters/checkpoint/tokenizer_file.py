@@ -37,19 +37,21 @@ class _Model(msgspec.Struct):
     merges: list[str | tuple[str, str]] = []
 
 
-_Part = TypeVar("_Part", "TokenizerFile", _Model)
-
-
 class TokenizerFile(msgspec.Struct, frozen=True):
     added_tokens: tuple[AddedToken, ...]
     model: msgspec.Raw
 
     def words(self) -> bytes:
         """A digest of all words and merges, whichever version of the library wrote them."""
-        model = _decode(self.model, _Model)
+        model = _decode(self.model, _MODEL)
         merges = [m if isinstance(m, str) else " ".join(m) for m in model.merges]
         written = msgspec.json.encode((model.vocab, merges), order="sorted")
         return hashlib.sha256(written).digest()
+
+
+# Made before any thread reads with them: see header.py.
+_FILE, _MODEL = msgspec.json.Decoder(TokenizerFile), msgspec.json.Decoder(_Model)
+_Part = TypeVar("_Part", TokenizerFile, _Model)
 
 
 def read_tokenizer(folder: Path) -> TokenizerFile | None:
@@ -68,12 +70,12 @@ def read_tokenizer(folder: Path) -> TokenizerFile | None:
 
 def parse_tokenizer(data: bytes | str) -> TokenizerFile:
     """Raises InvalidArgument (MALFORMED_TOKENIZER)."""
-    return _decode(data, TokenizerFile)
+    return _decode(data, _FILE)
 
 
-def _decode(data: bytes | str | msgspec.Raw, kind: type[_Part]) -> _Part:
+def _decode(data: bytes | str | msgspec.Raw, decoder: msgspec.json.Decoder[_Part]) -> _Part:
     try:
-        return msgspec.json.decode(data, type=kind)
+        return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         message = f"{TOKENIZER} is malformed: {error}"
         raise InvalidArgument(message[:300], reason="MALFORMED_TOKENIZER") from None
